@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv; see .ci/setup.
+.DEFAULT_GOAL := help
+SHELL := bash
+
+# A Spark of the machine would be used instead of the environment's.
+unexport SPARK_HOME
+export PYSPARK_PYTHON := $(CURDIR)/.venv/bin/python
+run = JAVA_HOME="$$(cat .venv/java-home)" PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: help
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1/p' Makefile | while read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+.PHONY: setup-demo
+setup-demo:
+	@.ci/setup demo
+
+.PHONY: setup-dev
+setup-dev:
+	@.ci/setup dev
+
+.PHONY: demo
+demo: setup-demo  ## Generate three markets, score them, publish to Delta, evaluate (DEMO_ARGS="...")
+	@$(run) python jobs/demo.py $(DEMO_ARGS)
+
+.PHONY: demo-bundle
+demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores with
+	@$(run) python jobs/demo_bundle.py
+
+.PHONY: test
+test: setup-dev  ## Run all tests (TEST_ARGS="...")
+	@$(run) python -m pytest $(TEST_ARGS)
+
+.PHONY: test-quick
+test-quick: setup-dev  ## Run the tests that need no Spark and take seconds
+	@$(run) python -m pytest -m "not spark and not slow and not gpu" $(TEST_ARGS)
+
+.PHONY: lint
+lint: setup-dev  ## Lint, check the format, check the types
+	@$(run) ruff check
+	@$(run) ruff format --check
+	@$(run) mypy
+
+.PHONY: format
+format: setup-dev  ## Format the code and fix what can be fixed
+	@$(run) ruff check --fix-only
+	@$(run) ruff format
+
+.PHONY: clean
+clean:  ## Remove the environment and everything that was generated
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,7 @@
+"""Invented markets whose relevance is known by construction, for the demo and for tests."""
+
+from csrm.market.generator import Market, generate_market
+from csrm.market.lexicon import Lexicon, builtin_lexicon
+from csrm.market.taxonomy import read_taxonomy_lexicon
+
+__all__ = ["Lexicon", "Market", "builtin_lexicon", "generate_market", "read_taxonomy_lexicon"]

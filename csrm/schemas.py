@@ -1,0 +1,212 @@
+"""Every table that CSRM reads or writes, declared once: names, types, keys, comments and constraints.
+
+Types are Spark SQL types. What a table means to its readers is in the comments, which the published tables carry.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    type: str
+    comment: str
+    required: bool = True
+    """Input tables: the column must exist and its values must not be null. Outputs: NOT NULL."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its columns, the columns that identify a row, and what must hold for every row."""
+
+    name: str
+    comment: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    partition_by: tuple[str, ...] = ()
+    checks: tuple[tuple[str, str], ...] = ()
+    """Pairs of constraint name and SQL condition."""
+    change_feed: bool = False
+
+    @property
+    def column_names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+
+MARKET = Column("market", "string", "Storefront, for example tw")
+QUERY_ID = Column("query_id", "string", "Query's id, unique within its market")
+PRODUCT_ID = Column("product_id", "string", "Product's id, unique within its market")
+RUN_ID = Column("run_id", "string", "Run that wrote the row")
+
+CATALOG = Table(
+    name="catalog",
+    comment="Products of each market",
+    columns=(
+        MARKET,
+        PRODUCT_ID,
+        Column("title", "string", "Product title as shown to shoppers", required=False),
+        Column("brand", "string", "Brand name", required=False),
+        Column("category", "string", "Category name or path", required=False),
+        Column("attributes", "map<string,string>", "Attribute name to value", required=False),
+        Column("language", "string", "Language of the text, BCP 47; the market's where null", required=False),
+    ),
+    key=("market", "product_id"),
+)
+
+QUERIES = Table(
+    name="queries",
+    comment="Search queries of each market",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        Column("query", "string", "Query text as typed", required=False),
+        Column("frequency", "bigint", "Searches in some period", required=False),
+        Column("language", "string", "Language of the query, BCP 47; the market's where null", required=False),
+    ),
+    key=("market", "query_id"),
+)
+
+BEHAVIOUR = Table(
+    name="behaviour",
+    comment="What shoppers did after a query: clicks or purchases, summed over a period",
+    columns=(
+        MARKET,
+        Column("query", "string", "Query text as typed"),
+        PRODUCT_ID,
+        Column("count", "bigint", "Clicks or purchases"),
+    ),
+    key=("market", "query", "product_id"),
+)
+
+RETRIEVAL_TABLE = Table(
+    name="retrieval_table",
+    comment="Product titles that augment a query, best first",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        Column("rank", "int", "Place of the title for its query, from 1"),
+        PRODUCT_ID,
+        Column("title", "string", "Title that was retrieved"),
+        Column("similarity", "double", "Strength relative to the query's strongest title of the same source, (0, 1]"),
+        Column("source", "string", "behaviour or lexical"),
+    ),
+    key=("market", "query_id", "rank"),
+    partition_by=("market",),
+    checks=(
+        ("rank_from_one", "rank >= 1"),
+        ("similarity_range", "similarity > 0 AND similarity <= 1"),
+        ("known_source", "source IN ('behaviour', 'lexical')"),
+    ),
+)
+
+CANDIDATES = Table(
+    name="candidates",
+    comment="Pairs to score",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        PRODUCT_ID,
+        Column("source", "string", "given, query (one of its best products), product (one of its best queries)", False),
+    ),
+    key=("market", "query_id", "product_id"),
+    partition_by=("market",),
+)
+
+JUDGMENTS = Table(
+    name="judgments",
+    comment="Human relevance labels",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        PRODUCT_ID,
+        Column("grade", "string", "Judged relevance: E, S, C, I, or a binary label such as yes and no"),
+        Column("split", "string", "train, dev or test", required=False),
+    ),
+    key=("market", "query_id", "product_id"),
+    partition_by=("market",),
+)
+
+UNCOVERED_PRODUCTS = Table(
+    name="uncovered_products",
+    comment="Products that no candidate pair names, with the reason",
+    columns=(
+        MARKET,
+        PRODUCT_ID,
+        Column("reason", "string", "no_title, no_shared_term (with any query), or not_among_best"),
+    ),
+    key=("market", "product_id"),
+    partition_by=("market",),
+)
+
+_SCORE_CHECKS = (
+    ("score_range", "relevance_score >= 0 AND relevance_score <= 1"),
+    ("score_not_nan", "NOT isnan(relevance_score)"),
+)
+_SCORE_COLUMNS = (
+    MARKET,
+    QUERY_ID,
+    PRODUCT_ID,
+    Column("relevance_score", "float", "Expected gain of the pair under the model, in [0, 1]; higher is better"),
+    Column("predicted_grade", "string", "Most probable label"),
+    Column("bundle_digest", "string", "sha256 that names the bundle which scored the pair"),
+    Column("pair_key", "bigint", "Hash of everything that the score depends on"),
+    Column("scored_at", "timestamp", "When the pair was scored, UTC"),
+    RUN_ID,
+)
+
+RELEVANCE_SCORES = Table(
+    name="relevance_scores",
+    comment="Published relevance of (query, product) pairs, one row a pair",
+    columns=_SCORE_COLUMNS,
+    key=("market", "query_id", "product_id"),
+    partition_by=("market",),
+    checks=_SCORE_CHECKS,
+    change_feed=True,
+)
+
+SCORES_STAGING = Table(
+    name="scores_staging",
+    comment="Scores of runs, before their audit and publication",
+    columns=_SCORE_COLUMNS,
+    key=("run_id", "market", "query_id", "product_id"),
+    partition_by=("run_id", "market"),
+)
+
+REJECTED_PAIRS = Table(
+    name="rejected_pairs",
+    comment="Candidate pairs that could not be scored, with the reason",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        PRODUCT_ID,
+        Column("reason", "string", "no_query, no_product, empty_query or empty_title"),
+        RUN_ID,
+    ),
+    key=("run_id", "market", "query_id", "product_id"),
+    partition_by=("run_id",),
+)
+
+SCORING_RUNS = Table(
+    name="scoring_runs",
+    comment="One row for each run of the scoring job",
+    columns=(
+        RUN_ID,
+        Column("data_date", "date", "Day whose inputs were scored"),
+        Column("started_at", "timestamp", "Start, UTC"),
+        Column("finished_at", "timestamp", "End, UTC"),
+        Column("inputs", "map<string,string>", "Input table to path and version"),
+        Column("bundle_digest", "string", "sha256 that names the bundle"),
+        Column("device", "string", "Device and provider that scored"),
+        Column("versions", "map<string,string>", "Package to version"),
+        Column("num_candidates", "bigint", "Candidate pairs"),
+        Column("num_scored", "bigint", "Pairs scored in this run"),
+        Column("num_rejected", "bigint", "Pairs that could not be scored"),
+        Column("seconds", "map<string,double>", "Stage to its wall-clock time in seconds"),
+        Column("audit", "string", "Audit results as JSON: a list of name, value, bound, passed"),
+        Column("verdict", "string", "published, already_published or rejected"),
+        Column("published_version", "bigint", "Version of relevance_scores after this run; null if rejected", False),
+    ),
+    key=("run_id",),
+)

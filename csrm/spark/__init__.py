@@ -1,0 +1,1 @@
+"""The parts of CSRM that run on Spark: session, tables, inputs, pairs, scoring, publishing."""

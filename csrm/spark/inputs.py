@@ -1,0 +1,199 @@
+"""Input tables: read in any format, columns mapped to CSRM's names, everything checked before use."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import (
+    ByteType,
+    DataType,
+    DoubleType,
+    FloatType,
+    IntegerType,
+    LongType,
+    MapType,
+    ShortType,
+    StringType,
+    StructType,
+)
+
+from csrm.config import InputSpec
+from csrm.errors import InputError
+from csrm.schemas import Column as TableColumn
+from csrm.schemas import Table
+from csrm.spark.tables import open_table
+
+_INTEGRAL = (ByteType, ShortType, IntegerType, LongType)
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input table that passed its checks."""
+
+    df: DataFrame
+    """The declared columns, in their order, with their types."""
+    path: str
+    version: int | None
+    """Version of a Delta table that df is pinned to; None for other formats."""
+
+
+def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Collection[str] | None = None) -> Input:
+    """Read and check one input table.
+
+    Required columns must exist and hold no null; the key must be unique. An optional column that is absent becomes
+    null. Types must match, or convert without loss: integers to wider integers and to string (ids), text to numbers
+    (csv; a value that is no number is a problem), a struct or JSON text to a map. The checks take one scan.
+
+    Args:
+        spark: the session.
+        table: what is expected.
+        spec: where it is and how its columns are called there.
+        markets: keep only rows of these; the checks look at nothing else.
+
+    Raises:
+        InputError: cannot be read, or has problems; all of them in one message.
+    """
+    where = f"input {table.name} at {spec.path!r} ({spec.format})"
+    source_df, version = _load(spark, spec, where)
+    problems = [
+        f"'columns' maps {name!r}, which is no column of {table.name}; it has {table.column_names}"
+        for name in spec.columns
+        if name not in table.column_names
+    ]
+    values: list[Column] = []
+    failures: dict[str, Column] = {}
+    for column in table.columns:
+        value, failed, problem = _converted(source_df, column, spec)
+        if problem:
+            problems.append(problem)
+        values.append(value.alias(column.name))
+        if failed is not None:
+            failures[column.name] = failed
+    if problems:
+        raise InputError(_message(where, problems))
+    checked_df = source_df.select(*values, *(failed.alias(f"_failed_{name}") for name, failed in failures.items()))
+    if markets is not None and "market" in table.column_names:
+        checked_df = checked_df.where(F.col("market").isNull() | F.col("market").isin(*sorted(markets)))
+    try:
+        problems = _value_problems(checked_df, table, list(failures))
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(f"{where}: cannot be read: {_reason(error)}. Are its files complete?") from error
+    if problems:
+        raise InputError(_message(where, problems))
+    return Input(checked_df.select(*table.column_names), spec.path, version)
+
+
+def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:
+    if spec.format == "delta":
+        return open_table(spark, spec.path)
+    try:
+        return spark.read.format(spec.format).options(**spec.options).load(spec.path), None
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(f"{where}: cannot be read: {_reason(error)}. Are the path and the format right?") from error
+
+
+def _converted(source_df: DataFrame, column: TableColumn, spec: InputSpec) -> tuple[Column, Column | None, str | None]:
+    """The column's value; whether a row's value could not be converted (None: cannot happen); a problem, if any."""
+    wanted = DataType.fromDDL(column.type)
+    nothing = F.lit(None).cast(wanted)
+    source = spec.columns.get(column.name, column.name)
+    if source not in source_df.columns:
+        if not column.required and column.name not in spec.columns:
+            return nothing, None, None
+        return (
+            nothing,
+            None,
+            (
+                f"missing column {source!r} for {column.name}; it has {source_df.columns}. "
+                f"Name the right one under columns: {{{column.name}: ...}}"
+            ),
+        )
+    value = F.col(f"`{source.replace('`', '``')}`")
+    found = source_df.schema[source].dataType
+    if _converts_always(found, wanted):
+        return value.cast(wanted), None, None
+    converted = _try_convert(value, found, wanted)
+    if converted is None:
+        return (
+            nothing,
+            None,
+            (f"column {source!r} for {column.name}: expected {wanted.simpleString()}, got {found.simpleString()}"),
+        )
+    return converted, value.isNotNull() & converted.isNull(), None
+
+
+def _converts_always(found: DataType, wanted: DataType) -> bool:
+    if isinstance(wanted, MapType) and isinstance(found, MapType):
+        return _converts_always(found.keyType, wanted.keyType) and _converts_always(found.valueType, wanted.valueType)
+    if found == wanted or (isinstance(wanted, StringType) and isinstance(found, StringType)):
+        return True
+    if isinstance(found, _INTEGRAL):
+        if isinstance(wanted, _INTEGRAL):
+            return _INTEGRAL.index(type(found)) < _INTEGRAL.index(type(wanted))
+        return isinstance(wanted, StringType) or (isinstance(wanted, DoubleType) and not isinstance(found, LongType))
+    return isinstance(found, FloatType) and isinstance(wanted, DoubleType)
+
+
+def _try_convert(value: Column, found: DataType, wanted: DataType) -> Column | None:
+    """The value where it converts, null where it does not; None where the types never fit."""
+    if isinstance(wanted, MapType):
+        if isinstance(found, StructType):
+            return F.from_json(F.to_json(value), wanted.simpleString())
+        return F.from_json(value, wanted.simpleString()) if isinstance(found, StringType) else None
+    if isinstance(wanted, (*_INTEGRAL, FloatType, DoubleType)) and isinstance(found, (*_INTEGRAL, StringType)):
+        return value.try_cast(wanted)
+    return None
+
+
+def _value_problems(checked_df: DataFrame, table: Table, converted: list[str]) -> list[str]:
+    """Nulls, failed conversions and duplicate keys, counted in one scan."""
+    null_key = F.lit(False)
+    for name in table.key:
+        null_key = null_key | F.col(name).isNull()
+    required = [column.name for column in table.columns if column.required]
+    counters = {f"null_{name}": F.col(name).isNull() for name in required}
+    counters |= {f"failed_{name}": F.col(f"_failed_{name}") for name in converted}
+    by_key_df = checked_df.groupBy(*table.key).agg(
+        F.count("*").alias("num_rows"), *(F.count_if(condition).alias(name) for name, condition in counters.items())
+    )
+    duplicate = ~null_key & (F.col("num_rows") > 1)
+    row = by_key_df.agg(
+        F.coalesce(F.sum("num_rows"), F.lit(0)).alias("num_rows"),
+        F.count_if(duplicate).alias("duplicate_keys"),
+        *(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in counters),
+    ).head()
+    assert row is not None
+    problems = []
+    for name in required:
+        # a value that failed to convert is reported as that, not as null as well
+        num_nulls = row[f"null_{name}"] - (row[f"failed_{name}"] if name in converted else 0)
+        if num_nulls:
+            kind = "key column" if name in table.key else "required column"
+            problems.append(f"{kind} {name} is null in {num_nulls} of {row['num_rows']} rows")
+    for name in converted:
+        if row[f"failed_{name}"]:
+            wanted = next(column.type for column in table.columns if column.name == name)
+            problems.append(f"column {name}: {row[f'failed_{name}']} of {row['num_rows']} values are no {wanted}")
+    if row["duplicate_keys"]:
+        examples = by_key_df.where(duplicate).orderBy(*table.key).limit(_NUM_EXAMPLES).collect()
+        listed = "; ".join(
+            ", ".join(f"{name}={example[name]!r}" for name in table.key) + f" ({example['num_rows']} rows)"
+            for example in examples
+        )
+        problems.append(f"{row['duplicate_keys']} keys ({', '.join(table.key)}) are not unique, for example {listed}")
+    return problems
+
+
+def _message(where: str, problems: list[str]) -> str:
+    return f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(
+        f"  - {problem}" for problem in problems
+    )
+
+
+def _reason(error: Exception) -> str:
+    cause = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
+    return str(cause).strip().splitlines()[0].rstrip(".")

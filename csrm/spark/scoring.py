@@ -1,0 +1,223 @@
+"""Scores of pairs: one pandas operator for the scoring job, and a pandas UDF for any DataFrame."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TextIO
+
+import pandas as pd
+from pyspark import Accumulator
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.functions import pandas_udf
+from tqdm import tqdm
+
+from csrm import errors
+from csrm.bundle import load_scorer
+from csrm.errors import BundleError, CsrmError, InputError
+from csrm.schemas import SCORES_STAGING
+from csrm.scoring import PAIR_COLUMNS, PairScorer
+
+_PAIRS_PER_CALL = 1_024
+_KEY_COLUMNS = ["market", "query_id", "product_id", "pair_key"]
+_OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """What a worker found when it loaded the bundle."""
+
+    digest: str
+    provider: str
+
+
+@lru_cache(maxsize=1)
+def _loaded_scorer(bundle_dir: str, device: str, threads: int) -> PairScorer:
+    """Load once per Python worker process; Spark calls the operator many times in one."""
+    return load_scorer(bundle_dir, device, threads)
+
+
+def task_threads(spark: SparkSession) -> int:
+    """Threads of one forward pass: the cores that Spark gives a task, since tasks run side by side."""
+    return int(spark.sparkContext.getConf().get("spark.task.cpus", "1") or "1")
+
+
+def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int) -> ScorerInfo:
+    """Load the bundle in a worker, where the scores will be made, and say what it is.
+
+    Raises:
+        CsrmError: what loading raised there: BundleError, DeviceError, ...
+    """
+
+    def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for _ in batches:
+            try:
+                scorer = _loaded_scorer(bundle_dir, device, threads)
+                found = (scorer.digest, scorer.provider, "", "")
+            except CsrmError as error:
+                found = ("", "", type(error).__name__, str(error))
+            yield pd.DataFrame([found], columns=["digest", "provider", "error", "message"])
+
+    schema = "digest string, provider string, error string, message string"
+    row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema).head()
+    assert row is not None
+    if row["error"]:
+        raise getattr(errors, row["error"])(row["message"])
+    return ScorerInfo(row["digest"], row["provider"])
+
+
+def score_pair_batches(
+    batches: Iterator[pd.DataFrame], scorer: PairScorer, on_scored: Callable[[int, int], None]
+) -> Iterator[pd.DataFrame]:
+    """Scores of Arrow batches of pairs, in the order of their rows; tested without Spark.
+
+    Args:
+        batches: market, query_id, product_id, pair_key and PAIR_COLUMNS; pairs of one query best side by side.
+        scorer: a loaded bundle.
+        on_scored: called with the number of pairs and of tokens after each step of at most 1,024 pairs.
+    """
+    for batch in batches:
+        for start in range(0, len(batch), _PAIRS_PER_CALL):
+            pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
+            tokens_before = scorer.num_tokens
+            scores = scorer.score(pairs)
+            on_scored(len(pairs), scorer.num_tokens - tokens_before)
+            yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
+
+
+def with_relevance_score(
+    pairs_df: DataFrame,
+    bundle_dir: str,
+    device: str,
+    bundle_digest: str,
+    run_id: str,
+    threads: int = 1,
+    progress: "ScoringProgress | None" = None,
+) -> DataFrame:
+    """Pairs with their scores, as rows of scores_staging. One Python operator.
+
+    Args:
+        pairs_df: market, query_id, product_id, pair_key and PAIR_COLUMNS, laid out by with_scoring_layout.
+        bundle_dir: the bundle's folder, the same path on every machine.
+        device: cpu, cuda, or cuda:<number>.
+        bundle_digest: digest that the bundle must have on every machine.
+        run_id: run that scores.
+        threads: threads of one forward pass on the CPU.
+        progress: counts what is scored; None where there are no accumulators (Spark Connect).
+    """
+    counters = None if progress is None else (progress.num_pairs, progress.num_tokens)
+
+    def on_scored(num_pairs: int, num_tokens: int) -> None:
+        if counters is not None:
+            counters[0].add(num_pairs)
+            counters[1].add(num_tokens)
+
+    def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        scorer = _loaded_scorer(bundle_dir, device, threads)
+        if scorer.digest != bundle_digest:
+            raise BundleError(
+                f"bundle {bundle_dir!r}: expected digest {bundle_digest}, this worker has {scorer.digest}. "
+                "Put the same bundle on every machine, and leave it alone during a run."
+            )
+        yield from score_pair_batches(batches, scorer, on_scored)
+
+    schema = "market string, query_id string, product_id string, pair_key bigint, "
+        "relevance_score float, predicted_grade string"
+    return (
+        pairs_df.select(*_KEY_COLUMNS, *[name for name in PAIR_COLUMNS if name not in _KEY_COLUMNS])
+        .mapInPandas(score, schema)
+        .withColumns(
+            {
+                "bundle_digest": F.lit(bundle_digest),
+                "scored_at": F.current_timestamp(),
+                "run_id": F.lit(run_id),
+            }
+        )
+        .select(*SCORES_STAGING.column_names)
+    )
+
+
+def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) -> Any:
+    """Pandas UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
+
+    Fields may come in any order; market, language, query and title must be there, the others may be absent. The UDF
+    is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice.
+
+        score = relevance_score_udf("demo/bundle")
+        df.withColumn("relevance_score", score(F.struct("market", "language", "query", "title")))
+    """
+
+    def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
+        scorer = _loaded_scorer(bundle_dir, device, threads)
+        for batch in batches:
+            yield scorer.score(_with_pair_columns(batch))["relevance_score"]
+
+    return pandas_udf(score, "float").asNondeterministic()
+
+
+def _with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:
+    missing = [name for name in PAIR_COLUMNS if name not in pairs.columns and name not in _OPTIONAL_COLUMNS]
+    if missing:
+        raise InputError(
+            f"relevance_score_udf: missing fields {missing}; the struct has {list(pairs.columns)}. "
+            f"Pass F.struct of {PAIR_COLUMNS}, of which {_OPTIONAL_COLUMNS} may be left out."
+        )
+    absent = {name: None for name in _OPTIONAL_COLUMNS if name not in pairs.columns}
+    return pairs.assign(**absent)[PAIR_COLUMNS]
+
+
+class ScoringProgress:
+    """Pairs, pairs/s, tokens/s and time left on a stream while a run scores; use it as a context manager.
+
+    Counts arrive when a task ends. A terminal gets a tqdm bar, anything else a plain line at an interval.
+    """
+
+    def __init__(
+        self, spark: SparkSession, num_pairs: int, interval_s: float = 10.0, stream: TextIO = sys.stderr
+    ) -> None:
+        self.num_pairs: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.num_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self._total = num_pairs
+        self._interval_s = interval_s
+        self._stream = stream
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="csrm-progress", daemon=True)
+        self._started = 0.0
+
+    def __enter__(self) -> "ScoringProgress":
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _report(self) -> None:
+        if self._stream.isatty():
+            with tqdm(total=self._total, unit=" pairs", file=self._stream) as bar:
+                while not self._stopped.wait(min(self._interval_s, 1.0)):
+                    self._update(bar)
+                self._update(bar)
+        else:
+            while not self._stopped.wait(self._interval_s):
+                self._stream.write(self.line(time.monotonic() - self._started) + "\n")
+                self._stream.flush()
+
+    def _update(self, bar: Any) -> None:
+        seconds = time.monotonic() - self._started
+        bar.set_postfix_str(f"{self.num_tokens.value / seconds:,.0f} tokens/s", refresh=False)
+        bar.update(self.num_pairs.value - bar.n)
+
+    def line(self, seconds: float) -> str:
+        """State after some seconds, as one line."""
+        num_pairs, num_tokens = self.num_pairs.value, self.num_tokens.value
+        pairs_per_s = num_pairs / seconds
+        left = f"{(self._total - num_pairs) / pairs_per_s:,.0f} s left" if num_pairs else "time left not known yet"
+        return (
+            f"scored {num_pairs:,} of {self._total:,} pairs, {pairs_per_s:,.0f} pairs/s, "
+            f"{num_tokens / seconds:,.0f} tokens/s, {left}"
+        )

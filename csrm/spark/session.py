@@ -1,0 +1,97 @@
+"""The Spark session with Delta, under spark-submit and under plain python."""
+
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pyspark
+from delta import configure_spark_with_delta_pip
+from pyspark import SparkConf, SparkContext
+from pyspark.sql import SparkSession
+
+from csrm.errors import ConfigError
+
+_DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+_DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
+
+
+def build_session(app_name: str) -> SparkSession:
+    """The running session, or a new one with Delta.
+
+    Under spark-submit its settings stay as given. Under plain python (no master named in PYSPARK_SUBMIT_ARGS) the
+    session is local[*] with 4 GB for the driver. A local master also gets the local profile: few partitions, UTC, no
+    UI, no progress bars, errors only in the log; a setting that was given wins. Delta's jars are resolved through Ivy
+    only where none is present.
+
+    Raises:
+        ConfigError: spark-submit started Spark without Delta on its class path.
+    """
+    running = SparkSession.getActiveSession()
+    if running is not None:
+        return running
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    if submitted:
+        SparkContext._ensure_initialized()
+    given = SparkConf()  # under spark-submit: its arguments and spark-defaults.conf; else empty
+    submit_args = os.environ.get("PYSPARK_SUBMIT_ARGS", "")
+    builder = SparkSession.builder.appName(app_name)
+    if not submitted and "--master" not in submit_args:
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        log_config = (Path(__file__).parent / "log4j2.properties").as_uri()
+        builder = (
+            builder.master("local[*]")
+            .config("spark.driver.memory", "4g")
+            .config("spark.driver.extraJavaOptions", f"-Dlog4j2.configurationFile={log_config}")
+        )
+        given.setMaster("local[*]")
+    if given.get("spark.master", "").startswith("local"):
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        for key, value in _local_profile(given.get("spark.master", "")).items():
+            if not given.contains(key):
+                builder = builder.config(key, value)
+    extensions = [name for name in given.get("spark.sql.extensions", "").split(",") if name]
+    if _DELTA_EXTENSION not in extensions:
+        builder = builder.config("spark.sql.extensions", ",".join([*extensions, _DELTA_EXTENSION]))
+    if not given.contains("spark.sql.catalog.spark_catalog"):
+        builder = builder.config("spark.sql.catalog.spark_catalog", _DELTA_CATALOG)
+    if submitted:
+        _check_delta_is_loadable()
+    elif not _delta_jar_is_installed() and "delta-spark" not in submit_args:
+        builder = configure_spark_with_delta_pip(builder)
+    return builder.getOrCreate()
+
+
+def _local_profile(master: str) -> dict[str, str]:
+    cores = master.removeprefix("local").strip("[]").split(",")[0]
+    num_cores = int(cores) if cores.isdigit() else (os.cpu_count() or 1) if cores == "*" else 1
+    return {
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.log.level": "ERROR",
+        "spark.sql.session.timeZone": "UTC",
+        # CSRM makes no tables by name; an existing folder spares the user an empty spark-warehouse
+        "spark.sql.warehouse.dir": tempfile.gettempdir(),
+        "spark.sql.shuffle.partitions": str(num_cores),
+        "spark.databricks.delta.snapshotPartitions": "2",
+    }
+
+
+def _delta_jar_is_installed() -> bool:
+    home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
+    return any((home / "jars").glob("delta-spark*.jar"))
+
+
+def _check_delta_is_loadable() -> None:
+    jvm = SparkContext._jvm
+    assert jvm is not None
+    if not jvm.org.apache.spark.util.Utils.classIsLoadable(_DELTA_EXTENSION):
+        spark_line = ".".join(pyspark.__version__.split(".")[:2])
+        raise ConfigError(
+            "Spark session: expected Delta Lake on the class path, found none. Submit the job with "
+            f"--packages io.delta:delta-spark_{spark_line}_2.13:{version('delta-spark')}, or put that jar and its "
+            "dependencies into Spark's jars folder."
+        )

@@ -1,0 +1,1 @@
+"""Training: needs torch, transformers and peft (`pip install csrm[train]`)."""

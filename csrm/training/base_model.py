@@ -1,0 +1,118 @@
+"""The model and tokenizer that training starts from: a folder, a GGUF file, or, when named as such, a hub model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import model_validator
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.convert_slow_tokenizer import generate_merges
+
+from csrm.config import Settings
+from csrm.errors import ConfigError
+
+
+class BaseModel(Settings):
+    """Where the base model is."""
+
+    folder: str | None = None
+    """Folder in the format of save_pretrained (safetensors), or folder of gguf_file."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder; its weights are widened to float32."""
+    hub_name: str | None = None
+    """Name on the Hugging Face hub; the only setting that downloads."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "BaseModel":
+        if (self.folder is None) == (self.hub_name is None):
+            raise ValueError("name either a folder or a hub_name")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.hub_name or self.gguf_file or Path(self.folder or "").name
+
+    def source(self) -> dict[str, Any]:
+        """Arguments of from_pretrained.
+
+        Raises:
+            ConfigError: the folder or the file is not there.
+        """
+        if self.hub_name is not None:
+            return {"pretrained_model_name_or_path": self.hub_name}
+        folder = Path(self.folder or "")
+        needed = folder / (self.gguf_file or "config.json")
+        if not needed.is_file():
+            raise ConfigError(f"base_model: {str(needed)!r} is not there. Is folder {str(folder)!r} right?")
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+        return source | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def load_language_model(base_model: BaseModel) -> PreTrainedModel:
+    """The causal language model in float32, with scaled-dot-product attention."""
+    source = base_model.source()
+    if base_model.gguf_file is None:
+        source["use_safetensors"] = True
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model
+
+
+def load_tokenizer(base_model: BaseModel) -> Tokenizer:
+    """The model's fast tokenizer."""
+    source = base_model.source()
+    if base_model.gguf_file is not None:
+        rebuilt = _gemma_tokenizer(Path(source["pretrained_model_name_or_path"]) / base_model.gguf_file)
+        if rebuilt is not None:
+            return rebuilt
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**source, use_fast=True).backend_tokenizer
+    return tokenizer
+
+
+def sliding_window(config: Any) -> int | None:
+    """Window of the sliding layers, in tokens; None where all layers see everything."""
+    layer_types = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _gemma_tokenizer(path: Path) -> Tokenizer | None:
+    """The BPE tokenizer of a Gemma GGUF file; None for other models.
+
+    transformers 4.57 reads it as a unigram model with the merge ranks as scores, which splits most words (" yes" into
+    two tokens). The file's scores are merge ranks, so byte-pair merges are rebuilt from them.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+
+    fields = GGUFReader(str(path)).fields
+    if not str(fields["general.architecture"].contents()).startswith("gemma"):
+        return None
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    scores: list[float] = fields["tokenizer.ggml.scores"].contents()
+    types = np.array(fields["tokenizer.ggml.token_type"].contents())
+    control_type = 3
+    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    normal = [(token, score) for token, score in zip(tokens, scores, strict=True) if score < 0]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=generate_merges(vocabulary, normal),
+            unk_token=tokens[int(fields["tokenizer.ggml.unknown_token_id"].contents())],
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(
+        [AddedToken(tokens[id_], normalized=False, special=True) for id_ in np.flatnonzero(types == control_type)]
+    )
+    start_id = int(fields["tokenizer.ggml.bos_token_id"].contents())
+    start = tokens[start_id]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, start_id)])
+    return tokenizer

@@ -1,0 +1,113 @@
+"""The packed relevance model: a causal language model that answers with label logits for every pair of a pack."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from csrm.errors import ConfigError
+from csrm.packing import PackBatch
+from csrm.scoring import PackScorer
+from csrm.tokenization import Budgets
+from csrm.training.base_model import sliding_window
+
+IGNORED_TARGET = -100
+
+
+class PackedRelevanceModel(nn.Module):
+    """Logits of the label tokens at each pair's last token, for packs (see csrm.packing)."""
+
+    def __init__(self, language_model: PreTrainedModel, label_ids: Sequence[int]) -> None:
+        """Args:
+            language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
+            label_ids: token id of each label; only these rows of the output embeddings are used.
+        """
+        super().__init__()
+        self.config: Any = language_model.config
+        self.language_model = language_model
+        self.register_buffer("label_ids", torch.tensor(list(label_ids)), persistent=False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        group_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+        last_index: torch.Tensor,
+        targets: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Label logits, and the loss where targets are given.
+
+        Args:
+            input_ids, position_ids, group_ids, segment_ids: shape (packs, tokens), int64.
+            last_index: shape (packs, pairs), int64.
+            targets: number of each pair's label, shape (packs, pairs), int64; IGNORED_TARGET for absent pairs.
+
+        Returns:
+            logits, shape (packs, pairs, labels); loss, a scalar: mean cross-entropy over the pairs.
+        """
+        hidden = self.language_model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_bias(group_ids, segment_ids, self.language_model.dtype),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        last_hidden = torch.gather(hidden, 1, last_index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        label_rows = self.language_model.get_output_embeddings().weight[self.label_ids]
+        logits = (last_hidden @ label_rows.T).float()
+        soft_cap = getattr(self.config, "final_logit_softcapping", None)
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        if targets is None:
+            return {"logits": logits}
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+        return {"loss": loss, "logits": logits}
+
+
+def attention_bias(group_ids: torch.Tensor, segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What each token attends to: 0 for itself and for earlier tokens of its prefix and product, else the least number.
+
+    Args:
+        group_ids, segment_ids: shape (packs, tokens), int64; see csrm.packing.
+
+    Returns:
+        Shape (packs, 1, tokens, tokens): pack, all heads, attending token, attended token.
+    """
+    place = torch.arange(group_ids.shape[1], device=group_ids.device)
+    earlier = place[:, None] >= place[None, :]
+    same_group = group_ids[:, :, None] == group_ids[:, None, :]
+    visible_segment = (segment_ids[:, None, :] == 0) | (segment_ids[:, :, None] == segment_ids[:, None, :])
+    allowed = earlier & same_group & visible_segment
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def check_window(config: Any, budgets: Budgets) -> None:
+    """A prompt must lie within the sliding window: packs give every layer the same mask.
+
+    Raises:
+        ConfigError: the longest prompt is longer than the model's sliding window.
+    """
+    window = sliding_window(config)
+    longest = budgets.prefix + budgets.suffix
+    if window is not None and longest > window:
+        raise ConfigError(
+            f"budgets: prefix and suffix may take {longest} tokens, but layers of {config.model_type} see {window}. "
+            "Lower budgets.prefix or budgets.suffix."
+        )
+
+
+def torch_pack_scorer(model: PackedRelevanceModel) -> PackScorer:
+    """Pack scorer that runs the torch model where its weights are."""
+    device = next(model.parameters()).device
+
+    def score(batch: PackBatch) -> np.ndarray:
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.model_inputs().items()}
+        with torch.inference_mode():
+            logits: np.ndarray = model(**inputs)["logits"].cpu().numpy()
+        return logits
+
+    model.eval()
+    return score

@@ -1,0 +1,1 @@
+"""Export of trained models to bundles: needs optimum (`pip install csrm[export]`)."""

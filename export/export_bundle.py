@@ -1,0 +1,105 @@
+"""Export a trained model to a bundle that scores pairs with ONNX Runtime, after proof that both give the same scores."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from csrm.bundle import KIND, MODEL_NAME, PARITY_NAME, SETTINGS_NAME, TOKENIZER_NAME, BundleSettings
+from csrm.cli import run_job
+from csrm.config import InputSpec, Settings, load_config
+from csrm.errors import InputError
+from csrm.manifest import write_manifest
+from csrm.onnx_backend import load_pack_scorer
+from csrm.scoring import PairScorer
+from csrm.tokenization import PromptTokenizer
+from csrm.training.base_model import BaseModel
+from csrm.training.data import judged_pairs
+from csrm.training.relevance import load_trained
+from export.packed_onnx import export_packed_graph
+from export.parity import SCORE_TOLERANCE, Parity, check_parity
+
+
+class ExportConfig(Settings):
+    """Settings of the export."""
+
+    model_dir: str
+    """Folder that jobs/train.py wrote."""
+    bundle_dir: str
+    """Where the bundle goes; replaced, in one piece, when the proof holds."""
+    markets: dict[str, str]
+    """Market to language: whose pairs the proof runs over."""
+    inputs: dict[str, InputSpec]
+    """catalog, queries, judgments, and optionally retrieval_table: real prompts for the proof."""
+    parity_pairs: int = 256
+    """Pairs of the proof, drawn at random; fewer where there are fewer."""
+
+
+def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Parity:
+    """Write the bundle of a trained folder.
+
+    Args:
+        pairs: real pairs (csrm.scoring.PAIR_COLUMNS) over which the scores of both forms must agree.
+
+    Raises:
+        ParityError: they do not; nothing was written.
+    """
+    model, torch_scorer, card = load_trained(model_dir)
+    unfinished = bundle_dir.with_name(bundle_dir.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        export_packed_graph(model, unfinished / MODEL_NAME)
+        shutil.copyfile(Path(model_dir) / "tokenizer.json", unfinished / TOKENIZER_NAME)
+        pack_scorer, provider = load_pack_scorer(unfinished / MODEL_NAME, "cpu")
+        tokenizer = PromptTokenizer.from_file(unfinished / TOKENIZER_NAME, card.budgets)
+        onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
+        parity = check_parity(pairs, torch_scorer, onnx_scorer, SCORE_TOLERANCE)
+        packages = ("csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+        settings = BundleSettings(
+            labels=card.labels,
+            budgets=card.budgets,
+            pack_tokens=card.pack_tokens,
+            base_model=BaseModel(**card.base_model).name,
+            precision="fp32",
+            versions={package: version(package) for package in packages},
+        )
+        (unfinished / SETTINGS_NAME).write_text(settings.to_json(), encoding="utf-8")
+        (unfinished / PARITY_NAME).write_text(json.dumps(parity.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_manifest(unfinished, KIND)
+        shutil.rmtree(bundle_dir, ignore_errors=True)
+        unfinished.rename(bundle_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return parity
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="conf/export_bundle.yaml", help="YAML file with the settings")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, ExportConfig, args.overrides)
+    start = time.monotonic()
+    pairs = judged_pairs(config.inputs, config.markets)
+    if pairs.empty:
+        raise InputError("export: the proof needs judged pairs and there are none.")
+    pairs = pairs.sample(min(config.parity_pairs, len(pairs)), random_state=0)
+    parity = export_bundle(config.model_dir, Path(config.bundle_dir), pairs)
+    size = sum(path.stat().st_size for path in Path(config.bundle_dir).iterdir())
+    print(
+        f"bundle {config.bundle_dir}: {size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s; scores within "
+        f"{parity.largest_score_difference:.1e} of torch on {parity.num_pairs} pairs (allowed {parity.tolerance:.0e}, "
+        f"margin std {parity.logit_margin_std:.2f})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,118 @@
+"""Makes the input tables of invented markets as Parquet files: catalog, queries, behaviour and judgments.
+
+Relevance is known by construction. The words come from a built-in lexicon, or from a folder of a product taxonomy.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from csrm.cli import job_parser, run_job
+from csrm.config import Settings, load_config
+from csrm.errors import ConfigError
+from csrm.market import Market, generate_market, read_taxonomy_lexicon
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, Table
+
+_ARROW_TYPES = {
+    "string": pa.string(),
+    "bigint": pa.int64(),
+    "map<string,string>": pa.map_(pa.string(), pa.string()),
+}
+
+
+class MarketConfig(Settings):
+    """Settings of this job."""
+
+    seed: int = Field(default=7, ge=0)
+    """The same seed and settings give the same tables."""
+    markets: dict[str, str] = Field(min_length=1)
+    """Market to its language: en, ko or zh-TW; with a taxonomy also ja or es."""
+    products_per_market: int = Field(default=1200, ge=1)
+    """Products of each market."""
+    queries_per_market: int = Field(default=100, ge=1)
+    """Queries of each market, all different."""
+    label_noise: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a judged grade is replaced by another one."""
+    taxonomy: str | None = None
+    """Folder with categories, values, attributes and category_attributes (.tsv.gz); null: the built-in lexicon."""
+    output: str
+    """Local folder for the four Parquet files; existing ones are replaced."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = job_parser(__doc__, "conf/generate_market.yaml").parse_args(argv)
+    config = load_config(args.config, MarketConfig, args.overrides)
+    lexicons = None
+    if config.taxonomy is not None:
+        lexicons = {
+            language: read_taxonomy_lexicon(config.taxonomy, language)
+            for language in dict.fromkeys(config.markets.values())
+        }
+    market = generate_market(
+        config.seed,
+        config.markets,
+        config.products_per_market,
+        config.queries_per_market,
+        config.label_noise,
+        lexicons,
+    )
+    write_market(market, Path(config.output))
+    for name in config.markets:
+        print(_summary(market, name))
+    print(f"wrote catalog, queries, behaviour and judgments to {config.output}")
+    return 0
+
+
+def write_market(market: Market, folder: Path) -> None:
+    """Write the four tables as `<table>.parquet`; all are written beside the old files before any of these is replaced.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    frames = {
+        CATALOG: market.catalog,
+        QUERIES: market.queries,
+        BEHAVIOUR: market.behaviour,
+        JUDGMENTS: market.judgments,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for table, frame in frames.items():
+            pq.write_table(arrow_table(frame, table), folder / f".{table.name}.parquet.tmp")
+        for table in frames:
+            os.replace(folder / f".{table.name}.parquet.tmp", folder / f"{table.name}.parquet")
+    except OSError as error:
+        raise ConfigError(
+            f"output {str(folder)!r}: expected a folder that can be written, got {error}. Set another output."
+        ) from error
+
+
+def arrow_table(frame: pd.DataFrame, table: Table) -> pa.Table:
+    """The frame with the table's columns and types; required columns are not nullable."""
+    schema = pa.schema(
+        [pa.field(column.name, _ARROW_TYPES[column.type], nullable=not column.required) for column in table.columns]
+    )
+    return pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+
+
+def _summary(market: Market, name: str) -> str:
+    catalog, queries, behaviour, judgments = (
+        frame[frame["market"] == name] for frame in (market.catalog, market.queries, market.behaviour, market.judgments)
+    )
+    grades = ", ".join(f"{grade} {count:,}" for grade, count in judgments["grade"].value_counts().items())
+    return (
+        f"{name}: {len(catalog):,} products, {len(queries):,} queries, {len(behaviour):,} clicked pairs, "
+        f"{len(judgments):,} judged pairs ({grades})\n"
+        f"  product: {catalog['title'].dropna().iloc[0] if catalog['title'].notna().any() else None}\n"
+        f"  query:   {queries['query'].iloc[0]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from csrm.errors import ConfigError
+from csrm.schemas import CANDIDATES, UNCOVERED_PRODUCTS, Table
+from csrm.spark.tables import read_table, table_path
+from jobs.build_candidates import main
+
+pytestmark = pytest.mark.spark
+
+
+@pytest.fixture(scope="module")
+def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("candidate-inputs")
+    tables = {
+        "catalog": (
+            "market string, product_id string, title string",
+            [
+                ("us", "p1", "red shoe"),
+                ("us", "p2", "red leather shoe with laces"),
+                ("us", "p3", None),
+                ("us", "p4", "lamp"),
+                ("tw", "p1", "藍牙耳機"),
+            ],
+        ),
+        "queries": (
+            "market string, query_id string, query string",
+            [("us", "q1", "red shoe"), ("us", "q2", "chair"), ("tw", "q1", "耳機")],
+        ),
+        "given": (
+            "market string, query_id string, product_id string",
+            [("us", "q1", "p1"), ("us", "q2", "p9"), ("kr", "q1", "p1")],
+        ),
+    }
+    for name, (schema, rows) in tables.items():
+        spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(folder / f"{name}.parquet"))
+    return folder
+
+
+def arguments(inputs: Path, tables: Path, *more: str) -> list[str]:
+    values = [
+        f"inputs.catalog.path={inputs}/catalog.parquet",
+        f"inputs.queries.path={inputs}/queries.parquet",
+        f"tables={tables}",
+        'markets={"us": "en", "tw": "zh-TW"}',
+        *more,
+    ]
+    return ["--config", "conf/build_candidates.yaml", *(part for value in values for part in ("--set", value))]
+
+
+def rows(spark: SparkSession, table: Table, tables: Path) -> list[tuple[object, ...]]:
+    return sorted(tuple(row) for row in read_table(spark, table, table_path(str(tables), table)).collect())
+
+
+def test_every_product_is_in_a_pair_or_listed_as_uncovered(
+    spark: SparkSession, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"inputs.candidates={{path: {inputs}/given.parquet, format: parquet}}"
+    assert main(arguments(inputs, tmp_path, given, "products_per_query=1", "queries_per_product=1")) == 0
+    assert rows(spark, CANDIDATES, tmp_path) == [
+        ("tw", "q1", "p1", "query"),
+        ("us", "q1", "p1", "given"),
+        ("us", "q1", "p2", "product"),
+        ("us", "q2", "p9", "given"),
+    ]
+    assert rows(spark, UNCOVERED_PRODUCTS, tmp_path) == [("us", "p3", "no_title"), ("us", "p4", "no_shared_term")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:6] == [
+        ["market", "pairs", "given", "query", "product"],
+        ["us", "3", "2", "0", "1"],
+        ["tw", "1", "0", "1", "0"],
+        ["market", "products", "covered", "no_title", "no_shared_term", "not_among_best"],
+        ["us", "4", "2", "(50.0%)", "1", "(25.0%)", "1", "(25.0%)", "0", "(0.0%)"],
+        ["tw", "1", "1", "(100.0%)", "0", "(0.0%)", "0", "(0.0%)", "0", "(0.0%)"],
+    ]
+
+
+def test_without_queries_per_product_the_rest_is_not_among_the_best(
+    spark: SparkSession, inputs: Path, tmp_path: Path
+) -> None:
+    assert main(arguments(inputs, tmp_path, "products_per_query=1", "queries_per_product=0")) == 0
+    assert rows(spark, CANDIDATES, tmp_path) == [("tw", "q1", "p1", "query"), ("us", "q1", "p1", "query")]
+    assert ("us", "p2", "not_among_best") in rows(spark, UNCOVERED_PRODUCTS, tmp_path)
+
+
+def test_settings_out_of_range_are_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_term_share"):
+        main(arguments(inputs, tmp_path, "max_term_share=0"))

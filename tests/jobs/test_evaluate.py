@@ -1,0 +1,120 @@
+"""The evaluation job on real Delta and Parquet tables; expected values are worked by hand."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+
+from csrm.errors import InputError
+from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark.tables import overwrite_table, spark_schema, table_path
+from jobs.evaluate import main
+
+pytestmark = pytest.mark.spark
+
+CONF = Path(__file__).parents[2] / "conf" / "evaluate.yaml"
+
+# kr q1: the model ranks a (E), b (S), c (I); of the titles only c's has a word of the query.
+# tw q1: the model ranks y (I), x (E); only x's title has the query's words.
+CATALOG = [
+    ("kr", "a", "운동화"),
+    ("kr", "b", "구두"),
+    ("kr", "c", "빨간 우산"),
+    ("tw", "x", "雨傘"),
+    ("tw", "y", "手套"),
+]
+QUERIES = [("kr", "q1", "빨간 신발"), ("kr", "q2", "장갑"), ("tw", "q1", "雨傘")]
+JUDGMENTS = [
+    ("kr", "q1", "a", "E", "test"),
+    ("kr", "q1", "b", "S", "test"),
+    ("kr", "q1", "c", "I", "test"),
+    ("kr", "q2", "gone", "E", "test"),  # the catalog does not have it, so it has no score
+    ("kr", "q2", "a", "I", "train"),
+    ("tw", "q1", "x", "E", "test"),
+    ("tw", "q1", "y", "I", "test"),
+]
+SCORES = [
+    ("kr", "q1", "a", 0.9),
+    ("kr", "q1", "b", 0.5),
+    ("kr", "q1", "c", 0.1),
+    ("kr", "q2", "a", 0.3),
+    ("kr", "q2", "b", 0.2),  # not judged
+    ("tw", "q1", "x", 0.4),
+    ("tw", "q1", "y", 0.6),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs as Parquet and the published scores as Delta."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    pd.DataFrame(CATALOG, columns=["market", "product_id", "title"]).to_parquet(folder / "catalog.parquet")
+    pd.DataFrame(QUERIES, columns=["market", "query_id", "query"]).to_parquet(folder / "queries.parquet")
+    judgments = pd.DataFrame(JUDGMENTS, columns=["market", "query_id", "product_id", "grade", "split"])
+    judgments.to_parquet(folder / "judgments.parquet")
+    scored_at = datetime(2026, 11, 1, tzinfo=UTC)
+    rows = [(*key_and_score, "E", "digest-1", 1, scored_at, "run-1") for key_and_score in SCORES]
+    scores_df = spark.createDataFrame(rows, spark_schema(RELEVANCE_SCORES))
+    overwrite_table(scores_df, RELEVANCE_SCORES, table_path(str(folder / "tables"), RELEVANCE_SCORES))
+    return folder
+
+
+def evaluate(folder: Path, *settings: str) -> dict[str, Any]:
+    argv = ["--config", str(CONF)]
+    overrides = [f"inputs.{name}.path={folder}/{name}.parquet" for name in ("judgments", "catalog", "queries")]
+    overrides += [f"tables={folder}/tables", f"output={folder}/output", "num_resamples=100", *settings]
+    for override in overrides:
+        argv += ["--set", override]
+    assert main(argv) == 0
+    return json.loads((folder / "output" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def value(result: dict[str, Any], market: str, ranking: str, metric: str) -> float | None:
+    rows = {(row["market"], row["ranking"], row["metric"]): row["value"] for row in result["metrics"]}
+    return rows[(market, ranking, metric)]
+
+
+def test_scores_are_measured_beside_bm25_and_a_random_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(folder, "splits=[test]")
+
+    assert value(result, "kr", "relevance_score", "nDCG@10") == 1.0
+    assert value(result, "tw", "relevance_score", "MRR@10") == 0.5
+    assert value(result, "tw", "relevance_score", "ROC-AUC") == 0.0
+    assert value(result, "tw", "bm25", "ROC-AUC") == 1.0
+    # kr: bm25 of a and b is 0, a tie; c is above: (1/2 + 0) / 2
+    assert value(result, "kr", "bm25", "ROC-AUC") == 0.25
+    assert value(result, "all markets", "relevance_score", "defect rate@10") == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert {row["ranking"] for row in result["metrics"]} == {"relevance_score", "bm25", "random"}
+
+    printed = capsys.readouterr().out
+    assert "kr: 1 of 2 judged queries, 3 of 4 judged pairs have a score" in printed
+    assert "note: kr: 1 judged pairs name a product_id that catalog does not have, such as gone." in printed
+    assert (folder / "output" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_result_says_what_it_was_made_from(folder: Path) -> None:
+    result = evaluate(folder, "baseline_bm25=false", "markets={kr: ko}")
+    assert result["inputs"]["relevance_scores"] == {"path": f"{folder}/tables/relevance_scores", "version": 1}
+    assert result["bundle_digests"] == ["digest-1"]
+    assert result["config"]["gains"] == {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
+    assert {"csrm", "ir-measures", "scikit-learn"} <= set(result["versions"])
+    assert {row["market"] for row in result["metrics"]} == {"kr"}
+    assert {row["ranking"] for row in result["metrics"]} == {"relevance_score", "random"}
+    # without a split filter q2's judged pair of the train split counts too
+    assert result["counts"] == [
+        {"market": "kr", "num_judged": 5, "num_pairs": 4, "num_judged_queries": 2, "num_queries": 2}
+    ]
+
+
+def test_no_judgments_of_a_split_is_an_error(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"expected rows of markets .* and splits \['dev'\], got none"):
+        evaluate(folder, "splits=[dev]", "baseline_bm25=false")
+
+
+def test_a_table_that_was_never_published_is_an_error(folder: Path) -> None:
+    with pytest.raises(InputError, match="expected a Delta table, found none"):
+        evaluate(folder, f"tables={folder}/nothing")

@@ -1,0 +1,171 @@
+"""From candidates to the rows that are scored."""
+
+import logging
+
+import pytest
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.spark.pairs import (
+    filter_rejected,
+    filter_scorable,
+    num_scoring_partitions,
+    pair_key,
+    with_pair_fields,
+    with_retrieved_titles,
+    with_scoring_layout,
+)
+
+pytestmark = pytest.mark.spark
+
+QUERY_SCHEMA = "market string, query_id string, query string, language string"
+FIELD_SCHEMA = (
+    "market string, language string, query string, retrieved_titles array<string>, title string, brand string, "
+    "category string, attributes map<string,string>"
+)
+
+
+@pytest.fixture(scope="module")
+def queries_df(spark: SparkSession) -> DataFrame:
+    rows = [
+        ("kr", "q1", "텐트", None),
+        ("kr", "q2", "\u3000 ", None),
+        ("tw", "q1", "tent", "en"),
+        ("tw", "q3", None, None),
+    ]
+    return spark.createDataFrame(rows, QUERY_SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def retrieval_df(spark: SparkSession) -> DataFrame:
+    rows = [("kr", "q1", rank, title) for rank, title in ((10, "열"), (2, "둘"), (1, "하나"))]
+    return spark.createDataFrame(rows, "market string, query_id string, rank int, title string")
+
+
+def test_titles_are_ordered_by_rank_and_empty_where_nothing_was_retrieved(
+    queries_df: DataFrame, retrieval_df: DataFrame
+) -> None:
+    rows = with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1).orderBy("market", "query_id").collect()
+
+    assert [row["retrieved_titles"] for row in rows] == [["하나", "둘", "열"], [], [], []]
+
+
+def test_titles_over_the_limit_are_joined_by_a_shuffle_which_is_said(
+    queries_df: DataFrame, retrieval_df: DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        broadcast_df = with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1)
+        assert caplog.text == ""
+        shuffled_df = with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=0)
+
+    assert "over broadcast_limit_mb=0: joined to the queries by a shuffle" in caplog.text
+    assert "strategy=broadcast" in broadcast_df._jdf.queryExecution().toString()
+    assert "strategy=broadcast" not in shuffled_df._jdf.queryExecution().toString()
+    assert sorted(map(str, shuffled_df.collect())) == sorted(map(str, broadcast_df.collect()))
+
+
+def test_every_candidate_becomes_a_pair_or_a_rejected_row_with_its_reason(
+    spark: SparkSession, queries_df: DataFrame, retrieval_df: DataFrame
+) -> None:
+    candidates_df = spark.createDataFrame(
+        [
+            ("kr", "q1", "p1"),
+            ("tw", "q1", "p1"),
+            ("kr", "q1", "p2"),
+            ("kr", "q1", "p9"),
+            ("kr", "q2", "p1"),
+            ("kr", "q9", "p9"),
+            ("tw", "q3", "p1"),
+        ],
+        "market string, query_id string, product_id string",
+    )
+    catalog_df = spark.createDataFrame(
+        [
+            ("kr", "p1", "캠핑 텐트", None, "", {"색상": "녹색"}),
+            ("kr", "p2", "\u00a0\t", None, None, None),
+            ("tw", "p1", "帳篷", "B", "C", None),
+        ],
+        "market string, product_id string, title string, brand string, category string, attributes map<string,string>",
+    )
+    titled_df = with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1)
+
+    fields_df = with_pair_fields(candidates_df, titled_df, catalog_df, {"kr": "ko", "tw": "zh-TW"})
+    pairs = filter_scorable(fields_df, "digest").orderBy("market").drop("pair_key").collect()
+    rejected = filter_rejected(fields_df, "run").orderBy("market", "query_id", "product_id").collect()
+
+    kr, tw = (row.asDict() for row in pairs)
+    assert kr == {
+        "market": "kr",
+        "query_id": "q1",
+        "product_id": "p1",
+        "language": "ko",
+        "query": "텐트",
+        "retrieved_titles": ["하나", "둘", "열"],
+        "title": "캠핑 텐트",
+        "brand": None,
+        "category": "",
+        "attributes": {"색상": "녹색"},
+    }
+    assert (tw["language"], tw["retrieved_titles"], tw["title"]) == ("en", [], "帳篷")
+    assert rejected == [
+        Row("kr", "q1", "p2", "empty_title", "run"),
+        Row("kr", "q1", "p9", "no_product", "run"),
+        Row("kr", "q2", "p1", "empty_query", "run"),
+        Row("kr", "q9", "p9", "no_query", "run"),
+        Row("tw", "q3", "p1", "empty_query", "run"),
+    ]
+
+
+def test_a_pair_key_follows_everything_that_the_prompt_says(spark: SparkSession) -> None:
+    base = ("kr", "ko", "q", ["a", "b"], "t", None, "c", {"x": "1", "y": "2"})
+    same = [base, (*base[:7], {"y": "2", "x": "1"})]
+    other = [
+        ("tw", *base[1:]),
+        (base[0], "en", *base[2:]),
+        (*base[:2], "Q", *base[3:]),
+        (*base[:3], ["b", "a"], *base[4:]),
+        (*base[:3], ["a"], *base[4:]),
+        (*base[:3], [], *base[4:]),
+        (*base[:3], ['a","b'], *base[4:]),
+        (*base[:4], "T", *base[5:]),
+        (*base[:5], "", *base[6:]),
+        (*base[:6], None, base[7]),
+        (*base[:5], "c", None, base[7]),
+        (*base[:7], None),
+        (*base[:7], {}),
+        (*base[:7], {"x": "2", "y": "1"}),
+        (*base[:7], {"x": "1", "y": None}),
+    ]
+    pairs_df = spark.createDataFrame([*same, *other], FIELD_SCHEMA).coalesce(1)
+
+    rows = pairs_df.select(pair_key("d1").alias("key"), pair_key("d2").alias("other_bundle")).collect()
+
+    keys = [row["key"] for row in rows]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 1 + len(other)
+    assert not set(keys) & {row["other_bundle"] for row in rows}
+
+
+def test_a_query_stays_together_and_a_head_query_is_spread_over_partitions(spark: SparkSession) -> None:
+    head_df = spark.range(2_000).selectExpr("'kr' AS market", "'head' AS query_id", "lpad(id, 5, '0') AS product_id")
+    tail_df = spark.range(60).selectExpr(
+        "'kr' AS market", "concat('q', id % 20) AS query_id", "string(id) AS product_id"
+    )
+
+    laid_out_df = with_scoring_layout(head_df.union(tail_df), num_partitions=5, products_per_chunk=100)
+    rows = laid_out_df.withColumn("partition", F.spark_partition_id()).collect()
+
+    assert laid_out_df.rdd.getNumPartitions() == 5
+    assert len(rows) == 2_060
+    assert max(sum(row["partition"] == n for row in rows) for n in range(5)) < 1_000
+    for query_id in [f"q{n}" for n in range(20)]:
+        places = [(row["partition"], place) for place, row in enumerate(rows) if row["query_id"] == query_id]
+        assert [place for _, place in places] == list(range(places[0][1], places[0][1] + 3))
+        assert len({partition for partition, _ in places}) == 1
+
+
+def test_partitions_hold_about_4096_pairs_and_use_every_core() -> None:
+    assert num_scoring_partitions(0, num_cores=2) == 2
+    assert num_scoring_partitions(8_192, num_cores=2) == 2
+    assert num_scoring_partitions(8_193, num_cores=2) == 3
+    assert num_scoring_partitions(100, num_cores=64) == 64

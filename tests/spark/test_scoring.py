@@ -1,0 +1,196 @@
+"""Scoring inside Spark: the same scores as the core gives, however the pairs are laid out."""
+
+import io
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyspark.errors import PythonException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.bundle import load_scorer
+from csrm.errors import BundleError, DeviceError
+from csrm.schemas import SCORES_STAGING
+from csrm.scoring import PAIR_COLUMNS
+from csrm.spark.scoring import (
+    ScoringProgress,
+    probe_scorer,
+    relevance_score_udf,
+    score_pair_batches,
+    with_relevance_score,
+)
+
+TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 peg", "毛巾"]
+
+
+class LengthScorer:
+    """Scores a pair by the length of its title; counts ten tokens a pair."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.call_sizes: list[int] = []
+
+    def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        self.num_tokens += 10 * len(pairs)
+        self.call_sizes.append(len(pairs))
+        scores = pairs["title"].str.len().to_numpy(dtype=np.float32) / 10_000
+        return pd.DataFrame({"relevance_score": scores, "predicted_grade": "yes"}, index=pairs.index)
+
+
+def pairs_pdf(num_pairs: int = 30) -> pd.DataFrame:
+    rows = [
+        {
+            "market": "kr" if n % 3 else "tw",
+            "query_id": f"q{n % 4}",
+            "product_id": str(n),
+            "pair_key": n,
+            "language": "ko" if n % 3 else "zh-TW",
+            "query": f"query {n % 4}",
+            "retrieved_titles": TITLES[: n % 4],
+            "title": f"{TITLES[n % 5]} {n}",
+            "brand": None if n % 2 else "brand",
+            "category": "camping",
+            "attributes": {"color": "red"} if n % 5 else None,
+        }
+        for n in range(num_pairs)
+    ]
+    return pd.DataFrame(rows)
+
+
+def pairs_df(spark: SparkSession, pdf: pd.DataFrame) -> DataFrame:
+    schema = (
+        "market string, query_id string, product_id string, pair_key bigint, language string, query string, "
+        "retrieved_titles array<string>, title string, brand string, category string, attributes map<string,string>"
+    )
+    return spark.createDataFrame(list(pdf.itertuples(index=False, name=None)), schema)
+
+
+def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> None:
+    scorer, counts = LengthScorer(), []
+    sizes = (1_500, 0, 10)
+    batches = [pairs_pdf(size) if size else pairs_pdf(1).iloc[:0] for size in sizes]
+
+    scored = pd.concat(score_pair_batches(iter(batches), scorer, lambda *numbers: counts.append(numbers)))
+
+    assert scorer.call_sizes == [1_024, 476, 10]
+    assert counts == [(1_024, 10_240), (476, 4_760), (10, 100)]
+    assert scored["product_id"].tolist() == [str(n) for n in itertools.chain(range(1_500), range(10))]
+    assert scored["relevance_score"].tolist()[7] == np.float32(len("camping tent, green 7") / 10_000)
+    assert scored.columns.tolist() == [
+        "market",
+        "query_id",
+        "product_id",
+        "pair_key",
+        "relevance_score",
+        "predicted_grade",
+    ]
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("num_partitions", [1, 3])
+def test_spark_gives_the_scores_of_the_core(spark: SparkSession, tiny_bundle: Path, num_partitions: int) -> None:
+    pdf = pairs_pdf()
+    scorer = load_scorer(str(tiny_bundle), "cpu", threads=1)
+    expected = scorer.score(pdf)
+    shuffled_df = pairs_df(spark, pdf.sample(frac=1, random_state=num_partitions)).repartition(num_partitions)
+
+    scores_df = with_relevance_score(shuffled_df, str(tiny_bundle), "cpu", scorer.digest, "run")
+    scored = scores_df.toPandas().astype({"product_id": int}).sort_values("product_id").reset_index(drop=True)
+
+    assert scores_df.columns == SCORES_STAGING.column_names
+    assert expected["relevance_score"].std() > 0.01
+    np.testing.assert_allclose(scored["relevance_score"], expected["relevance_score"], atol=1e-5)
+    assert scored["predicted_grade"].tolist() == expected["predicted_grade"].tolist()
+    assert scored["pair_key"].tolist() == list(range(30))
+    assert set(scored["bundle_digest"]) == {scorer.digest}
+    assert set(scored["run_id"]) == {"run"}
+
+
+@pytest.mark.spark
+def test_progress_counts_pairs_and_tokens_and_prints_plain_lines_off_a_terminal(
+    spark: SparkSession, tiny_bundle: Path
+) -> None:
+    stream = io.StringIO()
+    scorer = load_scorer(str(tiny_bundle), "cpu", threads=1)
+    scorer.score(pairs_pdf())
+
+    with ScoringProgress(spark, 30, interval_s=0.05, stream=stream) as progress:
+        with_relevance_score(
+            pairs_df(spark, pairs_pdf()).coalesce(1), str(tiny_bundle), "cpu", scorer.digest, "run", progress=progress
+        ).collect()
+        time.sleep(0.2)
+
+    assert progress.num_pairs.value == 30
+    assert progress.num_tokens.value == scorer.num_tokens
+    assert stream.getvalue().splitlines()[-1].startswith("scored 30 of 30 pairs, ")
+    assert "\r" not in stream.getvalue()
+
+
+@pytest.mark.spark
+def test_a_progress_line_has_rates_and_the_time_left(spark: SparkSession) -> None:
+    progress = ScoringProgress(spark, 3_000)
+
+    assert progress.line(5.0) == "scored 0 of 3,000 pairs, 0 pairs/s, 0 tokens/s, time left not known yet"
+    progress.num_pairs.add(1_000)
+    progress.num_tokens.add(50_000)
+    assert progress.line(5.0) == "scored 1,000 of 3,000 pairs, 200 pairs/s, 10,000 tokens/s, 10 s left"
+
+
+@pytest.mark.spark
+def test_a_worker_with_another_bundle_stops_the_run(spark: SparkSession, tiny_bundle: Path) -> None:
+    scores_df = with_relevance_score(pairs_df(spark, pairs_pdf(1)), str(tiny_bundle), "cpu", "another", "run")
+
+    with pytest.raises(PythonException, match="expected digest another, this worker has"):
+        scores_df.collect()
+
+
+@pytest.mark.spark
+def test_the_bundle_is_loaded_in_a_worker_and_its_errors_come_back(
+    spark: SparkSession, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    info = probe_scorer(spark, str(tiny_bundle), "cpu", threads=1)
+
+    assert (info.digest, info.provider) == (load_scorer(str(tiny_bundle), "cpu").digest, "CPUExecutionProvider")
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        probe_scorer(spark, str(tmp_path / "nothing"), "cpu", threads=1)
+
+
+@pytest.mark.spark
+def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: SparkSession, tiny_bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="cuda:9"):
+        probe_scorer(spark, str(tiny_bundle), "cuda:9", threads=1)
+
+
+@pytest.mark.spark
+def test_the_udf_gives_the_scores_of_the_core_in_any_dataframe(spark: SparkSession, tiny_bundle: Path) -> None:
+    pdf = pairs_pdf(6)
+    scorer = load_scorer(str(tiny_bundle), "cpu", threads=1)
+    udf = relevance_score_udf(str(tiny_bundle))
+    few = ["title", "query", "language", "market"]
+
+    rows = (
+        pairs_df(spark, pdf)
+        .select(
+            F.col("product_id").cast("int").alias("n"),
+            udf(F.struct(*PAIR_COLUMNS)).alias("score"),
+            udf(F.struct(*few)).alias("few"),
+        )
+        .orderBy("n")
+        .collect()
+    )
+
+    bare = pdf.assign(retrieved_titles=None, brand=None, category=None, attributes=None)
+    np.testing.assert_allclose([row["score"] for row in rows], scorer.score(pdf)["relevance_score"], atol=1e-5)
+    np.testing.assert_allclose([row["few"] for row in rows], scorer.score(bare)["relevance_score"], atol=1e-5)
+
+
+@pytest.mark.spark
+def test_the_udf_names_the_fields_that_it_misses(spark: SparkSession, tiny_bundle: Path) -> None:
+    score = relevance_score_udf(str(tiny_bundle))(F.struct("market", "query"))
+
+    with pytest.raises(PythonException, match=r"missing fields \['language', 'title'\]; the struct has"):
+        pairs_df(spark, pairs_pdf(1)).select(score).collect()

@@ -1,0 +1,147 @@
+"""Tables on storage, on a real Delta."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+
+from csrm.errors import InputError
+from csrm.schemas import CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE
+from csrm.spark.tables import (
+    create_table,
+    open_table,
+    overwrite_table,
+    read_table,
+    spark_schema,
+    sql_literal,
+    sql_path,
+    table_path,
+    table_version,
+)
+
+pytestmark = pytest.mark.spark
+
+SCORED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def scores(spark: SparkSession, *rows: tuple[str | None, str, str, float | None]) -> DataFrame:
+    values = [(*row, "E", "digest", 7, SCORED_AT, "run") for row in rows]
+    return spark.createDataFrame(values, spark_schema(replace(RELEVANCE_SCORES, columns=_nullable())))
+
+
+def _nullable() -> tuple:
+    return tuple(replace(column, required=False) for column in RELEVANCE_SCORES.columns)
+
+
+@pytest.fixture(scope="module")
+def scores_path(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published table with two markets; its folder's name has a space and a quote."""
+    path = table_path(str(tmp_path_factory.mktemp("it's tables")), RELEVANCE_SCORES)
+    rows = scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25))
+    assert overwrite_table(rows, RELEVANCE_SCORES, path) == 1
+    return path
+
+
+def test_a_created_table_has_its_comments_constraints_partitions_and_change_feed(
+    spark: SparkSession, scores_path: str
+) -> None:
+    table_df, version = open_table(spark, scores_path)
+    detail = spark.sql(f"DESCRIBE DETAIL {sql_path(scores_path)}").head()
+    columns = spark.sql(f"DESCRIBE {sql_path(scores_path)}").collect()
+
+    assert version == 1
+    assert detail["partitionColumns"] == ["market"]
+    assert detail["properties"]["delta.enableChangeDataFeed"] == "true"
+    assert detail["properties"]["delta.constraints.score_range"] == "relevance_score >= 0 AND relevance_score <= 1"
+    assert detail["description"] == "Published relevance of (query, product) pairs, one row a pair"
+    assert columns[0]["comment"] == "Storefront, for example tw"
+    assert table_df.columns == RELEVANCE_SCORES.column_names
+
+
+@pytest.mark.parametrize(
+    ("row", "broken"),
+    [
+        (("kr", "q1", "p1", 1.5), "score_range"),
+        (("kr", "q1", "p1", float("nan")), "score_"),
+        (("kr", "q1", "p1", None), "relevance_score"),
+        ((None, "q1", "p1", 0.5), "market"),
+    ],
+)
+def test_a_row_that_breaks_a_constraint_is_refused(
+    spark: SparkSession, scores_path: str, row: tuple[str | None, str, str, float | None], broken: str
+) -> None:
+    with pytest.raises(Exception, match=broken) as caught:
+        scores(spark, row).write.format("delta").mode("append").save(scores_path)
+
+    assert "DeltaInvariantViolationException" in str(caught.value) or isinstance(caught.value, PySparkException)
+    assert table_version(spark, scores_path) == 1
+
+
+def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "scores")
+    overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
+
+    version = overwrite_table(
+        scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'", user_metadata="note"
+    )
+
+    assert version == 2
+    rows = read_table(spark, RELEVANCE_SCORES, path).orderBy("market").collect()
+    assert [(row["market"], row["query_id"], row["relevance_score"]) for row in rows] == [
+        ("kr", "q1", 0.5),
+        ("tw", "q2", 1.0),
+    ]
+    assert read_table(spark, RELEVANCE_SCORES, path, version=1).where("market = 'tw'").head()["query_id"] == "q1"
+    assert spark.sql(f"DESCRIBE HISTORY {sql_path(path)} LIMIT 1").head()["userMetadata"] == "note"
+
+
+def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "mine")
+    spark.range(3).write.format("delta").save(path)
+
+    with pytest.raises(InputError, match=r"expected the columns market string.*it has id bigint.*name another folder"):
+        overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5)), RELEVANCE_SCORES, path)
+
+    assert spark.read.format("delta").load(path).count() == 3
+
+
+def test_a_folder_with_other_files_is_never_made_a_table(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "files")
+    spark.range(3).write.parquet(path)
+
+    with pytest.raises(InputError, match="cannot be created"):
+        create_table(spark, CATALOG, path)
+
+
+def test_creating_twice_keeps_the_table(spark: SparkSession, scores_path: str) -> None:
+    create_table(spark, RELEVANCE_SCORES, scores_path)
+
+    assert table_version(spark, scores_path) == 1
+
+
+def test_reading_says_what_is_not_there(spark: SparkSession, scores_path: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a Delta table, found none"):
+        read_table(spark, CATALOG, str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"version 99 cannot be read.*newest version is 1"):
+        open_table(spark, scores_path, version=99)
+    with pytest.raises(InputError, match=r"missing columns \['rank', 'title', 'similarity', 'source'\]; it has"):
+        read_table(spark, RETRIEVAL_TABLE, scores_path)
+
+
+def test_a_sql_literal_reads_back_as_the_text(spark: SparkSession) -> None:
+    text = "it's \\ a `run`"
+
+    assert spark.sql(f"SELECT {sql_literal(text)} AS text").head()["text"] == text
+
+
+def test_other_libraries_read_the_published_table(scores_path: str) -> None:
+    deltalake = pytest.importorskip("deltalake")
+
+    rows = deltalake.DeltaTable(scores_path).to_pyarrow_table().to_pylist()
+
+    assert sorted((row["market"], row["relevance_score"]) for row in rows) == [("kr", 0.5), ("tw", 0.25)]
+    assert json.loads(deltalake.DeltaTable(scores_path).schema().to_json())["fields"][0]["nullable"] is False

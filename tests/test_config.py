@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+
+from csrm.config import InputSpec, Settings, load_config
+from csrm.errors import ConfigError
+
+
+class ExampleConfig(Settings):
+    market: str
+    """Storefront."""
+    learning_rate: float = 1.0e-3
+    """Step size."""
+    inputs: dict[str, InputSpec] = {}
+    """Tables."""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_values_and_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path, "market: kr\ninputs: {catalog: {path: c.parquet, format: parquet}}")
+    config = load_config(path, ExampleConfig)
+    assert config == ExampleConfig(market="kr", inputs={"catalog": InputSpec(path="c.parquet", format="parquet")})
+    assert config.learning_rate == 1e-3
+
+
+def test_overrides_replace_and_add_values(tmp_path: Path) -> None:
+    path = written(tmp_path, "market: kr")
+    config = load_config(path, ExampleConfig, ["market=tw", "inputs.catalog.path=x", "learning_rate=2.0e-5"])
+    assert (config.market, config.inputs["catalog"].path, config.learning_rate) == ("tw", "x", 2e-5)
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
+    path = written(tmp_path, "market: no\nlearning_rate: fast\nmarkets: 1")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ExampleConfig)
+    message = str(error.value)
+    assert "3 problems" in message
+    assert "market: Input should be a valid string (got False); put it in quotes in YAML" in message
+    assert "learning_rate: " in message
+    assert "markets: Extra inputs are not permitted" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a", "expected a mapping"), ("a: [", "is not YAML"), ("", "expected a mapping")],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(written(tmp_path, text), ExampleConfig)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*Is the path right"):
+        load_config(tmp_path / "nowhere.yaml", ExampleConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("market", "expected key=value"), ("market.a=1", "single value"), ("market=[", "not YAML")]
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(written(tmp_path, "market: kr"), ExampleConfig, [override])

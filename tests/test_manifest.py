@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from csrm.errors import BundleError
+from csrm.manifest import verify_manifest, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a.txt").write_text("alpha")
+    (tmp_path / "inner" / "b.bin").write_bytes(b"\x00\x01")
+    return tmp_path
+
+
+def test_a_folder_as_it_was_made_verifies(folder: Path) -> None:
+    digest = write_manifest(folder, "bundle")
+    assert verify_manifest(folder, "bundle") == digest
+    assert len(digest) == 64
+
+
+def test_the_digest_depends_on_content_and_names_alone(folder: Path) -> None:
+    digest = write_manifest(folder, "bundle")
+    assert write_manifest(folder, "bundle") == digest
+    (folder / "a.txt").rename(folder / "c.txt")
+    assert write_manifest(folder, "bundle") != digest
+
+
+@pytest.mark.parametrize("name", ["a.txt", "inner/b.bin"])
+def test_one_flipped_byte_is_found(folder: Path, name: str) -> None:
+    write_manifest(folder, "bundle")
+    data = bytearray((folder / name).read_bytes())
+    data[0] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} has another content"):
+        verify_manifest(folder, "bundle")
+
+
+def test_missing_added_and_truncated_files_are_all_named(folder: Path) -> None:
+    write_manifest(folder, "bundle")
+    (folder / "a.txt").write_text("alp")
+    (folder / "inner" / "b.bin").unlink()
+    (folder / "new").touch()
+    with pytest.raises(BundleError) as error:
+        verify_manifest(folder, "bundle")
+    for part in ("a.txt has 3 bytes, expected 5", "inner/b.bin is missing", "new is not in the manifest"):
+        assert part in str(error.value)
+
+
+def test_an_edited_manifest_is_refused(folder: Path) -> None:
+    write_manifest(folder, "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["digest"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="was edited"):
+        verify_manifest(folder, "bundle")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no list of files"),
+        ('{"files": {}, "kind": "model"}', "is a 'model', expected a 'bundle'"),
+        ('{"files": {}, "kind": "bundle", "manifest_version": 99}', "manifest version 99"),
+    ],
+)
+def test_another_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=message):
+        verify_manifest(tmp_path, "bundle")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"nowhere.*Is the path right"):
+        verify_manifest(tmp_path / "nowhere", "bundle")
