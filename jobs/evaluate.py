@@ -128,7 +128,7 @@ def plot_evaluation(evaluation: Evaluation, judged: pd.DataFrame, grades: Sequen
     left.set_xlim(-0.6, len(markets) - 0.4)
     left.set_ylim(0, 1.02)
     left.set_title("nDCG@10 over judged pairs, 95% bootstrap interval", fontsize=10, loc="left")
-    left.legend(frameon=False, loc="lower right", fontsize=9)
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(rankings), fontsize=9)
 
     scored = judged.dropna(subset=[SCORE])
     by_grade = {grade: scored.loc[scored["grade"] == grade, SCORE] for grade in grades}
@@ -147,7 +147,7 @@ def plot_evaluation(evaluation: Evaluation, judged: pd.DataFrame, grades: Sequen
     labels = [f"{grade}\n{len(values):,} pairs" for grade, values in by_grade.items()]
     right.set_xticks(range(1, len(labels) + 1), labels)
     right.set_ylim(-0.02, 1.02)
-    right.set_title(f"{SCORE} by judged grade, all markets (box 25-75%, whiskers 5-95%)", fontsize=10, loc="left")
+    right.set_title(f"{SCORE} by judged grade (box 25-75%, whiskers 5-95%)", fontsize=10, loc="left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e4e4")

@@ -237,6 +237,11 @@ def test_all_problems_of_the_judged_pairs_come_in_one_message() -> None:
     assert "1 values of 'model' are infinite" in str(caught.value)
 
 
+def test_a_relevant_grade_that_has_no_gain_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"relevant or irrelevant grades without a gain: \['exact'\]"):
+        evaluate_scores(many_pairs(), ["model"], ESCI_GAINS, ["exact"], ["I"])
+
+
 def test_missing_columns_and_missing_scores_are_errors() -> None:
     with pytest.raises(InputError, match=r"missing columns \['bm25'\]"):
         evaluate(many_pairs(), ("model", "bm25"))

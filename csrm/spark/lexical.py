@@ -1,7 +1,5 @@
 """BM25 of (query, product) pairs over a catalog. All of it is native Spark SQL but the cutting of text into terms."""
 
-from collections.abc import Iterator
-
 import pandas as pd
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -13,11 +11,10 @@ from csrm.text import search_terms
 _UNITS = 1_000_000_000
 
 
-@pandas_udf(ArrayType(StringType()))
-def search_terms_udf(texts: Iterator[pd.Series]) -> Iterator[pd.Series]:
+@pandas_udf(ArrayType(StringType()))  # type: ignore[call-overload]  # the stubs want what is inferred
+def search_terms_udf(texts: pd.Series) -> pd.Series:
     """`search_terms` of a string column: Spark SQL can neither normalise (NFKC) nor case-fold Unicode text."""
-    for batch in texts:
-        yield batch.map(search_terms)
+    return texts.map(search_terms)
 
 
 def is_blank(text: Column) -> Column:
@@ -95,8 +92,6 @@ def bm25_scores(
     rarest = F.min("num_with_term").over(Window.partitionBy("market", "query_id"))
     query_weights_df = (
         query_terms_df.select("market", "query_id", F.explode("terms").alias("term"))
-        .groupBy("market", "query_id", "term")
-        .agg(F.count("*").alias("times_in_query"))
         .join(document_frequency_df, ["market", "term"], "inner")
         .join(F.broadcast(statistics_df), "market", "inner")
         .withColumn("rarest", rarest)
@@ -104,7 +99,7 @@ def bm25_scores(
             (F.col("num_with_term") <= max_term_share * F.col("num_products"))
             | (F.col("num_with_term") == F.col("rarest"))
         )
-        .select("market", "query_id", "term", (F.col("times_in_query") * idf).alias("weight"), "mean_length")
+        .select("market", "query_id", "term", idf.alias("weight"), "mean_length")
     )
     postings_df = (
         product_terms_df.withColumn("length", F.size("terms"))

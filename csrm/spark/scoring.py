@@ -124,8 +124,10 @@ def with_relevance_score(
             )
         yield from score_pair_batches(batches, scorer, on_scored)
 
-    schema = "market string, query_id string, product_id string, pair_key bigint, "
+    schema = (
+        "market string, query_id string, product_id string, pair_key bigint, "
         "relevance_score float, predicted_grade string"
+    )
     return (
         pairs_df.select(*_KEY_COLUMNS, *[name for name in PAIR_COLUMNS if name not in _KEY_COLUMNS])
         .mapInPandas(score, schema)
@@ -155,7 +157,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
         for batch in batches:
             yield scorer.score(_with_pair_columns(batch))["relevance_score"]
 
-    return pandas_udf(score, "float").asNondeterministic()
+    return pandas_udf(score, "float").asNondeterministic()  # type: ignore[call-overload]
 
 
 def _with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:

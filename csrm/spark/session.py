@@ -1,5 +1,6 @@
 """The Spark session with Delta, under spark-submit and under plain python."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -28,6 +29,7 @@ def build_session(app_name: str) -> SparkSession:
     Raises:
         ConfigError: spark-submit started Spark without Delta on its class path.
     """
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # reports each connection it closes
     running = SparkSession.getActiveSession()
     if running is not None:
         return running
@@ -48,7 +50,10 @@ def build_session(app_name: str) -> SparkSession:
         given.setMaster("local[*]")
     if given.get("spark.master", "").startswith("local"):
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        for key, value in _local_profile(given.get("spark.master", "")).items():
+        profile = _local_profile(given.get("spark.master", ""))
+        if submitted:
+            profile["spark.log.level"] = "ERROR"
+        for key, value in profile.items():
             if not given.contains(key):
                 builder = builder.config(key, value)
     extensions = [name for name in given.get("spark.sql.extensions", "").split(",") if name]
@@ -71,7 +76,6 @@ def _local_profile(master: str) -> dict[str, str]:
         "spark.driver.host": "127.0.0.1",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        "spark.log.level": "ERROR",
         "spark.sql.session.timeZone": "UTC",
         # CSRM makes no tables by name; an existing folder spares the user an empty spark-warehouse
         "spark.sql.warehouse.dir": tempfile.gettempdir(),

@@ -131,7 +131,9 @@ def train_relevance(
         Scorer of the trained model, in torch.
     """
     set_seed(tuning.seed)
-    prompt_tokenizer = PromptTokenizer(load_tokenizer(base_model), budgets)
+    tokenizer = load_tokenizer(base_model)
+    tokenizer_json = tokenizer.to_str(pretty=True)
+    prompt_tokenizer = PromptTokenizer(tokenizer, budgets)
     label_ids = prompt_tokenizer.label_ids(labels)
     shuffled = pairs.sample(frac=1.0, random_state=tuning.seed)
     packs = _Packs(shuffled, targets_of(shuffled["grade"], labels, grade_labels), prompt_tokenizer, pack_tokens)
@@ -168,7 +170,7 @@ def train_relevance(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     model.language_model.save_pretrained(unfinished / "weights")  # of an adapted model: the adapter alone
-    load_tokenizer(base_model).save(str(unfinished / "tokenizer.json"))
+    (unfinished / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     card = ModelCard(
         base_model=base_model.model_dump(),
         tuning=tuning.model_dump(),

@@ -70,6 +70,7 @@ def test_titles_of_both_sources_are_written_and_counted(
     ]
 
 
+@pytest.mark.slow
 def test_a_run_for_one_market_leaves_the_others_rows(spark: SparkSession, inputs: Path, tmp_path: Path) -> None:
     assert main(arguments(inputs, tmp_path)) == 0
     no_behaviour = ("inputs.behaviour=null", "inputs.judgments=null", "num_titles=1", 'markets={"us": "en"}')

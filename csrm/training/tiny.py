@@ -1,0 +1,70 @@
+"""Tiny base models, made on the spot: for the demo's bundle and for tests. Real classes and files, random weights."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from csrm.labels import BINARY_LABELS, ESCI_LABELS
+from csrm.prompts import Product, Query, prompt_text
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def train_byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, so that no text is unknown to it; knows the template and has one token for each label.
+
+    Args:
+        texts: what it should be good at.
+        vocab_size: tokens, with the 256 bytes.
+    """
+    template = prompt_text(Query("m", "l", "q", ("a", "b")), Product("t", "b", "c", {"n": "v"}))
+    labels = "".join(label.token for label in (*BINARY_LABELS, *ESCI_LABELS))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*[template, labels] * 1000, *texts], trainer)
+    return tokenizer
+
+
+def write_tiny_base_model(
+    folder: Path,
+    tokenizer: Tokenizer,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    initializer_range: float = 0.02,
+    seed: int = 0,
+) -> Path:
+    """A random Qwen3 model with grouped-query attention and tied embeddings, in the format of save_pretrained.
+
+    Args:
+        hidden_size: a multiple of 8.
+        initializer_range: standard deviation of the weights; 0.02 trains well, but scores every pair alike.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=initializer_range,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder

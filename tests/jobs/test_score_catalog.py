@@ -1,0 +1,163 @@
+"""The scoring job as its users start it: real spark-submit, exit codes, what it prints and publishes."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import pyspark
+import pytest
+import yaml
+
+from csrm.config import load_config
+from jobs.score_catalog import ScoringConfig
+
+deltalake = pytest.importorskip("deltalake")
+
+ROOT = Path(__file__).parents[2]
+DELTA_IN_JARS = any((Path(pyspark.__file__).parent / "jars").glob("delta-spark*.jar"))
+
+
+def submit(config: Path, *arguments: str, with_delta: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the job; spark-submit prints what it wrote on stdout and stderr on its stdout."""
+    spark_line = ".".join(pyspark.__version__.split(".")[:2])
+    packages = ["--packages", f"io.delta:delta-spark_{spark_line}_2.13:{version('delta-spark')}"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+    }
+    for name in ("SPARK_HOME", "PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS"):
+        environment.pop(name, None)
+    command = [str(Path(sys.executable).parent / "spark-submit"), "--master", "local[2]"]
+    command += packages if with_delta and not DELTA_IN_JARS else []
+    command += [str(ROOT / "jobs" / "score_catalog.py"), "--config", str(config), *arguments]
+    return subprocess.run(command, cwd=config.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+def write_inputs(folder: Path) -> None:
+    """Two markets; of eight candidates, one has no product."""
+    products = [("kr", f"p{n}", title) for n, title in enumerate(["캠핑 텐트", "수건", "등산화"])]
+    products += [("tw", f"p{n}", title) for n, title in enumerate(["露營帳篷", "毛巾"])]
+    catalog = pd.DataFrame(products, columns=["market", "product_id", "title"])
+    queries = pd.DataFrame(
+        [("kr", "q1", "텐트"), ("kr", "q2", "신발"), ("tw", "q1", "帳篷")], columns=["market", "query_id", "query"]
+    )
+    pairs = [("kr", query, f"p{n}") for query in ("q1", "q2") for n in range(3)] + [
+        ("tw", "q1", "p0"),
+        ("tw", "q1", "p9"),
+    ]
+    retrieved = [("kr", "q1", 1, "p0", "캠핑 텐트", 1.0, "lexical")]
+    names = ["market", "query_id", "rank", "product_id", "title", "similarity", "source"]
+    catalog.to_parquet(folder / "catalog.parquet")
+    queries.to_parquet(folder / "queries.parquet")
+    pd.DataFrame(pairs, columns=["market", "query_id", "product_id"]).to_parquet(folder / "candidates.parquet")
+    pd.DataFrame(retrieved, columns=names).astype({"rank": "int32"}).to_parquet(folder / "retrieval_table.parquet")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose inputs are all there."""
+    folder = tmp_path_factory.mktemp("score_catalog")
+    write_inputs(folder)
+    inputs = ("catalog", "queries", "candidates", "retrieval_table")
+    values = {
+        "markets": {"kr": "ko", "tw": "zh-TW"},
+        "inputs": {name: {"path": str(folder / f"{name}.parquet"), "format": "parquet"} for name in inputs},
+        "tables": str(folder / "tables"),
+        "bundle": str(tiny_bundle),
+        "max_rejected_share": 0.2,
+    }
+    path = folder / "score_catalog.yaml"
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def published(config: Path) -> deltalake.DeltaTable:
+    return deltalake.DeltaTable(str(config.parent / "tables" / "relevance_scores"))
+
+
+def test_the_default_configuration_loads() -> None:
+    config = load_config(ROOT / "conf" / "score_catalog.yaml", ScoringConfig)
+
+    assert (config.device, config.bundle) == ("cpu", "demo/bundle")
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(config: Path) -> None:
+    first = submit(config, "--run-id", "2026-01-02", "--data-date", "2026-01-02")
+
+    assert first.returncode == 0, first.stdout
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("run 2026-01-02: 8 candidate pairs of kr, tw; bundle ")
+    assert lines[0].endswith("on cpu (CPUExecutionProvider); 2 partitions")
+    assert "rejected 1 pairs: 1 no_product" in lines
+    assert "published run 2026-01-02: relevance_scores version 2" in lines
+    rows = published(config).to_pyarrow_table().to_pylist()
+    assert sorted((row["market"], row["query_id"], row["product_id"]) for row in rows) == [
+        *(("kr", query, f"p{n}") for query in ("q1", "q2") for n in range(3)),
+        ("tw", "q1", "p0"),
+    ]
+    assert all(0 <= row["relevance_score"] <= 1 for row in rows)
+    run = deltalake.DeltaTable(str(config.parent / "tables" / "scoring_runs")).to_pyarrow_table().to_pylist()[0]
+    assert (run["num_candidates"], run["num_scored"], run["num_rejected"]) == (8, 7, 1)
+    assert (run["verdict"], run["published_version"]) == ("published", 2)
+
+    again = submit(config, "--run-id", "2026-01-02")
+    assert again.returncode == 0, again.stdout
+    assert again.stdout == "run 2026-01-02 was published before: relevance_scores version 2.\n"
+
+    refused = submit(config, "--run-id", "2026-01-04", "--set", "max_rejected_share=0.1")
+    assert refused.returncode == 3, refused.stdout
+    assert "share of rejected pairs: 0.125, expected <= 0.1" in refused.stdout
+    assert published(config).version() == 2
+    staging = deltalake.DeltaTable(str(config.parent / "tables" / "scores_staging")).to_pyarrow_table()
+    assert staging["run_id"].to_pylist().count("2026-01-04") == 7
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_bad_input_exits_with_2_and_every_problem(config: Path, tmp_path: Path) -> None:
+    queries = pd.DataFrame([("kr", "q1", "텐트"), ("kr", "q1", "신발")], columns=["market", "query_id", "query"])
+    queries.to_parquet(tmp_path / "queries.parquet")
+
+    failed = submit(
+        config, "--set", f"inputs.queries.path={tmp_path}/queries.parquet", "--set", "inputs.catalog.path=/nothing"
+    )
+
+    assert failed.returncode == 2
+    assert "input catalog at '/nothing'" in failed.stdout
+    assert "1 keys (market, query_id) are not unique" in failed.stdout
+    assert "Traceback" not in failed.stdout
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_missing_device_exits_with_4(config: Path) -> None:
+    failed = submit(config, "--set", "device=cuda:9")
+
+    assert failed.returncode == 4
+    assert "error: device 'cuda:9'" in failed.stdout
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_bad_configuration_exits_with_2_before_spark_starts(config: Path) -> None:
+    failed = submit(config, "--set", "devise=cpu")
+
+    assert failed.returncode == 2
+    assert "devise: Extra inputs are not permitted" in failed.stdout
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+@pytest.mark.skipif(DELTA_IN_JARS, reason="Delta is in Spark's own jars folder")
+def test_spark_submit_without_delta_names_the_flag(config: Path) -> None:
+    failed = submit(config, with_delta=False)
+
+    assert failed.returncode == 2
+    assert f"--packages io.delta:delta-spark_4.2_2.13:{version('delta-spark')}" in failed.stdout
