@@ -1,6 +1,7 @@
 """What all jobs share on the command line: arguments, error messages, exit codes."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ def job_parser(description: str, default_config: str) -> argparse.ArgumentParser
         help="replace one setting, dotted key; may be repeated",
     )
     return parser
+
+
+def setting_arguments(**values: object) -> list[str]:
+    """Command-line words that replace settings of a job; for a job that runs other jobs."""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={json.dumps(value, default=str)}")]
 
 
 def run_job(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

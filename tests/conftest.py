@@ -2,8 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Before torch is imported: on few cores, idle threads that spin cost more than they give to tiny models.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pandas as pd
 import pytest
 
 if TYPE_CHECKING:
@@ -19,3 +24,65 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
     session = build_session("csrm-tests")
     yield session
     session.stop()
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def pairs_pdf() -> pd.DataFrame:
+    """Thirty pairs of six queries in three languages (csrm.scoring.PAIR_COLUMNS), with nulls and ragged lengths."""
+    queries = [
+        ("kr", "ko", "여성 운동화", ["경량 스니커즈", "여성용 러닝화 240"]),
+        ("kr", "ko", "노트북 가방", None),
+        ("tw", "zh-TW", "透明手機殼", ["軍規防摔透明手機殼"]),
+        ("tw", "zh-TW", "登山外套", []),
+        ("us", "en", "wireless mouse", ["Silent Wireless Mouse 2.4G", "Ergonomic Mouse", "Mouse Pad XL"]),
+        ("us", "en", "gift", ["🎁 gift box"]),
+    ]
+    products = [
+        ("하라 쿠션 운동화", "하라", "신발", {"색상": "흰색", "사이즈": "240"}),
+        ("磁吸手機殼 iPhone 15 " + "防摔 " * 12, None, "手機配件", None),
+        ("Rechargeable Wireless Mouse, 1600 DPI", "Norvia", "Electronics", {"color": "black"}),
+        ("x", None, None, {}),
+        ("防水登山外套 男款 黑色", "Hala", None, {"材質": "尼龍", "尺寸": "L"}),
+    ]
+    rows = [(*query, *product) for query in queries for product in products]
+    columns = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@pytest.fixture(scope="session")
+def loud_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random base model whose weights are large enough that its scores differ from pair to pair."""
+    from tokenizers import Tokenizer
+
+    from csrm.training.tiny import write_tiny_base_model
+
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
+    return write_tiny_base_model(tmp_path_factory.mktemp("base"), tokenizer, initializer_range=0.25)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(loud_base_model: Path, pairs_pdf: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle: a tiny model, trained for two steps and exported by the code that does it for real ones."""
+    from csrm.labels import ESCI_LABELS
+    from csrm.tokenization import Budgets
+    from csrm.training.base_model import BaseModel
+    from csrm.training.relevance import Tuning, train_relevance
+    from export.export_bundle import export_bundle
+
+    folder = tmp_path_factory.mktemp("bundle")
+    judged = pairs_pdf.assign(grade=["E", "S", "C", "I", "I"] * 6)
+    train_relevance(
+        judged,
+        BaseModel(folder=str(loud_base_model)),
+        Tuning(max_steps=2, learning_rate=1e-4),
+        ESCI_LABELS,
+        None,
+        Budgets(),
+        512,
+        folder / "model",
+    )
+    export_bundle(str(folder / "model"), folder / "bundle", judged)
+    return folder / "bundle"

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from csrm.cli import setting_arguments
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import ConfigError
 
@@ -65,3 +66,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(written(tmp_path, "market: kr"), ExampleConfig, [override])
+
+
+def test_setting_arguments_are_read_back_as_they_were(tmp_path: Path) -> None:
+    inputs = {"catalog": {"path": "a b: [c", "format": "csv", "options": {"sep": "\t"}}}
+    arguments = setting_arguments(market="no", inputs=inputs)
+    assert arguments[::2] == ["--set", "--set"]
+    config = load_config(written(tmp_path, "market: kr"), ExampleConfig, arguments[1::2])
+    assert config == ExampleConfig(market="no", inputs={"catalog": InputSpec(**inputs["catalog"])})

@@ -88,6 +88,6 @@ def test_a_prompt_has_the_lines_of_its_template_and_no_others(
     q, p = Query("kr", "ko", query, tuple(titles)), Product(title, title, query, attributes)
     text = prompt_text(q, p)
     num_titles = len(prefix_lines(q)) - 3
-    assert text.count("\n") == 3 + num_titles + (num_titles > 0) + len(suffix_lines(p)) + 1 - 0
+    assert text.count("\n") == 3 + num_titles + (num_titles > 0) + len(suffix_lines(p)) + 1
     assert text.endswith(ANSWER_CUE)
     assert text.count(ANSWER_CUE) == 1

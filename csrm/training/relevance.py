@@ -153,6 +153,7 @@ def train_relevance(
             learning_rate=tuning.learning_rate,
             warmup_steps=steps // 10,
             logging_steps=max(1, steps // 20),
+            logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
             save_strategy="no",
             report_to=[],
             remove_unused_columns=False,

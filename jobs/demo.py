@@ -1,0 +1,104 @@
+"""The nightly run on a generated market: retrieval table, candidates, scores, published table, evaluation."""
+
+import sys
+from collections.abc import Sequence
+
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from csrm.cli import job_parser, run_job, setting_arguments
+from csrm.config import InputSpec, Settings, load_config
+from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES
+from csrm.spark.inputs import read_input
+from csrm.spark.session import build_session
+from csrm.spark.tables import read_table, table_path
+from jobs import build_candidates, build_retrieval_table, evaluate, generate_market, score_catalog
+
+
+class DemoConfig(Settings):
+    """Settings of the demo."""
+
+    work: str
+    """Folder for the inputs, the tables and the evaluation."""
+    bundle: str
+    """Bundle that scores."""
+    seed: int
+    """Of the market."""
+    products_per_market: int
+    queries_per_market: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = job_parser(__doc__ or "", "conf/demo.yaml").parse_args(argv)
+    config = load_config(args.config, DemoConfig, args.overrides)
+    tables = f"{config.work}/tables"
+    inputs = {
+        name: {"path": f"{config.work}/inputs/{name}.parquet", "format": "parquet"}
+        for name in ("catalog", "queries", "behaviour", "judgments")
+    }
+    texts = {name: inputs[name] for name in ("catalog", "queries")}
+    judged = {**texts, "judgments": inputs["judgments"]}
+
+    heading("1/5 Generate a market (Korea, Taiwan, USA): catalog, queries, behaviour, judgments")
+    generate_market.main(
+        setting_arguments(
+            seed=config.seed,
+            products_per_market=config.products_per_market,
+            queries_per_market=config.queries_per_market,
+            output=f"{config.work}/inputs",
+        )
+    )
+    heading("2/5 Retrieval table: the product titles that augment each query")
+    build_retrieval_table.main(setting_arguments(inputs=inputs, tables=tables))
+    heading("3/5 Candidates: the pairs to score, for the full catalog")
+    build_candidates.main(setting_arguments(inputs=texts, tables=tables))
+    heading("4/5 Score the catalog, audit, publish")
+    exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
+    if exit_code:
+        return exit_code
+    heading("5/5 Evaluate against the judgments, which no step before has read but to keep them out of the retrieval table")
+    evaluate.main(setting_arguments(inputs=judged, tables=tables, output=f"{config.work}/evaluation"))
+
+    spark = build_session("csrm-demo")
+    heading("Best and worst products of three queries in each market")
+    for row in extremes(spark, config, inputs).collect():
+        print(f"{row.market}  {row.query:<24}  best  {row.best_score:.2f}  {row.best_title[:60]}")
+        print(f"{'':<28}  worst {row.worst_score:.2f}  {row.worst_title[:60]}")
+    path = table_path(tables, RELEVANCE_SCORES)
+    heading("The published table")
+    print(f"tables: {tables}; evaluation with plot: {config.work}/evaluation")
+    print("read it without Spark:")
+    print(f"""  python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
+    return 0
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def extremes(spark: SparkSession, config: DemoConfig, inputs: dict[str, dict[str, str]]) -> DataFrame:
+    """Three queries of each market with the title and score of their best and worst products."""
+    queries_df = read_input(spark, QUERIES, InputSpec(**inputs["queries"])).df.select("market", "query_id", "query")
+    catalog_df = read_input(spark, CATALOG, InputSpec(**inputs["catalog"])).df.select("market", "product_id", "title")
+    scores_df = read_table(spark, RELEVANCE_SCORES, table_path(f"{config.work}/tables", RELEVANCE_SCORES))
+    pair = F.struct("relevance_score", "title")
+    by_query_df = (
+        scores_df.join(catalog_df, on=["market", "product_id"], how="inner")
+        .join(queries_df, on=["market", "query_id"], how="inner")
+        .groupBy("market", "query_id", "query")
+        .agg(F.max(pair).alias("best"), F.min(pair).alias("worst"))
+    )
+    place = F.row_number().over(Window.partitionBy("market").orderBy(F.xxhash64("query_id")))
+    return (
+        by_query_df.withColumn("place", place)
+        .where("place <= 3")
+        .orderBy("market", "place")
+        .selectExpr(
+            *("market", "query", "best.title best_title", "best.relevance_score best_score"),
+            *("worst.title worst_title", "worst.relevance_score worst_score"),
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

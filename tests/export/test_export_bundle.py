@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+
+from csrm.bundle import load_scorer
+from csrm.errors import ParityError
+from csrm.labels import ESCI_LABELS
+from csrm.onnx_backend import load_pack_scorer
+from csrm.packing import build_packs
+from csrm.scoring import PairScorer, pair_groups
+from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.training.base_model import BaseModel, load_language_model
+from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
+from csrm.training.relevance import load_trained
+from export import export_bundle as export_module
+from export.packed_onnx import export_packed_graph
+from export.parity import check_parity
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PromptTokenizer:
+    return PromptTokenizer.from_file(Path("tests/golden/tokenizer.json"), Budgets())
+
+
+@pytest.fixture(scope="module")
+def model(loud_base_model: Path, tokenizer: PromptTokenizer) -> PackedRelevanceModel:
+    language_model = load_language_model(BaseModel(folder=str(loud_base_model)))
+    return PackedRelevanceModel(language_model, tokenizer.label_ids(ESCI_LABELS)).eval()
+
+
+@pytest.fixture(scope="module")
+def graph(model: PackedRelevanceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    export_packed_graph(model, path)
+    return path
+
+
+@pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (600, 3), (2000, 1)])
+def test_onnx_equals_torch_for_any_shape(
+    graph: Path,
+    model: PackedRelevanceModel,
+    tokenizer: PromptTokenizer,
+    pairs_pdf: pd.DataFrame,
+    pack_tokens: int,
+    packs_per_batch: int,
+) -> None:
+    onnx_scorer, _ = load_pack_scorer(graph, "cpu", threads=1)
+    torch_scorer = torch_pack_scorer(model)
+    groups, _ = pair_groups(pairs_pdf, tokenizer)
+    for batch in build_packs(groups, pack_tokens, packs_per_batch):
+        present = batch.pair_index >= 0
+        expected = torch_scorer(batch)[present]
+        np.testing.assert_allclose(onnx_scorer(batch)[present], expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_only_the_label_rows_of_the_head_are_exported(graph: Path, model: PackedRelevanceModel) -> None:
+    """The embedding (vocabulary x hidden) is there once, for the lookup; the head has one row for each label."""
+    shapes = [tuple(tensor.dims) for tensor in onnx.load(graph).graph.initializer]
+    vocabulary = model.config.vocab_size
+    assert sum(vocabulary in shape for shape in shapes) == 1
+
+
+def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
+    parity = json.loads((tiny_bundle / "parity.json").read_text())
+    assert parity["num_pairs"] == 30
+    assert parity["logit_margin_std"] >= 1
+    assert parity["largest_score_difference"] <= 1e-5
+
+
+def test_another_model_fails_parity(tiny_bundle: Path, pairs_pdf: pd.DataFrame, model: PackedRelevanceModel) -> None:
+    """Negative control: the adapters of two training steps are difference enough."""
+    bundle = load_scorer(tiny_bundle, "cpu", threads=1)
+    tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", Budgets())
+    untrained = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512, provider="torch")
+    with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with torch and .* The bundle was not written"):
+        check_parity(pairs_pdf, untrained, bundle, tolerance=1e-4)
+
+
+def test_a_failed_proof_leaves_no_bundle(
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SCORE_TOLERANCE", -1.0)
+    with pytest.raises(ParityError):
+        export_module.export_bundle(str(tiny_bundle.parent / "model"), tmp_path / "bundle", pairs_pdf)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_adapters_score_as_before(tiny_bundle: Path, pairs_pdf: pd.DataFrame) -> None:
+    _, merged, _ = load_trained(tiny_bundle.parent / "model")
+    bundle = load_scorer(tiny_bundle, "cpu", threads=1)
+    np.testing.assert_allclose(
+        merged.score(pairs_pdf)["relevance_score"], bundle.score(pairs_pdf)["relevance_score"], atol=1e-5
+    )
