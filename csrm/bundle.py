@@ -60,7 +60,7 @@ class BundleSettings:
     @classmethod
     def from_json(cls, text: str) -> "BundleSettings":
         """Raises:
-            BundleError: not the settings of a bundle that this version reads.
+        BundleError: not the settings of a bundle that this version reads.
         """
         try:
             values = json.loads(text)
@@ -68,7 +68,8 @@ class BundleSettings:
             for name, expected in versions.items():
                 if values[name] != expected:
                     raise BundleError(
-                        f"{SETTINGS_NAME}: {name} is {values[name]!r}, this CSRM reads {expected}. Export the model again."
+                        f"{SETTINGS_NAME}: {name} is {values[name]!r}, this CSRM reads {expected}. "
+                        "Export the model again."
                     )
             values["labels"] = tuple(Label(**label) for label in values["labels"])
             values["budgets"] = Budgets(**values["budgets"])

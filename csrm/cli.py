@@ -11,9 +11,7 @@ from csrm.errors import CsrmError
 
 def job_parser(description: str, default_config: str) -> argparse.ArgumentParser:
     """Parser with the arguments that every job has: --config and --set."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default=default_config, help="YAML file with the job's settings")
     parser.add_argument(
         "--set",

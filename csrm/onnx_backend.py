@@ -48,8 +48,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
         raise BundleError(f"model {str(model_path)!r}: onnxruntime cannot read it: {error}") from error
     if session.get_providers()[0] != provider:
         raise DeviceError(
-            f"device {device!r}: expected {provider}, got {session.get_providers()}; does the CUDA version fit onnxruntime "
-            f"{onnxruntime.__version__}?"
+            f"device {device!r}: expected {provider}, got {session.get_providers()}. "
+            f"Does the CUDA version fit onnxruntime {onnxruntime.__version__}?"
         )
 
     def score(batch: PackBatch) -> np.ndarray:

@@ -31,7 +31,7 @@ class PackBatch(NamedTuple):
     last_index: np.ndarray
     """Shape (packs, pairs); place of each pair's last token; 0 where a pack has fewer pairs."""
     pair_index: np.ndarray
-    """Shape (packs, pairs); the pair's number in the order given, -1 where a pack has fewer pairs. Not a model input."""
+    """Shape (packs, pairs); the pair's number in the order given, -1 where a pack has fewer. Not a model input."""
 
     def model_inputs(self) -> dict[str, np.ndarray]:
         return {name: array for name, array in self._asdict().items() if name != "pair_index"}

@@ -17,7 +17,7 @@ from csrm.labels import Label
 from csrm.prompts import ANSWER_CUE, Line, Product, Query, prefix_lines, suffix_lines
 
 CHARACTERS_PER_TOKEN = 64
-"""A field is cut to this many characters per token of its budget before it is tokenised: bounds the work on huge text."""
+"""A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Budgets:
     """The whole suffix; attributes, category and brand give way first, in this order."""
 
     def __post_init__(self) -> None:
-        wrong = [f"{name} is {value}" for name, value in asdict(self).items() if not isinstance(value, int) or value < 1]
+        wrong = [
+            f"{name} is {value}" for name, value in asdict(self).items() if not isinstance(value, int) or value < 1
+        ]
         if wrong:
             raise ConfigError(f"budgets: expected whole numbers of tokens from 1; {', '.join(wrong)}.")
 
@@ -96,9 +98,13 @@ class PromptTokenizer:
             ConfigError: a label is not exactly one token, or two labels are the same token.
         """
         encoded = [self._encode(label.token) for label in labels]
-        wrong = [f"{label.token!r} is {len(ids)} tokens" for label, ids in zip(labels, encoded, strict=True) if len(ids) != 1]
+        wrong = [
+            f"{label.token!r} is {len(ids)} tokens" for label, ids in zip(labels, encoded, strict=True) if len(ids) != 1
+        ]
         if wrong:
-            raise ConfigError(f"labels: each must be one token of the tokenizer; {', '.join(wrong)}. Choose other words.")
+            raise ConfigError(
+                f"labels: each must be one token of the tokenizer; {', '.join(wrong)}. Choose other words."
+            )
         ids = [ids[0] for ids in encoded]
         if len(set(ids)) < len(ids):
             raise ConfigError(f"labels: tokens must differ; {[label.token for label in labels]} are ids {ids}.")

@@ -1,4 +1,4 @@
-"""Export a trained model to a bundle that scores pairs with ONNX Runtime, after proof that both give the same scores."""
+"""Export a trained model to a bundle for ONNX Runtime, after proof that both give the same scores."""
 
 import argparse
 import json
@@ -61,7 +61,17 @@ def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Pari
         tokenizer = PromptTokenizer.from_file(unfinished / TOKENIZER_NAME, card.budgets)
         onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
         parity = check_parity(pairs, torch_scorer, onnx_scorer, SCORE_TOLERANCE)
-        packages = ("csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+        packages = (
+            "csrm",
+            "torch",
+            "transformers",
+            "peft",
+            "optimum",
+            "optimum-onnx",
+            "onnx",
+            "onnxruntime",
+            "tokenizers",
+        )
         settings = BundleSettings(
             labels=card.labels,
             budgets=card.budgets,

@@ -21,7 +21,7 @@ def example_packs() -> PackBatch:
     return batch
 
 
-class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
+class _ExampleInputs(DummyInputGenerator):
     SUPPORTED_INPUT_NAMES = tuple(example_packs().model_inputs())
 
     def __init__(self, task: str, normalized_config: Any, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
         return torch.from_numpy(self._inputs[input_name])
 
 
-class PackedRelevanceOnnxConfig(OnnxConfig):  # type: ignore[misc]
+class PackedRelevanceOnnxConfig(OnnxConfig):
     """Inputs and outputs of the packed graph, for Optimum."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedTextConfig

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
     if exit_code:
         return exit_code
-    heading("5/5 Evaluate against the judgments, which no step before has read but to keep them out of the retrieval table")
+    heading(
+        "5/5 Evaluate against the judgments, which no step before has read but to keep them out of the retrieval table"
+    )
     evaluate.main(setting_arguments(inputs=judged, tables=tables, output=f"{config.work}/evaluation"))
 
     spark = build_session("csrm-demo")

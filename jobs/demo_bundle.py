@@ -22,7 +22,7 @@ class DemoBundleConfig(Settings):
     bundle_dir: str
     """Where the bundle goes."""
     seed: int
-    """Of the market; another one than the demo's, so that the demo scores products and queries it was not trained on."""
+    """Of the market; not the demo's, so that the demo scores products and queries that it was not trained on."""
     products_per_market: int
     queries_per_market: int
     vocab_size: int
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = {name: inputs[name] for name in ("catalog", "queries", "judgments")}
     judged["retrieval_table"] = {"path": work / "tables" / "retrieval_table"}
     train.main(setting_arguments(inputs=judged, base_model={"folder": base_model}, model_dir=work / "model"))
-    return export_bundle.main(
-        setting_arguments(inputs=judged, model_dir=work / "model", bundle_dir=config.bundle_dir)
-    )
+    return export_bundle.main(setting_arguments(inputs=judged, model_dir=work / "model", bundle_dir=config.bundle_dir))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dev_report(dev_pairs: pd.DataFrame, config: TrainConfig) -> str:
     label_gains = {label.name: label.gain for label in config.labels}
-    gains = {grade: label_gains[name] for grade, name in config.grade_labels.items()} if config.grade_labels else label_gains
+    gains = (
+        {grade: label_gains[name] for grade, name in config.grade_labels.items()}
+        if config.grade_labels
+        else label_gains
+    )
     evaluation = evaluate_scores(
         dev_pairs,
         ["relevance_score"],

@@ -14,8 +14,11 @@ import pytest
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from csrm.tokenization import PromptTokenizer
+    from csrm.training.model import PackedRelevanceModel
+
 # Short Spark programs spend most of their time in the JVM's optimising compiler; jobs that tests submit inherit this.
-os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +67,25 @@ def loud_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     return write_tiny_base_model(tmp_path_factory.mktemp("base"), tokenizer, initializer_range=0.25)
+
+
+@pytest.fixture(scope="session")
+def prompt_tokenizer() -> "PromptTokenizer":
+    """Tokenizer of the golden prompts with the default budgets."""
+    from csrm.tokenization import Budgets, PromptTokenizer
+
+    return PromptTokenizer.from_file(GOLDEN / "tokenizer.json", Budgets())
+
+
+@pytest.fixture(scope="session")
+def loud_model(loud_base_model: Path, prompt_tokenizer: "PromptTokenizer") -> "PackedRelevanceModel":
+    """Untrained relevance model on the loud base model, with graded labels."""
+    from csrm.labels import ESCI_LABELS
+    from csrm.training.base_model import BaseModel, load_language_model
+    from csrm.training.model import PackedRelevanceModel
+
+    language_model = load_language_model(BaseModel(folder=str(loud_base_model)))
+    return PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(ESCI_LABELS)).eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from csrm.cli import setting_arguments
 from csrm.config import InputSpec, Settings, load_config
@@ -12,7 +13,7 @@ class ExampleConfig(Settings):
     """Storefront."""
     learning_rate: float = 1.0e-3
     """Step size."""
-    inputs: dict[str, InputSpec] = {}
+    inputs: dict[str, InputSpec] = Field(default_factory=dict)
     """Tables."""
 
 
@@ -61,7 +62,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("market", "expected key=value"), ("market.a=1", "single value"), ("market=[", "not YAML")]
+    ("override", "message"),
+    [("market", "expected key=value"), ("market.a=1", "single value"), ("market=[", "not YAML")],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -6,11 +6,22 @@ from hypothesis import strategies as st
 
 from csrm.prompts import ANSWER_CUE, Product, Query, neutralize, prefix_lines, prompt_text, suffix_lines
 
-LINE_NAMES = ("Task", "Market", "Language", "Query", "Retrieved", "Product", "Brand", "Category", "Attributes", "Relevant")
-hostile_parts = st.sampled_from(
-    ["\n", "\r\n", "\u2028", "\x85", "\x00", "\u202e", "\ufeff", "\ud800", "<bos>", "<|im_end|>", "<", ">", "[INST]", "[/INST]"]
-    + ["Relevant:", "relevant :", "QUERY：", "Relevant\u200b:", "\n- ", "Product::", "</s>", "<unk>", "\ue000"]
+LINE_NAMES = (
+    "Task",
+    "Market",
+    "Language",
+    "Query",
+    "Retrieved",
+    "Product",
+    "Brand",
+    "Category",
+    "Attributes",
+    "Relevant",
 )
+CONTROLS = ["\n", "\r\n", "\u2028", "\x85", "\x00", "\u202e", "\ufeff", "\ud800", "\ue000"]
+SPECIAL_TOKENS = ["<bos>", "<|im_end|>", "<", ">", "[INST]", "[/INST]", "</s>", "<unk>"]
+LOOK_ALIKES = ["Relevant:", "relevant :", "QUERY：", "Relevant\u200b:", "\n- ", "Product::"]
+hostile_parts = st.sampled_from(CONTROLS + SPECIAL_TOKENS + LOOK_ALIKES)
 hostile_text = st.lists(st.one_of(hostile_parts, st.text(max_size=5)), max_size=8).map("".join)
 
 
@@ -80,7 +91,12 @@ def test_neutral_text_holds_no_structure(text: str) -> None:
     clean.encode("utf-8")
 
 
-@given(hostile_text, hostile_text, st.lists(hostile_text, max_size=3), st.dictionaries(hostile_text, hostile_text, max_size=2))
+@given(
+    hostile_text,
+    hostile_text,
+    st.lists(hostile_text, max_size=3),
+    st.dictionaries(hostile_text, hostile_text, max_size=2),
+)
 def test_a_prompt_has_the_lines_of_its_template_and_no_others(
     query: str, title: str, titles: list[str], attributes: dict[str, str]
 ) -> None:

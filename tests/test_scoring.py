@@ -47,7 +47,9 @@ def test_prefixes_are_counted_once_per_pack(pairs_pdf: pd.DataFrame) -> None:
 def test_arrow_forms_of_maps_lists_and_nulls_are_read(pairs_pdf: pd.DataFrame) -> None:
     arrow_like = pairs_pdf.assign(
         attributes=[list(value.items()) if value is not None else None for value in pairs_pdf["attributes"]],
-        retrieved_titles=[np.array(value, dtype=object) if value is not None else None for value in pairs_pdf["retrieved_titles"]],
+        retrieved_titles=[
+            np.array(value, dtype=object) if value is not None else None for value in pairs_pdf["retrieved_titles"]
+        ],
         brand=pairs_pdf["brand"].where(pairs_pdf["brand"].notna(), np.nan),
     )
     pd.testing.assert_frame_equal(scorer().score(arrow_like), scorer().score(pairs_pdf))

@@ -117,7 +117,11 @@ def test_equal_labels_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("budgets", "message"),
-    [({"prefix": 40}, "prefix is 40 tokens, but its template"), ({"suffix": 50}, "suffix is 50 tokens"), ({"query": 0}, "query is 0")],
+    [
+        ({"prefix": 40}, "prefix is 40 tokens, but its template"),
+        ({"suffix": 50}, "suffix is 50 tokens"),
+        ({"query": 0}, "query is 0"),
+    ],
 )
 def test_budgets_without_room_are_refused(budgets: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

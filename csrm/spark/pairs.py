@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 
 from csrm.schemas import REJECTED_PAIRS
 from csrm.scoring import PAIR_COLUMNS
+from csrm.spark.lexical import is_blank
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def with_pair_fields(
     reason = (
         F.when(F.col("has_query").isNull(), "no_query")
         .when(F.col("has_product").isNull(), "no_product")
-        .when(_is_blank("query"), "empty_query")
-        .when(_is_blank("title"), "empty_title")
+        .when(is_blank(F.col("query")), "empty_query")
+        .when(is_blank(F.col("title")), "empty_title")
     )
     return (
         candidates_df.select("market", "query_id", "product_id")
@@ -133,10 +134,6 @@ def num_scoring_partitions(num_pairs: int, num_cores: int) -> int:
         num_cores: tasks that run at the same time.
     """
     return max(num_cores, math.ceil(num_pairs / _PAIRS_PER_TASK))
-
-
-def _is_blank(name: str) -> Column:
-    return ~F.coalesce(F.col(name).rlike(r"(?U)\S"), F.lit(False))  # (?U): ideographic and no-break spaces as well
 
 
 def _estimated_mb(retrieval_df: DataFrame) -> float:

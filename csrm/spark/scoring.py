@@ -148,7 +148,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
     Fields may come in any order; market, language, query and title must be there, the others may be absent. The UDF
     is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice.
 
-        score = relevance_score_udf("demo/bundle")
+        score = relevance_score_udf("conf/demo_bundle")
         df.withColumn("relevance_score", score(F.struct("market", "language", "query", "title")))
     """
 

@@ -4,6 +4,8 @@ The only file that names Delta.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
@@ -18,8 +20,8 @@ _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
 
 def table_path(tables_dir: str, table: Table) -> str:
-    """Folder of one of CSRM's tables."""
-    return f"{tables_dir.rstrip('/')}/{table.name}"
+    """Folder of one of CSRM's tables; a relative tables_dir starts at the working directory."""
+    return f"{_absolute(tables_dir)}/{table.name}"
 
 
 def spark_schema(table: Table) -> StructType:
@@ -44,7 +46,7 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     if table.change_feed:
         properties["delta.enableChangeDataFeed"] = "true"
-    builder = DeltaTable.createIfNotExists(spark).location(path).comment(table.comment)
+    builder = DeltaTable.createIfNotExists(spark).location(_absolute(path)).comment(table.comment)
     for field in spark_schema(table).fields:
         builder = builder.addColumn(field.name, field.dataType, field.nullable, comment=field.metadata["comment"])
     for key, value in properties.items():
@@ -133,13 +135,6 @@ def overwrite_table(
     return table_version(spark, path)
 
 
-def append_rows(df: DataFrame, table: Table, path: str) -> int:
-    """Add rows in one commit, creating the table first; returns the table's version."""
-    create_table(df.sparkSession, table, path)
-    df.select(*table.column_names).write.format("delta").mode("append").save(path)
-    return table_version(df.sparkSession, path)
-
-
 def merge_changes(changes_df: DataFrame, table: Table, path: str, slice_: dict[str, str], user_metadata: str) -> int:
     """Apply row changes to one slice of a table in one commit.
 
@@ -192,6 +187,11 @@ def sql_literal(value: str) -> str:
     """A string as a SQL literal."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def _absolute(path: str) -> str:
+    """Delta takes a relative location for the name of a table; URIs stay as they are."""
+    return path.rstrip("/") if urlsplit(path).scheme else str(Path(path).absolute())
 
 
 def _check_columns(spark: SparkSession, table: Table, path: str) -> None:

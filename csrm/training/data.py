@@ -26,7 +26,9 @@ def read_frame(table: Table, spec: InputSpec, markets: Mapping[str, str]) -> pd.
     dataset = _open(spec, where)
     there = {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
     missing = [
-        there[column.name] for column in table.columns if column.required and there[column.name] not in dataset.schema.names
+        there[column.name]
+        for column in table.columns
+        if column.required and there[column.name] not in dataset.schema.names
     ]
     if missing:
         raise InputError(
@@ -44,7 +46,9 @@ def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
             from deltalake import DeltaTable
             from deltalake.exceptions import DeltaError
         except ImportError as error:
-            raise MissingDependencyError("reading Delta without Spark needs deltalake: pip install csrm[train]") from error
+            raise MissingDependencyError(
+                "reading Delta without Spark needs deltalake: pip install csrm[train]"
+            ) from error
         try:
             return DeltaTable(spec.path).to_pyarrow_dataset()
         except DeltaError as error:
@@ -83,10 +87,13 @@ def judged_pairs(inputs: Mapping[str, InputSpec], markets: Mapping[str, str]) ->
         if len(orphans):
             example = " ".join(orphans.iloc[0])
             raise InputError(
-                f"judgments {inputs['judgments'].path!r}: {len(orphans)} judged ids have no {side}, for example {example}. "
+                f"judgments {inputs['judgments'].path!r}: {len(orphans)} judged ids have no {side}, for example "
+                f"{example}. "
                 f"Add them to the {'queries' if side == 'query' else 'catalog'} input or drop their judgments."
             )
-    return pairs.drop(columns=["_query", "_product"]).sort_values(["market", "query_id", "product_id"], ignore_index=True)
+    return pairs.drop(columns=["_query", "_product"]).sort_values(
+        ["market", "query_id", "product_id"], ignore_index=True
+    )
 
 
 def _retrieved_titles(

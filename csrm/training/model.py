@@ -22,8 +22,8 @@ class PackedRelevanceModel(nn.Module):
 
     def __init__(self, language_model: PreTrainedModel, label_ids: Sequence[int]) -> None:
         """Args:
-            language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
-            label_ids: token id of each label; only these rows of the output embeddings are used.
+        language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
+        label_ids: token id of each label; only these rows of the output embeddings are used.
         """
         super().__init__()
         self.config: Any = language_model.config

@@ -37,7 +37,9 @@ def stages(data: Path, gguf: Path, work: Path) -> dict[str, list[str]]:
         "import_dev": job("jobs/import_esci.py", sample, data=data, output=f"{work}/dev", splits="[dev]"),
         "retrieval": [*job("jobs/build_retrieval_table.py", "build_retrieval_table", **lexical), "--set", market],
         "candidates": [
-            *job("jobs/build_candidates.py", "build_candidates", **lexical, products_per_query=50, queries_per_product=1),
+            *job(
+                "jobs/build_candidates.py", "build_candidates", **lexical, products_per_query=50, queries_per_product=1
+            ),
             *("--set", market, "--set", f"inputs.candidates={{path: {work}/dev/candidates}}"),
         ],
         "train": job(
@@ -52,7 +54,9 @@ def stages(data: Path, gguf: Path, work: Path) -> dict[str, list[str]]:
             *("--set", market, "--set", f"model_dir={work}/model", "--set", f"bundle_dir={work}/bundle"),
         ],
         "score": [
-            *job("jobs/score_catalog.py", "score_catalog", inputs=texts, tables=f"{work}/tables", bundle=f"{work}/bundle"),
+            *job(
+                "jobs/score_catalog.py", "score_catalog", inputs=texts, tables=f"{work}/tables", bundle=f"{work}/bundle"
+            ),
             *("--set", market, "--run-id", "esci-real-input"),
         ],
         "evaluate": [

@@ -12,8 +12,7 @@ from csrm.labels import ESCI_LABELS
 from csrm.onnx_backend import load_pack_scorer
 from csrm.packing import build_packs
 from csrm.scoring import PairScorer, pair_groups
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.base_model import BaseModel, load_language_model
+from csrm.tokenization import PromptTokenizer
 from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.relevance import load_trained
 from export import export_bundle as export_module
@@ -22,45 +21,34 @@ from export.parity import check_parity
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PromptTokenizer:
-    return PromptTokenizer.from_file(Path("tests/golden/tokenizer.json"), Budgets())
-
-
-@pytest.fixture(scope="module")
-def model(loud_base_model: Path, tokenizer: PromptTokenizer) -> PackedRelevanceModel:
-    language_model = load_language_model(BaseModel(folder=str(loud_base_model)))
-    return PackedRelevanceModel(language_model, tokenizer.label_ids(ESCI_LABELS)).eval()
-
-
-@pytest.fixture(scope="module")
-def graph(model: PackedRelevanceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graph(loud_model: PackedRelevanceModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    export_packed_graph(model, path)
+    export_packed_graph(loud_model, path)
     return path
 
 
 @pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (600, 3), (2000, 1)])
 def test_onnx_equals_torch_for_any_shape(
     graph: Path,
-    model: PackedRelevanceModel,
-    tokenizer: PromptTokenizer,
+    loud_model: PackedRelevanceModel,
+    prompt_tokenizer: PromptTokenizer,
     pairs_pdf: pd.DataFrame,
     pack_tokens: int,
     packs_per_batch: int,
 ) -> None:
     onnx_scorer, _ = load_pack_scorer(graph, "cpu", threads=1)
-    torch_scorer = torch_pack_scorer(model)
-    groups, _ = pair_groups(pairs_pdf, tokenizer)
+    torch_scorer = torch_pack_scorer(loud_model)
+    groups, _ = pair_groups(pairs_pdf, prompt_tokenizer)
     for batch in build_packs(groups, pack_tokens, packs_per_batch):
         present = batch.pair_index >= 0
         expected = torch_scorer(batch)[present]
         np.testing.assert_allclose(onnx_scorer(batch)[present], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_only_the_label_rows_of_the_head_are_exported(graph: Path, model: PackedRelevanceModel) -> None:
+def test_only_the_label_rows_of_the_head_are_exported(graph: Path, loud_model: PackedRelevanceModel) -> None:
     """The embedding (vocabulary x hidden) is there once, for the lookup; the head has one row for each label."""
     shapes = [tuple(tensor.dims) for tensor in onnx.load(graph).graph.initializer]
-    vocabulary = model.config.vocab_size
+    vocabulary = loud_model.config.vocab_size
     assert sum(vocabulary in shape for shape in shapes) == 1
 
 
@@ -71,11 +59,15 @@ def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
     assert parity["largest_score_difference"] <= 1e-5
 
 
-def test_another_model_fails_parity(tiny_bundle: Path, pairs_pdf: pd.DataFrame, model: PackedRelevanceModel) -> None:
+def test_another_model_fails_parity(
+    tiny_bundle: Path,
+    pairs_pdf: pd.DataFrame,
+    loud_model: PackedRelevanceModel,
+    prompt_tokenizer: PromptTokenizer,
+) -> None:
     """Negative control: the adapters of two training steps are difference enough."""
     bundle = load_scorer(tiny_bundle, "cpu", threads=1)
-    tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", Budgets())
-    untrained = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512, provider="torch")
+    untrained = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512, provider="torch")
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with torch and .* The bundle was not written"):
         check_parity(pairs_pdf, untrained, bundle, tolerance=1e-4)
 

@@ -10,7 +10,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import InputError
-from csrm.schemas import CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE
+from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE
 from csrm.spark.tables import (
     create_table,
     open_table,
@@ -145,3 +145,13 @@ def test_other_libraries_read_the_published_table(scores_path: str) -> None:
 
     assert sorted((row["market"], row["relevance_score"]) for row in rows) == [("kr", 0.5), ("tw", 0.25)]
     assert json.loads(deltalake.DeltaTable(scores_path).schema().to_json())["fields"][0]["nullable"] is False
+
+
+def test_a_relative_folder_starts_at_the_working_directory(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert table_path("tables", CANDIDATES) == f"{tmp_path}/tables/candidates"
+    assert table_path("s3://bucket/a/", CANDIDATES) == "s3://bucket/a/candidates"
+    create_table(spark, CANDIDATES, table_path("tables", CANDIDATES))
+    assert (tmp_path / "tables" / "candidates" / "_delta_log").is_dir()

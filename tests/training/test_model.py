@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,47 +13,35 @@ from csrm.labels import ESCI_LABELS
 from csrm.packing import Group, PackBatch, build_packs
 from csrm.scoring import PairScorer, pair_groups
 from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.base_model import BaseModel, load_language_model
 from csrm.training.model import IGNORED_TARGET, PackedRelevanceModel, check_window, torch_pack_scorer
 
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PromptTokenizer:
-    return PromptTokenizer.from_file(Path("tests/golden/tokenizer.json"), Budgets())
+def groups(pairs_pdf: pd.DataFrame, prompt_tokenizer: PromptTokenizer) -> list[Group]:
+    return pair_groups(pairs_pdf, prompt_tokenizer)[0]
 
 
-@pytest.fixture(scope="module")
-def model(loud_base_model: Path, tokenizer: PromptTokenizer) -> PackedRelevanceModel:
-    language_model = load_language_model(BaseModel(folder=str(loud_base_model)))
-    return PackedRelevanceModel(language_model, tokenizer.label_ids(ESCI_LABELS)).eval()
-
-
-@pytest.fixture(scope="module")
-def groups(pairs_pdf: pd.DataFrame, tokenizer: PromptTokenizer) -> list[Group]:
-    return pair_groups(pairs_pdf, tokenizer)[0]
-
-
-def one_at_a_time(model: PackedRelevanceModel, groups: list[Group]) -> np.ndarray:
+def one_at_a_time(loud_model: PackedRelevanceModel, groups: list[Group]) -> np.ndarray:
     """Logits of each pair's plain prompt through the Hugging Face model, without any of our packing."""
     rows = []
     with torch.inference_mode():
         for prefix_ids, suffixes in groups:
             for suffix_ids in suffixes:
-                output = model.language_model(input_ids=torch.tensor([[*prefix_ids, *suffix_ids]]))
-                rows.append(output.logits[0, -1, model.label_ids].numpy())
+                output = loud_model.language_model(input_ids=torch.tensor([[*prefix_ids, *suffix_ids]]))
+                rows.append(output.logits[0, -1, loud_model.label_ids].numpy())
     return np.stack(rows)
 
 
 def packed(
-    model: PackedRelevanceModel,
+    loud_model: PackedRelevanceModel,
     groups: list[Group],
     pack_tokens: int,
     packs_per_batch: int = 1,
     change: Callable[[PackBatch], PackBatch] = lambda batch: batch,
 ) -> np.ndarray:
-    score = torch_pack_scorer(model)
+    score = torch_pack_scorer(loud_model)
     logits = np.full((sum(len(group.suffixes) for group in groups), len(ESCI_LABELS)), np.nan, dtype=np.float32)
     for batch in build_packs(groups, pack_tokens, packs_per_batch):
         present = batch.pair_index >= 0
@@ -62,17 +49,17 @@ def packed(
     return logits
 
 
-def test_the_fixture_tells_pairs_apart(model: PackedRelevanceModel, groups: list[Group]) -> None:
-    logits = one_at_a_time(model, groups)
+def test_the_fixture_tells_pairs_apart(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    logits = one_at_a_time(loud_model, groups)
     assert (logits[:, -1] - logits[:, 0]).std() >= 1
 
 
 @pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (512, 1), (512, 3), (2000, 1)])
 def test_a_pack_equals_one_pair_at_a_time(
-    model: PackedRelevanceModel, groups: list[Group], pack_tokens: int, packs_per_batch: int
+    loud_model: PackedRelevanceModel, groups: list[Group], pack_tokens: int, packs_per_batch: int
 ) -> None:
-    expected = one_at_a_time(model, groups)
-    actual = packed(model, groups, pack_tokens, packs_per_batch)
+    expected = one_at_a_time(loud_model, groups)
+    actual = packed(loud_model, groups, pack_tokens, packs_per_batch)
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
@@ -85,7 +72,9 @@ def no_queries_apart(batch: PackBatch) -> PackBatch:
 
 
 def positions_not_restarted(batch: PackBatch) -> PackBatch:
-    return batch._replace(position_ids=np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.input_ids.shape).copy())
+    return batch._replace(
+        position_ids=np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.input_ids.shape).copy()
+    )
 
 
 def wrong_last_index(batch: PackBatch) -> PackBatch:
@@ -93,43 +82,47 @@ def wrong_last_index(batch: PackBatch) -> PackBatch:
 
 
 @pytest.mark.parametrize(
-    "mistake", [no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index], ids=lambda f: f.__name__
+    "mistake",
+    [no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index],
+    ids=lambda f: f.__name__,
 )
 def test_a_mistake_in_the_pack_is_seen(
-    model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[PackBatch], PackBatch]
+    loud_model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[PackBatch], PackBatch]
 ) -> None:
-    expected = one_at_a_time(model, groups)
-    actual = packed(model, groups, 2000, change=mistake)
+    expected = one_at_a_time(loud_model, groups)
+    actual = packed(loud_model, groups, 2000, change=mistake)
     assert np.abs(actual - expected).max() >= 100 * TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("column", ["title", "query", "brand", "category", "market", "language"])
 def test_every_field_counts(
-    model: PackedRelevanceModel, tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame, column: str
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame, column: str
 ) -> None:
-    scorer = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), pack_tokens=512)
+    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens=512)
     swapped = pairs_pdf.assign(**{column: "changed " + pairs_pdf[column].fillna("")})
     differences = np.abs(scorer.logits(swapped) - scorer.logits(pairs_pdf)).max(axis=1)
     assert differences.min() >= 100 * TOLERANCE
 
 
 def test_scores_do_not_depend_on_row_order_or_pack_size(
-    model: PackedRelevanceModel, tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
 ) -> None:
-    expected = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512).score(pairs_pdf)
+    expected = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512).score(pairs_pdf)
     shuffled = pairs_pdf.sample(frac=1.0, random_state=3)
     for pack_tokens, packs_per_batch in ((352, 1), (700, 2)):
-        scorer = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), pack_tokens, packs_per_batch)
+        scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens, packs_per_batch)
         actual = scorer.score(shuffled).loc[pairs_pdf.index]
         np.testing.assert_allclose(actual["relevance_score"], expected["relevance_score"], atol=TOLERANCE)
         assert actual["predicted_grade"].tolist() == expected["predicted_grade"].tolist()
 
 
-def test_loss_and_gradients_equal_those_of_single_prompts(model: PackedRelevanceModel, groups: list[Group]) -> None:
+def test_loss_and_gradients_equal_those_of_single_prompts(
+    loud_model: PackedRelevanceModel, groups: list[Group]
+) -> None:
     few = [Group(group.prefix_ids, group.suffixes[:2]) for group in groups[:3]]
     targets = torch.tensor([[0, 3, 1, 2, 3, 0]])
     (batch,) = build_packs(few, pack_tokens=2000)
-    in_pack, alone = copy.deepcopy(model), copy.deepcopy(model)
+    in_pack, alone = copy.deepcopy(loud_model), copy.deepcopy(loud_model)
     inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
     loss = in_pack(**inputs, targets=targets)["loss"]
     loss.backward()
@@ -145,12 +138,12 @@ def test_loss_and_gradients_equal_those_of_single_prompts(model: PackedRelevance
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
 
 
-def test_absent_pairs_do_not_count_in_the_loss(model: PackedRelevanceModel, groups: list[Group]) -> None:
+def test_absent_pairs_do_not_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
     batch = next(iter(build_packs(groups, pack_tokens=352)))
     inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
     targets = torch.full(batch.last_index.shape, IGNORED_TARGET)
     targets[0, 0] = 2
-    output = model(**inputs, targets=targets)
+    output = loud_model(**inputs, targets=targets)
     expected = torch.nn.functional.cross_entropy(output["logits"][0, :1], targets[0, :1])
     torch.testing.assert_close(output["loss"], expected)
 
@@ -158,7 +151,9 @@ def test_absent_pairs_do_not_count_in_the_loss(model: PackedRelevanceModel, grou
 def test_a_prompt_longer_than_the_sliding_window_is_refused() -> None:
     from transformers import Gemma3TextConfig, Qwen3Config
 
-    gemma = Gemma3TextConfig(sliding_window=300, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2)
+    gemma = Gemma3TextConfig(
+        sliding_window=300, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2
+    )
     with pytest.raises(ConfigError, match="may take 352 tokens, but layers of gemma3_text see 300"):
         check_window(gemma, Budgets())
     check_window(Gemma3TextConfig(sliding_window=512), Budgets())

@@ -80,7 +80,9 @@ def test_a_loss_that_is_not_finite_stops_without_a_model(
     ("base", "message"),
     [({"folder": "nowhere"}, "is not there"), ({"folder": ".", "gguf_file": "x.gguf"}, r"x\.gguf.* is not there")],
 )
-def test_a_missing_base_model_is_named(base: dict[str, str], message: str, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_missing_base_model_is_named(
+    base: dict[str, str], message: str, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         train_relevance(
             judged(pairs_pdf), BaseModel(**base), Tuning(), ESCI_LABELS, None, Budgets(), 512, tmp_path / "model"

@@ -1,0 +1,32 @@
+"""The demo itself, at a small size."""
+
+from pathlib import Path
+
+import deltalake
+import pytest
+import yaml
+
+from jobs import demo
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+
+
+def test_the_demo_publishes_and_evaluates_and_running_it_again_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spark: object
+) -> None:
+    config = tmp_path / "demo.yaml"
+    settings = yaml.safe_load(Path("conf/demo.yaml").read_text())
+    config.write_text(
+        yaml.safe_dump({**settings, "work": str(tmp_path), "products_per_market": 60, "queries_per_market": 9})
+    )
+    assert demo.main(["--config", str(config)]) == 0
+    first = deltalake.DeltaTable(str(tmp_path / "tables" / "relevance_scores"))
+    printed = capsys.readouterr().out
+    assert "published run" in printed
+    assert printed.count("  best  ") == 9
+    assert set(first.to_pandas()["market"]) == {"kr", "tw", "us"}
+    assert (tmp_path / "evaluation" / "metrics.png").stat().st_size > 10_000
+
+    assert demo.main(["--config", str(config)]) == 0
+    assert "nothing changed" in capsys.readouterr().out
+    assert deltalake.DeltaTable(str(tmp_path / "tables" / "relevance_scores")).version() == first.version()
