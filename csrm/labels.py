@@ -6,6 +6,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import ConfigDict
 
+from csrm.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Label:
@@ -19,6 +21,10 @@ class Label:
     """Text of the answer after the cue, with its leading space; exactly one token of the tokenizer."""
     gain: float
     """Relevance of the answer, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain <= 1:
+            raise ConfigError(f"label {self.name!r}: its gain is {self.gain}, expected 0 to 1.")
 
 
 BINARY_LABELS = (Label("no", " no", 0.0), Label("yes", " yes", 1.0))

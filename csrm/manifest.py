@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from csrm.errors import BundleError
+from csrm.errors import BundleError, ConfigError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -36,6 +37,36 @@ def write_manifest(folder: Path, kind: str) -> str:
     manifest = {"manifest_version": MANIFEST_VERSION, "kind": kind, "digest": digest, "files": files}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return digest
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace what is not an earlier artefact of the same kind; call it before the work.
+
+    Raises:
+        ConfigError: the folder holds something else, or is a file.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        found = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != kind:
+        raise ConfigError(
+            f"output {str(folder)!r}: expected an empty folder or an earlier {kind}, found something else. "
+            "It is left alone: name another folder, or move that one away."
+        )
+
+
+def replace_folder(finished: Path, folder: Path, kind: str) -> None:
+    """Put a finished folder in the place of an earlier one; a reader finds the old one, the new one, or none.
+
+    Raises:
+        ConfigError: see check_replaceable.
+    """
+    check_replaceable(folder, kind)
+    shutil.rmtree(folder, ignore_errors=True)
+    finished.rename(folder)
 
 
 def verify_manifest(folder: str | Path, kind: str) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from csrm.errors import BundleError, ConfigError, DeviceError
 from csrm.onnx_install import require_one_onnxruntime
@@ -28,6 +27,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
         BundleError: the graph cannot be read.
     """
     require_one_onnxruntime()
+    import onnxruntime  # where both of its packages or neither is installed, the line above says so
+
     provider, options = _provider(device)
     available = onnxruntime.get_available_providers()
     if provider not in available:

@@ -32,6 +32,7 @@ _LINE_NAMES = "task|market|language|query|retrieved|product|brand|category|attri
 # Zero-width joiner and non-joiner stay: emoji sequences and several scripts are spelled with them.
 _INVISIBLE = regex.compile(r"[[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]--[\u200c\u200d]]", flags=regex.V1)
 _ANGLES = str.maketrans("<>", "‹›")
+_ENTRY_MARKS = str.maketrans(";=", ",:")
 _SQUARE_TOKEN = regex.compile(r"\[(/?[A-Z_]{2,32})\]")
 _LINE_START = regex.compile(rf"(?<![a-z])({_LINE_NAMES})[\s:：]*[:：]", flags=regex.IGNORECASE)
 
@@ -117,4 +118,10 @@ def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
     """`name = value; ...`, sorted by name: maps have no order of their own."""
     if not attributes:
         return ""
-    return "; ".join(f"{name} = {value}" for name, value in sorted(attributes.items()) if value)
+    entries = ((_entry_text(name), _entry_text(value)) for name, value in sorted(attributes.items()))
+    return "; ".join(f"{name} = {value}" for name, value in entries if value)
+
+
+def _entry_text(text: str | None) -> str:
+    """A name or value that cannot be taken for several."""
+    return neutralize(text).translate(_ENTRY_MARKS)

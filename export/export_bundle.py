@@ -1,6 +1,5 @@
 """Export a trained model to a bundle for ONNX Runtime, after proof that both give the same scores."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -10,17 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from pydantic import Field
 
 from csrm.bundle import KIND, MODEL_NAME, PARITY_NAME, SETTINGS_NAME, TOKENIZER_NAME, BundleSettings
-from csrm.cli import run_job
-from csrm.config import InputSpec, Settings, load_config
+from csrm.cli import job_parser, run_job
+from csrm.config import Settings, load_config
 from csrm.errors import InputError
-from csrm.manifest import write_manifest
+from csrm.manifest import check_replaceable, replace_folder, write_manifest
 from csrm.onnx_backend import load_pack_scorer
+from csrm.onnx_install import require_one_onnxruntime
 from csrm.scoring import PairScorer
 from csrm.tokenization import PromptTokenizer
 from csrm.training.base_model import BaseModel
-from csrm.training.data import judged_pairs
+from csrm.training.data import JudgedInputs, judged_pairs
 from csrm.training.relevance import load_trained
 from export.packed_onnx import export_packed_graph
 from export.parity import SCORE_TOLERANCE, Parity, check_parity
@@ -35,9 +36,9 @@ class ExportConfig(Settings):
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
     markets: dict[str, str]
     """Market to language: whose pairs the proof runs over."""
-    inputs: dict[str, InputSpec]
-    """catalog, queries, judgments, and optionally retrieval_table: real prompts for the proof."""
-    parity_pairs: int = 256
+    inputs: JudgedInputs
+    """Real prompts for the proof."""
+    parity_pairs: int = Field(default=256, ge=1)
     """Pairs of the proof, drawn at random; fewer where there are fewer."""
 
 
@@ -50,6 +51,7 @@ def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Pari
     Raises:
         ParityError: they do not; nothing was written.
     """
+    check_replaceable(bundle_dir, KIND)
     model, torch_scorer, card = load_trained(model_dir)
     unfinished = bundle_dir.with_name(bundle_dir.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -61,17 +63,8 @@ def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Pari
         tokenizer = PromptTokenizer.from_file(unfinished / TOKENIZER_NAME, card.budgets)
         onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
         parity = check_parity(pairs, torch_scorer, onnx_scorer, SCORE_TOLERANCE)
-        packages = (
-            "csrm",
-            "torch",
-            "transformers",
-            "peft",
-            "optimum",
-            "optimum-onnx",
-            "onnx",
-            "onnxruntime",
-            "tokenizers",
-        )
+        packages = ("csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "tokenizers")
+        packages += (require_one_onnxruntime(),)
         settings = BundleSettings(
             labels=card.labels,
             budgets=card.budgets,
@@ -83,18 +76,14 @@ def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Pari
         (unfinished / SETTINGS_NAME).write_text(settings.to_json(), encoding="utf-8")
         (unfinished / PARITY_NAME).write_text(json.dumps(parity.to_dict(), indent=2) + "\n", encoding="utf-8")
         write_manifest(unfinished, KIND)
-        shutil.rmtree(bundle_dir, ignore_errors=True)
-        unfinished.rename(bundle_dir)
+        replace_folder(unfinished, bundle_dir, KIND)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return parity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="conf/export_bundle.yaml", help="YAML file with the settings")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args(argv)
+    args = job_parser(__doc__ or "", "conf/export_bundle.yaml").parse_args(argv)
     config = load_config(args.config, ExportConfig, args.overrides)
     start = time.monotonic()
     pairs = judged_pairs(config.inputs, config.markets)

@@ -49,23 +49,15 @@ class PackedRelevanceOnnxConfig(OnnxConfig):
         return {"logits": {0: "packs", 1: "pairs"}}
 
 
-class _LabelLogits(torch.nn.Module):
-    """What is exported: the label rows as a weight of their own, so that no other row of the LM head remains."""
+class _ExportedModel(PackedRelevanceModel):
+    """The model with its label rows as a weight of their own, so that no other row of the LM head is exported."""
 
     def __init__(self, model: PackedRelevanceModel) -> None:
-        super().__init__()
-        self.config = model.config
-        self.model = model
+        super().__init__(model.language_model, model.label_ids.tolist())
+        self.register_buffer("rows", model.label_rows().detach().clone())
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        group_ids: torch.Tensor,
-        segment_ids: torch.Tensor,
-        last_index: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.model(input_ids, position_ids, group_ids, segment_ids, last_index)["logits"]
+    def label_rows(self) -> torch.Tensor:
+        return self.rows
 
 
 def export_packed_graph(model: PackedRelevanceModel, path: Path) -> None:
@@ -75,4 +67,4 @@ def export_packed_graph(model: PackedRelevanceModel, path: Path) -> None:
         model: adapters merged, float32, on the CPU.
         path: of the graph; weights over 2 GB go beside it.
     """
-    export(_LabelLogits(model.eval()), PackedRelevanceOnnxConfig(model.config, task="feature-extraction"), path)
+    export(_ExportedModel(model).eval(), PackedRelevanceOnnxConfig(model.config, task="feature-extraction"), path)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from csrm.errors import ParityError
+from csrm.labels import expected_gain
 from csrm.scoring import PairScorer
 
 SCORE_TOLERANCE = 1e-4
@@ -38,7 +39,10 @@ def check_parity(pairs: pd.DataFrame, expected: PairScorer, actual: PairScorer, 
         ParityError: a score differs by more (the message shows the worst pair), or is not finite.
     """
     logits = [scorer.logits(pairs) for scorer in (expected, actual)]
-    scores = [scorer.score(pairs)["relevance_score"].to_numpy() for scorer in (expected, actual)]
+    if not all(np.isfinite(values).all() for values in logits):
+        raise ParityError("parity: a logit is not a finite number. The bundle was not written.")
+    gains = np.array([label.gain for label in expected.labels])
+    scores = [expected_gain(values, gains) for values in logits]
     differences = np.abs(scores[0] - scores[1])
     margins = logits[0][:, -1] - logits[0][:, 0]
     parity = Parity(

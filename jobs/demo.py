@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = f"{config.work}/tables"
     inputs = {
         name: {"path": f"{config.work}/inputs/{name}.parquet", "format": "parquet"}
-        for name in ("catalog", "queries", "behaviour", "judgments")
+        for name in ("catalog", "queries", "behaviour", "candidates", "judgments")
     }
     texts = {name: inputs[name] for name in ("catalog", "queries")}
     judged = {**texts, "judgments": inputs["judgments"]}
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     )
     heading("2/5 Retrieval table: the product titles that augment each query")
-    build_retrieval_table.main(setting_arguments(inputs=inputs, tables=tables))
+    build_retrieval_table.main(setting_arguments(inputs={**judged, "behaviour": inputs["behaviour"]}, tables=tables))
     heading("3/5 Candidates: the pairs to score, for the full catalog")
-    build_candidates.main(setting_arguments(inputs=texts, tables=tables))
+    build_candidates.main(setting_arguments(inputs={**texts, "candidates": inputs["candidates"]}, tables=tables))
     heading("4/5 Score the catalog, audit, publish")
     exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
     if exit_code:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     heading("The published table")
     print(f"tables: {tables}; evaluation with plot: {config.work}/evaluation")
     print("read it without Spark:")
-    print(f"""  python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
+    print(f"""  .venv/bin/python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
     return 0
 
 

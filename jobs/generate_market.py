@@ -1,4 +1,4 @@
-"""Makes the input tables of invented markets as Parquet files: catalog, queries, behaviour and judgments.
+"""Makes the input tables of invented markets as Parquet files: catalog, queries, behaviour, candidates, judgments.
 
 Relevance is known by construction. The words come from a built-in lexicon, or from a folder of a product taxonomy.
 """
@@ -17,7 +17,7 @@ from csrm.cli import job_parser, run_job
 from csrm.config import Settings, load_config
 from csrm.errors import ConfigError
 from csrm.market import Market, generate_market, read_taxonomy_lexicon
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, Table
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES, Table
 
 _ARROW_TYPES = {
     "string": pa.string(),
@@ -42,7 +42,7 @@ class MarketConfig(Settings):
     taxonomy: str | None = None
     """Folder with categories, values, attributes and category_attributes (.tsv.gz); null: the built-in lexicon."""
     output: str
-    """Local folder for the four Parquet files; existing ones are replaced."""
+    """Local folder for the Parquet files; existing ones are replaced."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_market(market, Path(config.output))
     for name in config.markets:
         print(_summary(market, name))
-    print(f"wrote catalog, queries, behaviour and judgments to {config.output}")
+    print(f"wrote catalog, queries, behaviour, candidates and judgments to {config.output}")
     return 0
 
 
 def write_market(market: Market, folder: Path) -> None:
-    """Write the four tables as `<table>.parquet`; all are written beside the old files before any of these is replaced.
+    """Write the tables as `<table>.parquet`; all are written beside the old files before any of these is replaced.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -79,6 +79,7 @@ def write_market(market: Market, folder: Path) -> None:
         CATALOG: market.catalog,
         QUERIES: market.queries,
         BEHAVIOUR: market.behaviour,
+        CANDIDATES: market.candidates,
         JUDGMENTS: market.judgments,
     }
     try:

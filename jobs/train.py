@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from pydantic import model_validator
 
 from csrm.cli import job_parser, run_job
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import Settings, load_config
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
 from csrm.metrics import evaluate_scores, format_evaluation
 from csrm.tokenization import Budgets
 from csrm.training.base_model import BaseModel
-from csrm.training.data import judged_pairs
+from csrm.training.data import JudgedInputs, judged_pairs
 from csrm.training.relevance import Tuning, train_relevance
 
 
@@ -22,8 +23,7 @@ class TrainConfig(Settings):
 
     markets: dict[str, str]
     """Source markets, each with the language of its text."""
-    inputs: dict[str, InputSpec]
-    """catalog, queries, judgments, and optionally retrieval_table."""
+    inputs: JudgedInputs
     base_model: BaseModel
     tuning: Tuning = Tuning()
     labels: tuple[Label, ...] = ESCI_LABELS
@@ -37,6 +37,15 @@ class TrainConfig(Settings):
     """Judgments of this split measure the model; those without a split, and of split train, train it."""
     model_dir: str
     """Where the trained folder goes; replaced when the training has ended."""
+
+    @model_validator(mode="after")
+    def _a_prompt_fits_a_pack(self) -> "TrainConfig":
+        longest = self.budgets.prefix + self.budgets.suffix
+        if self.pack_tokens < longest:
+            raise ValueError(
+                f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens"
+            )
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from csrm import onnx_install
+from csrm.bundle import load_bundle
 from csrm.config import Settings, load_config
 from csrm.errors import ConfigError, MissingDependencyError
 
@@ -69,9 +70,11 @@ def test_every_module_ships_type_information() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_conf_file_loads_with_the_settings_of_its_job(path: Path) -> None:
     # conf/score_catalog.yaml and conf/score_catalog_*.yaml belong to jobs/score_catalog.py.
-    jobs = [job.stem for job in (ROOT / "jobs").glob("*.py") if f"{path.stem}_".startswith(f"{job.stem}_")]
+    scripts = [*(ROOT / "jobs").glob("*.py"), *(ROOT / "export").glob("*.py")]
+    jobs = [script for script in scripts if f"{path.stem}_".startswith(f"{script.stem}_")]
     assert jobs, f"{path.name}: no job's name begins this file's name"
-    module_name = f"jobs.{max(jobs, key=len)}"
+    job = max(jobs, key=lambda script: len(script.stem))
+    module_name = f"{job.parent.name}.{job.stem}"
     module = importlib.import_module(module_name)
     settings_classes = [
         value
@@ -125,6 +128,7 @@ def test_constraints_are_plain_pins_and_cover_every_dependency_but_the_gpu_runti
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     required = {normalised(entry) for entries in [project["dependencies"], *extras.values()] for entry in entries}
+    required.remove("csrm")  # the train extra holds the eval extra
     assert required - {normalised(pin) for pin in pins} == {"onnxruntime-gpu"}
 
 
@@ -137,3 +141,15 @@ def test_scoring_needs_no_torch_and_each_onnx_runtime_has_an_extra_of_its_own() 
     }
     assert [name for name, entries in extras.items() if "onnxruntime" in entries] == ["cpu"]
     assert [name for name, entries in extras.items() if "onnxruntime-gpu" in entries] == ["gpu"]
+
+
+def test_the_demo_bundle_is_what_its_training_makes() -> None:
+    from jobs.train import TrainConfig
+
+    settings = load_bundle(ROOT / "conf" / "demo_bundle").settings
+    config = load_config(ROOT / "conf" / "train.yaml", TrainConfig)
+    assert (settings.labels, settings.budgets, settings.pack_tokens) == (
+        config.labels,
+        config.budgets,
+        config.pack_tokens,
+    )

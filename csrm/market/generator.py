@@ -13,7 +13,7 @@ from csrm.errors import ConfigError
 from csrm.market.facts import GRADES, NOTHING, Facts, Pools, draw_products, grade_products
 from csrm.market.lexicon import Lexicon, builtin_lexicon
 from csrm.market.wording import product_titles, query_text
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES
 
 JUDGED_PER_QUERY = {"E": 6, "S": 6, "C": 4, "I": 8}
 """Most judged products of each grade."""
@@ -46,6 +46,11 @@ class Market:
     queries: pd.DataFrame
     behaviour: pd.DataFrame
     judgments: pd.DataFrame
+
+    @property
+    def candidates(self) -> pd.DataFrame:
+        """Pairs as a search log holds them: the judged ones, without their grades."""
+        return self.judgments[list(CANDIDATES.key)].assign(source="given")
 
 
 def generate_market(

@@ -56,8 +56,7 @@ class PackedRelevanceModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         last_hidden = torch.gather(hidden, 1, last_index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        label_rows = self.language_model.get_output_embeddings().weight[self.label_ids]
-        logits = (last_hidden @ label_rows.T).float()
+        logits = (last_hidden @ self.label_rows().T).float()
         soft_cap = getattr(self.config, "final_logit_softcapping", None)
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
@@ -65,6 +64,11 @@ class PackedRelevanceModel(nn.Module):
             return {"logits": logits}
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
         return {"loss": loss, "logits": logits}
+
+    def label_rows(self) -> torch.Tensor:
+        """Rows of the output embeddings that belong to the labels, shape (labels, hidden)."""
+        rows: torch.Tensor = self.language_model.get_output_embeddings().weight[self.label_ids]
+        return rows
 
 
 def attention_bias(group_ids: torch.Tensor, segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

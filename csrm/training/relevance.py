@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from csrm.config import Settings
 from csrm.errors import ConfigError, InputError
 from csrm.labels import Label
-from csrm.manifest import verify_manifest, write_manifest
-from csrm.packing import PackBatch, build_packs, merge_packs
+from csrm.manifest import check_replaceable, replace_folder, verify_manifest, write_manifest
+from csrm.packing import Group, PackBatch, build_packs, merge_packs
 from csrm.scoring import PairScorer, pair_groups
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
@@ -36,16 +38,19 @@ class Tuning(Settings):
 
     method: Literal["lora", "full"] = "lora"
     """lora: low-rank adapters on every linear layer (Hu et al. 2021); full: all weights, for tiny models."""
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    learning_rate: float = 2.0e-4
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2.0e-4, gt=0)
     """Peak, after a linear warm-up over the first tenth of the steps; then linear decay to 0."""
-    epochs: float = 1.0
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the pairs."""
-    max_steps: int | None = None
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; replaces epochs where given."""
-    packs_per_step: int = 4
+    packs_per_step: int = Field(default=4, ge=1)
     """Packs whose gradients are averaged for one optimiser step."""
+    pairs_per_prefix: int = Field(default=8, ge=1)
+    """Pairs of one query that share a prefix; more go elsewhere behind the same prefix. Many cost less, but a step then
+    sees few queries and learns how often each has relevant products instead of which products are relevant."""
     seed: int = 0
 
 
@@ -66,12 +71,22 @@ class ModelCard:
 
 
 class _Packs(torch.utils.data.Dataset[tuple[PackBatch, np.ndarray]]):
-    """Packs of judged pairs with their targets; queries are shuffled once, Trainer shuffles the packs each epoch."""
+    """Packs of judged pairs with targets, shuffled in small groups; Trainer shuffles the packs each epoch."""
 
-    def __init__(self, pairs: pd.DataFrame, targets: np.ndarray, tokenizer: PromptTokenizer, pack_tokens: int) -> None:
+    def __init__(
+        self, pairs: pd.DataFrame, targets: np.ndarray, tokenizer: PromptTokenizer, pack_tokens: int, tuning: Tuning
+    ) -> None:
         groups, rows = pair_groups(pairs, tokenizer)
-        self._packs = list(build_packs(groups, pack_tokens))
-        self._targets = targets[rows]
+        targets_left = iter(targets[rows])
+        parts = [
+            (Group(group.prefix_ids, suffixes), [next(targets_left) for _ in suffixes])
+            for group in groups
+            for start in range(0, len(group.suffixes), tuning.pairs_per_prefix)
+            if (suffixes := group.suffixes[start : start + tuning.pairs_per_prefix])
+        ]
+        random.Random(tuning.seed).shuffle(parts)
+        self._packs = list(build_packs([group for group, _ in parts], pack_tokens))
+        self._targets = np.array([target for _, part in parts for target in part], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._packs)
@@ -125,18 +140,19 @@ def train_relevance(
 
     Args:
         pairs: see csrm.training.data.judged_pairs.
-        output_dir: replaced.
+        output_dir: an earlier trained folder there is replaced.
 
     Returns:
         Scorer of the trained model, in torch.
     """
+    check_replaceable(output_dir, KIND)
     set_seed(tuning.seed)
     tokenizer = load_tokenizer(base_model)
     tokenizer_json = tokenizer.to_str(pretty=True)
     prompt_tokenizer = PromptTokenizer(tokenizer, budgets)
     label_ids = prompt_tokenizer.label_ids(labels)
     shuffled = pairs.sample(frac=1.0, random_state=tuning.seed)
-    packs = _Packs(shuffled, targets_of(shuffled["grade"], labels, grade_labels), prompt_tokenizer, pack_tokens)
+    packs = _Packs(shuffled, targets_of(shuffled["grade"], labels, grade_labels), prompt_tokenizer, pack_tokens, tuning)
     language_model = load_language_model(base_model)
     check_window(language_model.config, budgets)
     model = PackedRelevanceModel(_tuned(language_model, tuning), label_ids)
@@ -184,8 +200,7 @@ def train_relevance(
     )
     (unfinished / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
     write_manifest(unfinished, KIND)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    unfinished.rename(output_dir)
+    replace_folder(unfinished, output_dir, KIND)
     return _scorer(model, prompt_tokenizer, card)
 
 

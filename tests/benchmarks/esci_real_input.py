@@ -38,7 +38,7 @@ def stages(data: Path, gguf: Path, work: Path) -> dict[str, list[str]]:
         "retrieval": [*job("jobs/build_retrieval_table.py", "build_retrieval_table", **lexical), "--set", market],
         "candidates": [
             *job(
-                "jobs/build_candidates.py", "build_candidates", **lexical, products_per_query=50, queries_per_product=1
+                "jobs/build_candidates.py", "build_candidates", **lexical, products_per_query=20, queries_per_product=0
             ),
             *("--set", market, "--set", f"inputs.candidates={{path: {work}/dev/candidates}}"),
         ],

@@ -20,7 +20,7 @@ from csrm.bundle import load_bundle, load_scorer
 from csrm.config import InputSpec
 from csrm.labels import expected_gain
 from csrm.scoring import pair_groups
-from csrm.training.data import judged_pairs
+from csrm.training.data import JudgedInputs, judged_pairs
 from csrm.training.relevance import load_trained
 
 TOLERANCE = 1e-4
@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=192, help="pairs of whole queries to score each time")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    names = ("catalog", "queries", "judgments")
-    inputs = {name: InputSpec(path=str(args.work / "inputs" / name)) for name in names}
-    inputs["retrieval_table"] = InputSpec(path=str(args.work / "tables" / "retrieval_table"))
+    folders = {name: args.work / "inputs" / name for name in ("catalog", "queries", "judgments")}
+    folders["retrieval_table"] = args.work / "tables" / "retrieval_table"
+    inputs = JudgedInputs(**{name: InputSpec(path=str(folder)) for name, folder in folders.items()})
     judged = judged_pairs(inputs, {"us": "en"})
     pairs = judged[judged["split"] == "dev"].head(args.pairs).reset_index(drop=True)
     packed = load_scorer(args.work / "bundle", "cpu")

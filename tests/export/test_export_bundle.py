@@ -1,23 +1,29 @@
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pandas as pd
 import pytest
+import torch
+from peft import PeftModel
 
 from csrm.bundle import load_scorer
-from csrm.errors import ParityError
+from csrm.errors import ConfigError, ParityError
 from csrm.labels import ESCI_LABELS
 from csrm.onnx_backend import load_pack_scorer
-from csrm.packing import build_packs
+from csrm.packing import PackBatch, build_packs
 from csrm.scoring import PairScorer, pair_groups
 from csrm.tokenization import PromptTokenizer
+from csrm.training.base_model import BaseModel, load_language_model
 from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.relevance import load_trained
 from export import export_bundle as export_module
 from export.packed_onnx import export_packed_graph
 from export.parity import check_parity
+from tests.training.test_model import MISTAKES
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +51,35 @@ def test_onnx_equals_torch_for_any_shape(
         np.testing.assert_allclose(onnx_scorer(batch)[present], expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_only_the_label_rows_of_the_head_are_exported(graph: Path, loud_model: PackedRelevanceModel) -> None:
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_in_the_pack_is_seen_by_the_graph(
+    graph: Path,
+    loud_model: PackedRelevanceModel,
+    prompt_tokenizer: PromptTokenizer,
+    pairs_pdf: pd.DataFrame,
+    mistake: Callable[[PackBatch], PackBatch],
+) -> None:
+    onnx_scorer, _ = load_pack_scorer(graph, "cpu", threads=1)
+    (batch,) = build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=5000)
+    expected = torch_pack_scorer(loud_model)(batch)
+    assert np.abs(onnx_scorer(mistake(batch)) - expected).max() >= 100 * 1e-5 * np.abs(expected).max()
+
+
+def test_only_the_label_rows_of_an_untied_head_are_exported(
+    loud_model: PackedRelevanceModel, pairs_pdf: pd.DataFrame, prompt_tokenizer: PromptTokenizer, tmp_path: Path
+) -> None:
     """The embedding (vocabulary x hidden) is there once, for the lookup; the head has one row for each label."""
-    shapes = [tuple(tensor.dims) for tensor in onnx.load(graph).graph.initializer]
-    vocabulary = loud_model.config.vocab_size
+    untied = copy.deepcopy(loud_model)
+    vocabulary, hidden = untied.language_model.get_output_embeddings().weight.shape
+    torch.manual_seed(1)
+    untied.language_model.set_output_embeddings(torch.nn.Linear(hidden, vocabulary, bias=False))
+    export_packed_graph(untied, tmp_path / "model.onnx")
+    shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
     assert sum(vocabulary in shape for shape in shapes) == 1
+    (batch,) = build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=5000)
+    expected = torch_pack_scorer(untied)(batch)
+    actual = load_pack_scorer(tmp_path / "model.onnx", "cpu", threads=1)[0](batch)
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
@@ -81,9 +111,19 @@ def test_a_failed_proof_leaves_no_bundle(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_merged_adapters_score_as_before(tiny_bundle: Path, pairs_pdf: pd.DataFrame) -> None:
-    _, merged, _ = load_trained(tiny_bundle.parent / "model")
-    bundle = load_scorer(tiny_bundle, "cpu", threads=1)
-    np.testing.assert_allclose(
-        merged.score(pairs_pdf)["relevance_score"], bundle.score(pairs_pdf)["relevance_score"], atol=1e-5
-    )
+def test_merged_adapters_score_as_the_adapted_model(tiny_bundle: Path, pairs_pdf: pd.DataFrame) -> None:
+    _, merged, card = load_trained(tiny_bundle.parent / "model")
+    base = load_language_model(BaseModel(**card.base_model))
+    adapted = PeftModel.from_pretrained(base, str(tiny_bundle.parent / "model" / "weights"))
+    tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", card.budgets)
+    model = PackedRelevanceModel(adapted, tokenizer.label_ids(ESCI_LABELS))
+    scorer = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512)
+    np.testing.assert_allclose(merged.logits(pairs_pdf), scorer.logits(pairs_pdf), atol=1e-4)
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"found something else\. It is left alone"):
+        export_module.export_bundle(str(tiny_bundle.parent / "model"), tmp_path / "photos", pairs_pdf)
+    assert (tmp_path / "photos" / "holiday.txt").read_text() == "keep me"

@@ -5,7 +5,7 @@ import pytest
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.training.data import judged_pairs
+from csrm.training.data import JudgedInputs, judged_pairs
 
 MARKETS = {"us": "en", "kr": "ko"}
 
@@ -41,12 +41,12 @@ def tables(tmp_path: Path) -> dict[str, pd.DataFrame]:
     }
 
 
-def written(tables: dict[str, pd.DataFrame], folder: Path) -> dict[str, InputSpec]:
+def written(tables: dict[str, pd.DataFrame], folder: Path) -> JudgedInputs:
     specs = {}
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet")
         specs[name] = InputSpec(path=str(folder / f"{name}.parquet"), format="parquet")
-    return specs
+    return JudgedInputs(**specs)
 
 
 def test_pairs_carry_their_texts(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_pairs_carry_their_texts(tables: dict[str, pd.DataFrame], tmp_path: Path
 
 def test_a_judged_pair_without_its_product_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     tables["catalog"] = tables["catalog"].iloc[1:]
-    with pytest.raises(InputError, match=r"1 judged ids have no product, for example us p1.*catalog"):
+    with pytest.raises(InputError, match=r"1 judged ids have no product, for example us p1: add them to catalog"):
         judged_pairs(written(tables, tmp_path), MARKETS)
 
 
@@ -75,8 +75,42 @@ def test_missing_columns_are_named(tables: dict[str, pd.DataFrame], tmp_path: Pa
 
 
 def test_an_input_that_is_not_there_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
-    specs = written(tables, tmp_path)
-    with pytest.raises(InputError, match=r"nowhere.*Is the path right"):
-        judged_pairs({**specs, "catalog": InputSpec(path="nowhere", format="parquet")}, MARKETS)
-    with pytest.raises(InputError, match=r"cannot be read as Delta"):
-        judged_pairs({**specs, "catalog": InputSpec(path=str(tmp_path), format="delta")}, MARKETS)
+    inputs = written(tables, tmp_path)
+    for format_, message in (("parquet", r"nowhere.*Is the path right"), ("delta", "cannot be read as Delta")):
+        absent = inputs.model_copy(update={"catalog": InputSpec(path=str(tmp_path / "nowhere"), format=format_)})
+        with pytest.raises(InputError, match=message):
+            judged_pairs(absent, MARKETS)
+
+
+def test_a_format_with_options_is_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    inputs = written(tables, tmp_path)
+    csv = inputs.model_copy(update={"catalog": InputSpec(path="x.csv", format="csv", options={"sep": ";"})})
+    with pytest.raises(InputError, match=r"training reads delta, parquet and json.*'csv'"):
+        judged_pairs(csv, MARKETS)
+
+
+def test_repeated_keys_and_nulls_are_counted(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["catalog"] = pd.concat([tables["catalog"]] * 2)
+    with pytest.raises(InputError, match=r"4 rows share their key \(market, product_id\), for example us, p1"):
+        judged_pairs(written(tables, tmp_path), MARKETS)
+    tables["queries"].loc[0, "query_id"] = None
+    with pytest.raises(InputError, match="column 'query_id' is null in 1 of 2 rows"):
+        judged_pairs(written(tables, tmp_path), MARKETS)
+
+
+def test_ids_keep_their_text(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    for name in ("catalog", "judgments"):
+        tables[name]["product_id"] = 7
+    assert set(judged_pairs(written(tables, tmp_path), MARKETS)["product_id"]) == {"7"}
+
+
+def test_a_wrong_type_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["retrieval_table"]["rank"] = ["first", "second"]
+    with pytest.raises(InputError, match=r"column 'rank': expected int, got (large_)?string"):
+        judged_pairs(written(tables, tmp_path), MARKETS)
+
+
+def test_a_misspelt_input_is_refused() -> None:
+    spec = {"path": "x"}
+    with pytest.raises(ValueError, match="retrieval_tabel"):
+        JudgedInputs(catalog=spec, queries=spec, judgments=spec, retrieval_tabel=spec)

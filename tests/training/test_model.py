@@ -81,11 +81,10 @@ def wrong_last_index(batch: PackBatch) -> PackBatch:
     return batch._replace(last_index=np.maximum(batch.last_index - 1, 0))
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index],
-    ids=lambda f: f.__name__,
-)
+MISTAKES = (no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_in_the_pack_is_seen(
     loud_model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[PackBatch], PackBatch]
 ) -> None:

@@ -29,7 +29,9 @@ def test_a_tiny_model_learns_its_pairs_by_heart_and_reloads_the_same(
     method: str, pairs_pdf: pd.DataFrame, loud_base_model: Path, tmp_path: Path
 ) -> None:
     pairs = judged(pairs_pdf)
-    trained = train(pairs, loud_base_model, tmp_path / "model", method=method, max_steps=60, learning_rate=3e-3)
+    trained = train(
+        pairs, loud_base_model, tmp_path / "model", method=method, max_steps=60, learning_rate=3e-3, pairs_per_prefix=2
+    )
     scores = trained.score(pairs)
     assert (scores["predicted_grade"] == pairs["grade"]).mean() >= 0.9
     _, reloaded, card = load_trained(tmp_path / "model")
