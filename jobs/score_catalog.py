@@ -69,7 +69,7 @@ class ScoringConfig(Settings):
     broadcast_limit_mb: int = Field(default=256, ge=0)
     """Retrieved titles up to this size (estimated, MiB) are broadcast; larger ones are joined by a shuffle."""
     num_partitions: int | None = Field(default=None, ge=1)
-    """Partitions to score; default: one for 4,096 candidates, at least one a core."""
+    """Partitions to score; default: see num_scoring_partitions."""
     products_per_chunk: int = Field(default=256, ge=1)
     """Products of one query that are scored side by side; a query with more is spread over partitions."""
     max_rejected_share: float = Field(default=0.05, ge=0, le=1)

@@ -14,6 +14,7 @@ from csrm.spark.lexical import is_blank
 logger = logging.getLogger(__name__)
 
 _PAIRS_PER_TASK = 4_096
+_FEWEST_PAIRS_PER_TASK = 256
 _BYTES_PER_TITLE = 64  # what Spark adds to the text of a row: offsets, lengths, the array's share
 
 
@@ -127,13 +128,16 @@ def with_scoring_layout(pairs_df: DataFrame, num_partitions: int, products_per_c
 
 
 def num_scoring_partitions(num_pairs: int, num_cores: int) -> int:
-    """Partitions for scoring: about 4,096 pairs each (progress is counted by finished partition), one a core at least.
+    """Partitions for scoring. Progress is counted by finished partition, and the last ones leave cores idle.
+
+    Small nights get 32 tasks for each core, but no fewer than 256 pairs each; large ones get 4,096 pairs each.
 
     Args:
         num_pairs: pairs to score, or a bound.
         num_cores: tasks that run at the same time.
     """
-    return max(num_cores, math.ceil(num_pairs / _PAIRS_PER_TASK))
+    small = min(32 * num_cores, math.ceil(num_pairs / _FEWEST_PAIRS_PER_TASK))
+    return max(num_cores, small, math.ceil(num_pairs / _PAIRS_PER_TASK))
 
 
 def _estimated_mb(retrieval_df: DataFrame) -> float:

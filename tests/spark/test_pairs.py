@@ -166,6 +166,8 @@ def test_a_query_stays_together_and_a_head_query_is_spread_over_partitions(spark
 
 def test_partitions_hold_about_4096_pairs_and_use_every_core() -> None:
     assert num_scoring_partitions(0, num_cores=2) == 2
-    assert num_scoring_partitions(8_192, num_cores=2) == 2
-    assert num_scoring_partitions(8_193, num_cores=2) == 3
+    assert num_scoring_partitions(2_560, num_cores=2) == 10
+    assert num_scoring_partitions(2_561, num_cores=2) == 11
+    assert num_scoring_partitions(200_000, num_cores=2) == 64
+    assert num_scoring_partitions(4_096_000, num_cores=2) == 1_000
     assert num_scoring_partitions(100, num_cores=64) == 64

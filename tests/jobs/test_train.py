@@ -1,0 +1,68 @@
+"""Training and export as their users start them, on generated markets."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from csrm.bundle import load_scorer
+from csrm.cli import run_job, setting_arguments
+from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
+from export import export_bundle
+from jobs import generate_market, train
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Settings of a small training on a generated market."""
+    folder = tmp_path_factory.mktemp("train")
+    generate_market.main(
+        setting_arguments(output=str(folder / "inputs"), products_per_market=80, queries_per_market=12)
+    )
+    inputs = {
+        name: {"path": str(folder / "inputs" / f"{name}.parquet"), "format": "parquet"}
+        for name in ("catalog", "queries", "judgments")
+    }
+    titles = pd.read_parquet(folder / "inputs" / "catalog.parquet")["title"].dropna()
+    base_model = write_tiny_base_model(folder / "base", train_byte_tokenizer(titles, 800))
+    return {
+        "inputs": inputs,
+        "base_model": {"folder": str(base_model)},
+        "tuning": {"method": "full", "max_steps": 3, "learning_rate": 1e-3},
+        "model_dir": str(folder / "model"),
+    }
+
+
+def test_a_trained_model_becomes_a_bundle_that_scores(
+    settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs_pdf: pd.DataFrame
+) -> None:
+    assert run_job(train.main, setting_arguments(**settings)) == 0
+    printed = capsys.readouterr().out
+    assert "trained on" in printed
+    assert "nDCG@10" in printed  # of the dev split
+    export_settings = {"inputs": settings["inputs"], "model_dir": settings["model_dir"], "parity_pairs": 40}
+    bundle = tmp_path / "bundle"
+    assert run_job(export_bundle.main, setting_arguments(**export_settings, bundle_dir=str(bundle))) == 0
+    assert "of torch on 40 pairs" in capsys.readouterr().out
+    assert load_scorer(bundle, "cpu", threads=1).score(pairs_pdf)["relevance_score"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"markets": {"jp": "ja"}}, "no rows for markets ['jp']"),
+        (
+            {"labels": [{"name": "E", "token": " yes", "gain": 1.0}, {"name": "I", "token": " no", "gain": 0}]},
+            "no label",
+        ),
+        ({"pack_tokens": 100}, "a prefix with one suffix may take 352 tokens"),
+        ({"tuning": {"max_steps": 0}}, "tuning.max_steps"),
+        ({"base_model": {"folder": "nowhere"}}, "'nowhere/config.json' is not there"),
+        ({"labels": [{"name": "E", "token": " yes", "gain": 2.0}]}, "its gain is 2.0"),
+    ],
+)
+def test_bad_settings_end_with_exit_code_2_and_their_reason(
+    settings: dict[str, object], change: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(train.main, setting_arguments(**{**settings, **change})) == 2
+    assert message in capsys.readouterr().err
