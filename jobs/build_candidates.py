@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     candidates_df = read_table(spark, CANDIDATES, path, version)
     uncovered_path = table_path(config.tables, UNCOVERED_PRODUCTS)
-    uncovered_df = uncovered_products(catalog_df, terms_df, candidates_df)
+    uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df)
     uncovered_version = overwrite_table(uncovered_df, UNCOVERED_PRODUCTS, uncovered_path, where=replaced)
     terms_df.unpersist()
 

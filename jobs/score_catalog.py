@@ -14,6 +14,7 @@ from pydantic import Field
 from pyspark.sql import SparkSession
 
 import csrm
+from csrm.bundle import load_bundle
 from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import AuditError, ConfigError, InputError
@@ -30,6 +31,7 @@ from csrm.spark.pairs import (
 from csrm.spark.publish import (
     Publication,
     audit_run,
+    check_same_run,
     find_published_run,
     publish_run,
     read_run_rows,
@@ -73,7 +75,7 @@ class ScoringConfig(Settings):
     products_per_chunk: int = Field(default=256, ge=1)
     """Products of one query that are scored side by side; a query with more is spread over partitions."""
     max_rejected_share: float = Field(default=0.05, ge=0, le=1)
-    """Largest share of candidates without a query or product text; more and nothing is published."""
+    """Largest share of a market's candidates without a query or product text; more and nothing is published."""
     progress_seconds: float = Field(default=10.0, gt=0)
     """Seconds between lines of progress."""
 
@@ -93,13 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     spark = build_session("csrm-score-catalog")
     earlier = find_published_run(spark, config.tables, run_id)
     if earlier is not None:
+        check_same_run(earlier, config.markets, load_bundle(config.bundle).digest)
         print(f"run {run_id} was published before: relevance_scores version {earlier['published_version']}.")
         return 0
     scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))
 
     clock = _Clock()
     inputs = _read_inputs(spark, config)
-    num_candidates = _count_candidates(inputs["candidates"], config)
+    market_candidates = _count_candidates(inputs["candidates"], config)
+    num_candidates = sum(market_candidates.values())
     num_partitions = config.num_partitions or num_scoring_partitions(
         num_candidates, spark.sparkContext.defaultParallelism // task_threads(spark)
     )
@@ -131,18 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_run_rows(scores_df, SCORES_STAGING, config.tables, run_id)
     clock.lap("scoring")
 
-    audit = audit_run(spark, config.tables, run_id, num_candidates, config.max_rejected_share)
+    audit = audit_run(spark, config.tables, run_id, market_candidates, config.max_rejected_share)
     clock.lap("audit")
-    passed = all(result["passed"] for result in audit)
-    publication = publish_run(spark, config.tables, run_id, config.markets, scorer.digest) if passed else None
+    publication = None
+    if not audit.failed:
+        publication = publish_run(spark, config.tables, run_id, config.markets, scorer.digest)
     clock.lap("publish")
-    num_scored = num_candidates - num_rejected
     record_run(
         spark,
         config.tables,
         {
             "run_id": run_id,
             "data_date": data_date,
+            "markets": sorted(config.markets),
             "started_at": started_at,
             "finished_at": datetime.now(UTC),
             "inputs": {name: _named_version(read) for name, read in inputs.items()},
@@ -150,22 +155,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             "device": f"{config.device} ({scorer.provider})",
             "versions": {"csrm": csrm.__version__, **{name: version(name) for name in ("pyspark", "delta-spark")}},
             "num_candidates": num_candidates,
-            "num_scored": num_scored,
+            "num_scored": audit.num_staged,
             "num_rejected": num_rejected,
             "seconds": clock.seconds,
-            "audit": audit,
+            "audit": audit.results,
             "verdict": _verdict(publication),
             "published_version": publication.version if publication else None,
         },
     )
     if publication is None:
-        failed = [f"  - {r['name']}: {r['value']}, expected {r['bound']}" for r in audit if not r["passed"]]
+        failed = [f"  - {r['market']}: {r['name']}: {r['value']}, expected {r['bound']}" for r in audit.failed]
         raise AuditError(
             f"run {run_id}: the audit rejected it, nothing was published:\n" + "\n".join(failed) + "\n"
             f"Its scores are kept in {table_path(config.tables, SCORES_STAGING)}, the pairs without text in "
             f"{table_path(config.tables, REJECTED_PAIRS)}."
         )
-    _print_end(config, run_id, num_scored, clock, publication)
+    _print_end(config, run_id, audit.num_staged, clock, publication)
     return 0
 
 
@@ -200,7 +205,8 @@ def _read_inputs(spark: SparkSession, config: ScoringConfig) -> dict[str, Input]
     return inputs
 
 
-def _count_candidates(candidates: Input, config: ScoringConfig) -> int:
+def _count_candidates(candidates: Input, config: ScoringConfig) -> dict[str, int]:
+    """Market to its candidate pairs; every market has some."""
     counts = {row["market"]: row["count"] for row in candidates.df.groupBy("market").count().collect()}
     empty = sorted(config.markets.keys() - counts.keys())
     if empty:
@@ -208,7 +214,7 @@ def _count_candidates(candidates: Input, config: ScoringConfig) -> int:
             f"input candidates at {candidates.path!r}: no pairs for the markets {empty}; it has {sorted(counts)} of "
             f"{sorted(config.markets)}. Build their candidates, or take them out of 'markets'."
         )
-    return sum(counts.values())
+    return counts
 
 
 def _count_rejected(spark: SparkSession, tables: str, run_id: str) -> dict[str, int]:

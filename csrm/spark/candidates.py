@@ -45,11 +45,16 @@ def with_given_pairs(pairs_df: DataFrame, given_df: DataFrame) -> DataFrame:
     return pairs_df.join(given_df, list(CANDIDATES.key), "left_anti").unionByName(given_df)
 
 
-def uncovered_products(catalog_df: DataFrame, query_terms_df: DataFrame, candidates_df: DataFrame) -> DataFrame:
-    """Products that no candidate names, with the reason.
+def uncovered_products(
+    catalog_df: DataFrame, queries_df: DataFrame, query_terms_df: DataFrame, candidates_df: DataFrame
+) -> DataFrame:
+    """Products that no candidate with a query text names, with the reason.
+
+    Given pairs whose query does not exist or is blank are never scored, so they cover no product.
 
     Args:
         catalog_df: columns of `schemas.CATALOG`.
+        queries_df: columns of `schemas.QUERIES`.
         query_terms_df: as of `lexical.query_terms`.
         candidates_df: columns of `schemas.CANDIDATES`.
 
@@ -58,8 +63,10 @@ def uncovered_products(catalog_df: DataFrame, query_terms_df: DataFrame, candida
         query of its market; or "not_among_best": it shares terms, but only such as are too frequent to count
         (`max_term_share`), or no queries per product were asked for.
     """
-    uncovered_df = catalog_df.join(candidates_df, ["market", "product_id"], "left_anti")
     key = ["market", "product_id"]
+    with_text_df = queries_df.where(~is_blank(F.col("query")))
+    covering_df = candidates_df.join(with_text_df, ["market", "query_id"], "left_semi")
+    uncovered_df = catalog_df.join(covering_df, key, "left_anti")
     vocabulary_df = query_terms_df.select("market", F.explode("terms").alias("term")).distinct()
     sharing_df = (
         product_terms(uncovered_df)

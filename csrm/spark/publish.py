@@ -1,7 +1,6 @@
 """From scores to the published table: stage, audit, publish what changed, record the run."""
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.errors import ConfigError
 from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, SCORES_STAGING, SCORING_RUNS, Table
 from csrm.spark.tables import (
     create_table,
@@ -25,8 +25,23 @@ from csrm.spark.tables import (
 SCORE_TOLERANCE = 1e-6
 """A score that moved by no more is the same score: it is not published again."""
 
+_NOTHING_STAGED = {"num_rows": 0, "num_keys": 0, "num_nan": 0, "num_in_range": 0}
+
 AuditResult = dict[str, Any]
-"""name, value, bound (text) and passed."""
+"""market, name, value, bound (text) and passed."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found."""
+
+    results: list[AuditResult]
+    num_staged: int
+    """Rows that the run has in scores_staging."""
+
+    @property
+    def failed(self) -> list[AuditResult]:
+        return [result for result in self.results if not result["passed"]]
 
 
 @dataclass(frozen=True)
@@ -58,59 +73,88 @@ def find_published_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row
     return runs_df.where(F.col("verdict") != "rejected").head()
 
 
+def check_same_run(published: Row, markets: Collection[str], bundle_digest: str) -> None:
+    """Refuse a run id under which other markets, or scores of another bundle, were published.
+
+    Args:
+        published: the row that find_published_run found.
+        markets: those of the new run.
+        bundle_digest: that of the new run.
+
+    Raises:
+        ConfigError: the markets or the bundle differ.
+    """
+    expected = (sorted(published["markets"]), published["bundle_digest"])
+    found = (sorted(markets), bundle_digest)
+    if found != expected:
+        raise ConfigError(
+            f"--run-id {published['run_id']!r}: a run of this name, started {published['started_at']}, published the "
+            f"markets {expected[0]} with bundle {expected[1][:12]}; this one has the markets {found[0]} with bundle "
+            f"{found[1][:12]}. Choose another --run-id."
+        )
+
+
 def audit_run(
-    spark: SparkSession, tables_dir: str, run_id: str, num_candidates: int, max_rejected_share: float
-) -> list[AuditResult]:
-    """Check a run's staged scores and rejected pairs, read back from their tables.
+    spark: SparkSession, tables_dir: str, run_id: str, num_candidates: Mapping[str, int], max_rejected_share: float
+) -> Audit:
+    """Check a run's staged scores and rejected pairs, read back from their tables, market by market.
+
+    A publish deletes what a market's run does not hold, so a large market must not hide that a small one failed.
 
     Args:
         spark: the session.
         tables_dir: the folder of CSRM's tables.
         run_id: the run.
-        num_candidates: pairs that it was given.
-        max_rejected_share: largest share of them that may be rejected, in [0, 1].
+        num_candidates: market to the pairs that it was given.
+        max_rejected_share: largest share of a market's pairs that may be rejected, in [0, 1].
     """
     score = F.col("relevance_score")
-    staged = (
+    staged_df = (
         read_run_rows(spark, SCORES_STAGING, tables_dir, run_id)
+        .groupBy("market")
         .agg(
             F.count("*").alias("num_rows"),
-            F.count_distinct("market", "query_id", "product_id").alias("num_keys"),
+            F.count_distinct("query_id", "product_id").alias("num_keys"),
             F.count_if(score.isNull() | F.isnan(score)).alias("num_nan"),
             F.count_if(score.between(0.0, 1.0)).alias("num_in_range"),
         )
-        .head()
     )
-    assert staged is not None
-    num_rejected = read_run_rows(spark, REJECTED_PAIRS, tables_dir, run_id).count()
-    return audit_counts(staged.asDict(), num_rejected, num_candidates, max_rejected_share)
+    rejected_df = read_run_rows(spark, REJECTED_PAIRS, tables_dir, run_id).groupBy("market").count()
+    staged = {row["market"]: row.asDict() for row in staged_df.collect()}
+    rejected = {row["market"]: row["count"] for row in rejected_df.collect()}
+    results: list[AuditResult] = []
+    for market in sorted({*num_candidates, *staged, *rejected}):
+        counts = (staged.get(market, _NOTHING_STAGED), rejected.get(market, 0), num_candidates.get(market, 0))
+        results += audit_counts(market, *counts, max_rejected_share)
+    return Audit(results, sum(counts["num_rows"] for counts in staged.values()))
 
 
 def audit_counts(
-    staged: Mapping[str, int], num_rejected: int, num_candidates: int, max_rejected_share: float
+    market: str, staged: Mapping[str, int], num_rejected: int, num_candidates: int, max_rejected_share: float
 ) -> list[AuditResult]:
-    """The audit's results from its counts.
+    """The audit's results for one market, from its counts.
 
     Args:
+        market: the market.
         staged: num_rows, num_keys (distinct pairs), num_nan and num_in_range of the staged scores.
         num_rejected: pairs that could not be scored.
         num_candidates: pairs that the run was given.
         max_rejected_share: see audit_run.
     """
     num_rows = staged["num_rows"]
+    num_pairs, num_keys, num_in_range = num_rows + num_rejected, staged["num_keys"], staged["num_in_range"]
     share = num_rejected / num_candidates if num_candidates else 0.0
+    checks = [
+        ("staged and rejected pairs", num_pairs, f"= {num_candidates} candidates", num_pairs == num_candidates),
+        ("staged pairs", num_rows, ">= 1", num_rows >= 1),
+        ("distinct staged pairs", num_keys, f"= {num_rows} staged", num_keys == num_rows),
+        ("scores that are no number", staged["num_nan"], "= 0", staged["num_nan"] == 0),
+        ("scores in [0, 1]", num_in_range, f"= {num_rows} staged", num_in_range == num_rows),
+        ("share of rejected pairs", share, f"<= {max_rejected_share}", share <= max_rejected_share),
+    ]
     return [
-        _result(
-            "staged and rejected pairs",
-            num_rows + num_rejected,
-            f"= {num_candidates} candidates",
-            num_rows + num_rejected == num_candidates,
-        ),
-        _result("staged pairs", num_rows, ">= 1", num_rows >= 1),
-        _result("distinct staged pairs", staged["num_keys"], f"= {num_rows} staged", staged["num_keys"] == num_rows),
-        _result("scores that are no number", staged["num_nan"], "= 0", staged["num_nan"] == 0),
-        _result("scores in [0, 1]", staged["num_in_range"], f"= {num_rows} staged", staged["num_in_range"] == num_rows),
-        _result("share of rejected pairs", share, f"<= {max_rejected_share}", share <= max_rejected_share),
+        {"market": market, "name": name, "value": value, "bound": bound, "passed": passed}
+        for name, value, bound, passed in checks
     ]
 
 
@@ -169,7 +213,3 @@ def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> 
     values = {**run, "audit": json.dumps(run["audit"])}
     row = tuple(values[name] for name in SCORING_RUNS.column_names)
     write_run_rows(spark.createDataFrame([row], spark_schema(SCORING_RUNS)), SCORING_RUNS, tables_dir, run["run_id"])
-
-
-def _result(name: str, value: float, bound: str, passed: bool) -> AuditResult:
-    return {"name": name, "value": value if math.isfinite(value) else None, "bound": bound, "passed": passed}

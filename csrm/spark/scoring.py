@@ -16,7 +16,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from tqdm import tqdm
 
 from csrm import errors
-from csrm.bundle import load_scorer
+from csrm.bundle import load_bundle, load_scorer
 from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring import PAIR_COLUMNS, PairScorer
@@ -35,9 +35,21 @@ class ScorerInfo:
 
 
 @lru_cache(maxsize=1)
-def _loaded_scorer(bundle_dir: str, device: str, threads: int) -> PairScorer:
-    """Load once per Python worker process; Spark calls the operator many times in one."""
-    return load_scorer(bundle_dir, device, threads)
+def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> PairScorer:
+    """Load once per Python worker process; Spark calls the operator many times in one.
+
+    The digest is part of the key: workers outlive a bundle that is replaced at its path.
+
+    Raises:
+        BundleError: the bundle at the path has another digest.
+    """
+    scorer = load_scorer(bundle_dir, device, threads)
+    if scorer.digest != digest:
+        raise BundleError(
+            f"bundle {bundle_dir!r}: expected digest {digest}, this worker has {scorer.digest}. "
+            "Put the same bundle on every machine, and leave it alone during a run."
+        )
+    return scorer
 
 
 def task_threads(spark: SparkSession) -> int:
@@ -55,7 +67,7 @@ def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int
     def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             try:
-                scorer = _loaded_scorer(bundle_dir, device, threads)
+                scorer = _loaded_scorer(bundle_dir, device, threads, load_bundle(bundle_dir).digest)
                 found = (scorer.digest, scorer.provider, "", "")
             except CsrmError as error:
                 found = ("", "", type(error).__name__, str(error))
@@ -116,12 +128,7 @@ def with_relevance_score(
             counters[1].add(num_tokens)
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        scorer = _loaded_scorer(bundle_dir, device, threads)
-        if scorer.digest != bundle_digest:
-            raise BundleError(
-                f"bundle {bundle_dir!r}: expected digest {bundle_digest}, this worker has {scorer.digest}. "
-                "Put the same bundle on every machine, and leave it alone during a run."
-            )
+        scorer = _loaded_scorer(bundle_dir, device, threads, bundle_digest)
         yield from score_pair_batches(batches, scorer, on_scored)
 
     schema = (
@@ -146,14 +153,19 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
     """Pandas UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
 
     Fields may come in any order; market, language, query and title must be there, the others may be absent. The UDF
-    is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice.
+    is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice. It scores with the
+    bundle that is at the path when it is made: after a bundle is replaced, make a new one.
 
         score = relevance_score_udf("conf/demo_bundle")
         df.withColumn("relevance_score", score(F.struct("market", "language", "query", "title")))
+
+    Raises:
+        BundleError: see load_bundle; in a worker also where its bundle is another one.
     """
+    digest = load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
-        scorer = _loaded_scorer(bundle_dir, device, threads)
+        scorer = _loaded_scorer(bundle_dir, device, threads, digest)
         for batch in batches:
             yield scorer.score(_with_pair_columns(batch))["relevance_score"]
 

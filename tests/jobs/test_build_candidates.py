@@ -31,7 +31,7 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
         ),
         "given": (
             "market string, query_id string, product_id string",
-            [("us", "q1", "p1"), ("us", "q2", "p9"), ("kr", "q1", "p1")],
+            [("us", "q1", "p1"), ("us", "q2", "p9"), ("us", "q9", "p4"), ("kr", "q1", "p1")],
         ),
     }
     for name, (schema, rows) in tables.items():
@@ -64,12 +64,13 @@ def test_every_product_is_in_a_pair_or_listed_as_uncovered(
         ("us", "q1", "p1", "given"),
         ("us", "q1", "p2", "product"),
         ("us", "q2", "p9", "given"),
+        ("us", "q9", "p4", "given"),
     ]
     assert rows(spark, UNCOVERED_PRODUCTS, tmp_path) == [("us", "p3", "no_title"), ("us", "p4", "no_shared_term")]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:6] == [
         ["market", "pairs", "given", "query", "product"],
-        ["us", "3", "2", "0", "1"],
+        ["us", "4", "3", "0", "1"],
         ["tw", "1", "0", "1", "0"],
         ["market", "products", "covered", "no_title", "no_shared_term", "not_among_best"],
         ["us", "4", "2", "(50.0%)", "1", "(25.0%)", "1", "(25.0%)", "0", "(0.0%)"],
@@ -80,7 +81,10 @@ def test_every_product_is_in_a_pair_or_listed_as_uncovered(
 def test_without_queries_per_product_the_rest_is_not_among_the_best(
     spark: SparkSession, inputs: Path, tmp_path: Path
 ) -> None:
-    assert main(arguments(inputs, tmp_path, "products_per_query=1", "queries_per_product=0")) == 0
+    assert (
+        main(arguments(inputs, tmp_path, "inputs.candidates=null", "products_per_query=1", "queries_per_product=0"))
+        == 0
+    )
     assert rows(spark, CANDIDATES, tmp_path) == [("tw", "q1", "p1", "query"), ("us", "q1", "p1", "query")]
     assert ("us", "p2", "not_among_best") in rows(spark, UNCOVERED_PRODUCTS, tmp_path)
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from csrm.config import load_config
-from jobs.score_catalog import ScoringConfig
+from csrm.errors import AuditError
+from jobs.score_catalog import ScoringConfig, main
 
 deltalake = pytest.importorskip("deltalake")
 
@@ -69,7 +70,7 @@ def config(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inputs": {name: {"path": str(folder / f"{name}.parquet"), "format": "parquet"} for name in inputs},
         "tables": str(folder / "tables"),
         "bundle": str(tiny_bundle),
-        "max_rejected_share": 0.2,
+        "max_rejected_share": 0.5,
     }
     path = folder / "score_catalog.yaml"
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
@@ -111,12 +112,47 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(config: 
     assert again.returncode == 0, again.stdout
     assert again.stdout == "run 2026-01-02 was published before: relevance_scores version 2.\n"
 
+    other = submit(config, "--run-id", "2026-01-02", "--set", "markets={kr: ko}")
+    assert other.returncode == 2, other.stdout
+    assert "Choose another --run-id." in other.stdout
+
     refused = submit(config, "--run-id", "2026-01-04", "--set", "max_rejected_share=0.1")
     assert refused.returncode == 3, refused.stdout
-    assert "share of rejected pairs: 0.125, expected <= 0.1" in refused.stdout
+    assert "tw: share of rejected pairs: 0.5, expected <= 0.1" in refused.stdout
     assert published(config).version() == 2
     staging = deltalake.DeltaTable(str(config.parent / "tables" / "scores_staging")).to_pyarrow_table()
     assert staging["run_id"].to_pylist().count("2026-01-04") == 7
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_small_market_that_fails_its_audit_publishes_and_deletes_nothing(
+    spark: object, config: Path, tmp_path: Path
+) -> None:
+    folder = config.parent
+    candidates = pd.read_parquet(folder / "candidates.parquet").query("product_id != 'p9'")
+    candidates.to_parquet(tmp_path / "candidates.parquet")
+    catalog = pd.read_parquet(folder / "catalog.parquet")
+    catalog[(catalog["market"] == "kr") | (catalog["product_id"] != "p0")].to_parquet(tmp_path / "catalog.parquet")
+    arguments = ["--config", str(config), "--set", "max_rejected_share=0.2", "--set", f"tables={tmp_path}/tables"]
+    arguments += ["--set", f"inputs.candidates.path={tmp_path}/candidates.parquet"]
+    scores = tmp_path / "tables" / "relevance_scores"
+    assert main([*arguments, "--run-id", "first"]) == 0
+    before = deltalake.DeltaTable(str(scores))
+
+    with pytest.raises(AuditError) as caught:
+        main([*arguments, "--run-id", "second", "--set", f"inputs.catalog.path={tmp_path}/catalog.parquet"])
+
+    assert "  - tw: staged pairs: 0, expected >= 1" in str(caught.value).splitlines()
+    assert "  - kr:" not in str(caught.value)
+    after = deltalake.DeltaTable(str(scores))
+    assert after.version() == before.version()
+    assert after.to_pyarrow_table()["market"].to_pylist().count("tw") == 1
+    runs = deltalake.DeltaTable(str(tmp_path / "tables" / "scoring_runs")).to_pyarrow_table().to_pylist()
+    assert {run["run_id"]: (run["num_scored"], run["num_rejected"], run["verdict"]) for run in runs} == {
+        "first": (7, 0, "published"),
+        "second": (6, 1, "rejected"),
+    }
 
 
 @pytest.mark.spark

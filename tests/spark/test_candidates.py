@@ -70,18 +70,26 @@ def test_products_in_no_pair_are_listed_with_the_reason(spark: SparkSession) -> 
             ("us", "p4", "lamp", None, None, {"form": "globe"}),
             ("us", "p5", "RED hat", None, None, None),
             ("us", "p6", "!!!", None, None, None),
+            ("us", "p7", "cup", None, None, None),
             ("kr", "p1", "red shoe", None, None, None),
         ],
         "market string, product_id string, title string, brand string, category string, attributes map<string,string>",
     )
-    terms_df = query_terms(
-        spark.createDataFrame(
-            [("us", "q1", "red shoe"), ("kr", "q1", "lamp"), ("us", "q2", None)],
-            "market string, query_id string, query string",
-        )
+    queries_df = spark.createDataFrame(
+        [("us", "q1", "red shoe"), ("kr", "q1", "lamp"), ("us", "q2", None), ("us", "q3", "!")],
+        "market string, query_id string, query string",
     )
-    candidates_df = spark.createDataFrame([("us", "q1", "p1", "query")], f"{PAIR}, source string")
-    assert rows(uncovered_products(catalog_df, terms_df, candidates_df)) == [
+    candidates_df = spark.createDataFrame(
+        [
+            ("us", "q1", "p1", "query"),
+            ("us", "q2", "p5", "given"),  # its query is blank
+            ("us", "q9", "p4", "given"),  # its query does not exist
+            ("kr", "q3", "p1", "given"),  # nor does this one, in its market
+            ("us", "q3", "p7", "given"),  # no term, but a text to score
+        ],
+        f"{PAIR}, source string",
+    )
+    assert rows(uncovered_products(catalog_df, queries_df, query_terms(queries_df), candidates_df)) == [
         ("kr", "p1", "no_shared_term"),
         ("us", "p2", "no_title"),
         ("us", "p3", "no_title"),

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.errors import ConfigError
 from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.publish import (
     audit_counts,
     audit_run,
+    check_same_run,
     find_published_run,
     publish_run,
     read_run_rows,
@@ -41,7 +43,7 @@ def scores(spark: SparkSession, run_id: str, *rows: tuple[str, str, float, str, 
 def results(staged: dict[str, int], num_rejected: int = 0, num_candidates: int = 10) -> dict[str, bool]:
     return {
         result["name"]: result["passed"]
-        for result in audit_counts(staged, num_rejected, num_candidates, max_rejected_share=0.2)
+        for result in audit_counts("kr", staged, num_rejected, num_candidates, max_rejected_share=0.2)
     }
 
 
@@ -68,30 +70,51 @@ def test_each_fault_of_a_run_fails_its_audit(
     assert {name for name, passed in results(counts, num_rejected).items() if not passed} == failed
 
 
+@pytest.mark.parametrize(
+    ("markets", "digest", "named"),
+    [
+        (["kr"], "d1", r"markets \['kr', 'tw'\] with bundle d1; this one has the markets \['kr'\] with bundle d1"),
+        (["kr", "tw"], "d2", r"with bundle d1; .* with bundle d2\. Choose another --run-id"),
+    ],
+)
+def test_a_run_id_is_not_used_again_for_other_markets_or_another_bundle(
+    markets: list[str], digest: str, named: str
+) -> None:
+    published = Row(run_id="a", started_at=SCORED_AT, markets=["kr", "tw"], bundle_digest="d1")
+
+    check_same_run(published, ["tw", "kr"], "d1")
+    with pytest.raises(ConfigError, match=named):
+        check_same_run(published, markets, digest)
+
+
 @pytest.mark.spark
 def test_the_audit_counts_what_is_in_the_tables(spark: SparkSession, tmp_path: Path) -> None:
     tables = str(tmp_path)
     nan = float("nan")
-    staged_df = scores(spark, "r", ("kr", "1", 0.5, "yes", 1), ("kr", "1", nan, "no", 1), ("tw", "1", 1.5, "no", 1))
+    staged_df = scores(
+        spark,
+        "r",
+        *(("kr", "1", 0.5, "yes", 1), ("kr", "1", nan, "no", 1), ("kr", "3", 0.5, "no", 1)),
+        ("tw", "1", 1.5, "no", 1),
+    )
     rejected_df = spark.createDataFrame(
-        [("kr", "q", "2", "no_product", "r")],
+        [("kr", "q", "2", "no_product", "r"), ("us", "q", "1", "no_product", "r")],
         "market string, query_id string, product_id string, reason string, run_id string",
     )
     write_run_rows(scores(spark, "other", ("kr", "9", 0.5, "yes", 1)), SCORES_STAGING, tables, "other")
     write_run_rows(staged_df, SCORES_STAGING, tables, "r")
     write_run_rows(rejected_df, REJECTED_PAIRS, tables, "r")
 
-    audit = audit_run(spark, tables, "r", num_candidates=4, max_rejected_share=0.25)
+    audit = audit_run(spark, tables, "r", num_candidates={"kr": 4, "tw": 1, "us": 1}, max_rejected_share=0.25)
 
-    assert [(result["value"], result["passed"]) for result in audit] == [
-        (4, True),
-        (3, True),
-        (2, False),
-        (1, False),
-        (1, False),
-        (0.25, True),
+    assert [(result["market"], result["value"], result["passed"]) for result in audit.results] == [
+        *(("kr", 4, True), ("kr", 3, True), ("kr", 2, False), ("kr", 1, False), ("kr", 2, False), ("kr", 0.25, True)),
+        *(("tw", 1, True), ("tw", 1, True), ("tw", 1, True), ("tw", 0, True), ("tw", 0, False), ("tw", 0.0, True)),
+        *(("us", 1, True), ("us", 0, False), ("us", 0, True), ("us", 0, True), ("us", 0, True), ("us", 1.0, False)),
     ]
-    assert json.loads(json.dumps(audit)) == audit
+    assert audit.num_staged == 4
+    assert len(audit.failed) == 6
+    assert json.loads(json.dumps(audit.results)) == audit.results
 
 
 @pytest.mark.spark
@@ -200,6 +223,7 @@ def test_a_run_is_recorded_once_and_found_when_it_was_published(spark: SparkSess
     run: dict[str, Any] = {
         "run_id": "a",
         "data_date": date(2026, 1, 2),
+        "markets": ["kr", "tw"],
         "started_at": SCORED_AT,
         "finished_at": SCORED_AT,
         "inputs": {"catalog": "/tables/catalog@v3"},
@@ -210,7 +234,7 @@ def test_a_run_is_recorded_once_and_found_when_it_was_published(spark: SparkSess
         "num_scored": 3,
         "num_rejected": 1,
         "seconds": {"scoring": 1.5},
-        "audit": [{"name": "staged pairs", "value": 3, "bound": ">= 1", "passed": True}],
+        "audit": [{"market": "kr", "name": "staged pairs", "value": 3, "bound": ">= 1", "passed": True}],
         "verdict": "rejected",
         "published_version": None,
     }
@@ -222,8 +246,9 @@ def test_a_run_is_recorded_once_and_found_when_it_was_published(spark: SparkSess
     found = find_published_run(spark, tables, "a")
 
     assert found is not None
-    assert (found["published_version"], found["started_at"], found["seconds"]) == (
+    assert (found["published_version"], found["markets"], found["started_at"], found["seconds"]) == (
         2,
+        ["kr", "tw"],
         SCORED_AT.replace(tzinfo=None),
         {"scoring": 1.5},
     )

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.bundle import load_scorer
+from csrm.bundle import KIND, SETTINGS_NAME, load_scorer
 from csrm.errors import BundleError, DeviceError
+from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring import PAIR_COLUMNS
 from csrm.spark.scoring import (
@@ -186,6 +189,28 @@ def test_the_udf_gives_the_scores_of_the_core_in_any_dataframe(spark: SparkSessi
     bare = pdf.assign(retrieved_titles=None, brand=None, category=None, attributes=None)
     np.testing.assert_allclose([row["score"] for row in rows], scorer.score(pdf)["relevance_score"], atol=1e-5)
     np.testing.assert_allclose([row["few"] for row in rows], scorer.score(bare)["relevance_score"], atol=1e-5)
+
+
+@pytest.mark.spark
+def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier_one(
+    spark: SparkSession, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    pdf, folder = pairs_pdf(6), tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+
+    def scores() -> list[float]:
+        score = relevance_score_udf(str(folder))(F.struct(*PAIR_COLUMNS))
+        return [row["score"] for row in pairs_df(spark, pdf).coalesce(1).select(score.alias("score")).collect()]
+
+    earlier_digest, earlier = probe_scorer(spark, str(folder), "cpu", threads=1).digest, scores()
+    settings = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+    settings["labels"] = [{**label, "gain": 1 - label["gain"]} for label in settings["labels"]]
+    (folder / SETTINGS_NAME).write_text(json.dumps(settings), encoding="utf-8")
+    digest = write_manifest(folder, KIND)
+
+    assert digest != earlier_digest
+    assert probe_scorer(spark, str(folder), "cpu", threads=1).digest == digest
+    np.testing.assert_allclose(scores(), 1 - np.array(earlier), atol=1e-5)
 
 
 @pytest.mark.spark
