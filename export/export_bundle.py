@@ -63,8 +63,8 @@ def export_bundle(model_dir: str, bundle_dir: Path, pairs: pd.DataFrame) -> Pari
         tokenizer = PromptTokenizer.from_file(unfinished / TOKENIZER_NAME, card.budgets)
         onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
         parity = check_parity(pairs, torch_scorer, onnx_scorer, SCORE_TOLERANCE)
-        packages = ("csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "tokenizers")
-        packages += (require_one_onnxruntime(),)
+        packages = ["csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "tokenizers"]
+        packages.append(require_one_onnxruntime())
         settings = BundleSettings(
             labels=card.labels,
             budgets=card.budgets,

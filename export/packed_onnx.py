@@ -52,6 +52,8 @@ class PackedRelevanceOnnxConfig(OnnxConfig):
 class _ExportedModel(PackedRelevanceModel):
     """The model with its label rows as a weight of their own, so that no other row of the LM head is exported."""
 
+    rows: torch.Tensor
+
     def __init__(self, model: PackedRelevanceModel) -> None:
         super().__init__(model.language_model, model.label_ids.tolist())
         self.register_buffer("rows", model.label_rows().detach().clone())

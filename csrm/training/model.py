@@ -20,6 +20,8 @@ IGNORED_TARGET = -100
 class PackedRelevanceModel(nn.Module):
     """Logits of the label tokens at each pair's last token, for packs (see csrm.packing)."""
 
+    label_ids: torch.Tensor
+
     def __init__(self, language_model: PreTrainedModel, label_ids: Sequence[int]) -> None:
         """Args:
         language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
