@@ -130,7 +130,7 @@ JUDGMENTS = Table(
 
 UNCOVERED_PRODUCTS = Table(
     name="uncovered_products",
-    comment="Products that no candidate pair names, with the reason",
+    comment="Products that no candidate pair with an existing query names, with the reason",
     columns=(
         MARKET,
         PRODUCT_ID,
