@@ -157,3 +157,29 @@ def test_a_prompt_longer_than_the_sliding_window_is_refused() -> None:
         check_window(gemma, Budgets())
     check_window(Gemma3TextConfig(sliding_window=512), Budgets())
     check_window(Qwen3Config(), Budgets())
+
+
+def test_a_model_with_sliding_layers_scores_packs_as_single_prompts() -> None:
+    """Gemma 3: two rotary bases, sliding and full layers, one key and value head."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=200,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=128,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.25,
+        query_pre_attn_scalar=16,
+    )
+    model = PackedRelevanceModel(Gemma3ForCausalLM(config), [3, 4, 5, 6]).eval()
+    ids = np.random.default_rng(0).integers(7, 199, size=(3, 5, 20)).tolist()
+    groups = [Group(prefix, [part[: 3 + 4 * n] for n, part in enumerate(parts)]) for prefix, *parts in ids]
+    expected = one_at_a_time(model, groups)
+    assert (expected[:, -1] - expected[:, 0]).std() >= 1
+    assert np.abs(packed(model, groups, 1000) - expected).max() <= TOLERANCE * np.abs(expected).max()
