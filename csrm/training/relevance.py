@@ -78,12 +78,11 @@ class _Packs(torch.utils.data.Dataset[tuple[PackBatch, np.ndarray]]):
     ) -> None:
         groups, rows = pair_groups(pairs, tokenizer)
         targets_left = iter(targets[rows])
-        parts = [
-            (Group(group.prefix_ids, suffixes), [next(targets_left) for _ in suffixes])
-            for group in groups
-            for start in range(0, len(group.suffixes), tuning.pairs_per_prefix)
-            if (suffixes := group.suffixes[start : start + tuning.pairs_per_prefix])
-        ]
+        parts = []
+        for group in groups:
+            for start in range(0, len(group.suffixes), tuning.pairs_per_prefix):
+                suffixes = group.suffixes[start : start + tuning.pairs_per_prefix]
+                parts.append((Group(group.prefix_ids, suffixes), [next(targets_left) for _ in suffixes]))
         random.Random(tuning.seed).shuffle(parts)
         self._packs = list(build_packs([group for group, _ in parts], pack_tokens))
         self._targets = np.array([target for _, part in parts for target in part], dtype=np.int64)
