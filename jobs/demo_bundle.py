@@ -1,6 +1,5 @@
 """Make the demo's bundle: a tiny model, trained and exported by the real jobs on a generated market of another seed."""
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: {"path": work / "inputs" / f"{name}.parquet", "format": "parquet"}
         for name in ("catalog", "queries", "behaviour", "judgments")
     }
-    shutil.rmtree(work, ignore_errors=True)
     generate_market.main(
         setting_arguments(
             seed=config.seed,
