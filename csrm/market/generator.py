@@ -28,6 +28,8 @@ NO_ATTRIBUTES_SHARE = 0.03
 NO_CATEGORY_SHARE = 0.03
 NO_LANGUAGE_SHARE = 0.05
 LONG_TITLE_CHARACTERS = 600
+ONLY_DEPARTMENT_SHARE = 0.8
+"""Of category paths: most shops file by departments, so words of the path alone do not tell the products apart."""
 
 CLICKED_QUERIES_SHARE = 0.6
 NUM_SHOWN = 15
@@ -204,7 +206,7 @@ def _catalog(rng: np.random.Generator, market: str, lexicon: Lexicon, products: 
     paths: list[str | None] = []
     attributes: list[dict[str, str] | None] = []
     is_known = rng.random(products.values.shape) < 0.9
-    only_department = rng.random(num_products) < 0.1
+    only_department = rng.random(num_products) < ONLY_DEPARTMENT_SHARE
     for place, values, known, short in zip(
         products.category.tolist(), products.values.tolist(), is_known.tolist(), only_department.tolist(), strict=True
     ):

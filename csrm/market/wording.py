@@ -5,7 +5,7 @@ import numpy as np
 from csrm.market.facts import NOTHING, Facts
 from csrm.market.lexicon import Category, Forms, Lexicon
 
-SYNONYM_SHARE = 0.45
+SYNONYM_SHARE = 0.55
 """Of category names in titles and in queries."""
 VALUE_SYNONYM_SHARE = 0.3
 NO_CATEGORY_SHARE = 0.05
