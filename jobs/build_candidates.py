@@ -12,7 +12,7 @@ from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.schemas import CANDIDATES, CATALOG, QUERIES, UNCOVERED_PRODUCTS
 from csrm.spark.candidates import best_pairs, uncovered_products, with_given_pairs
-from csrm.spark.inputs import read_input
+from csrm.spark.inputs import read_inputs
 from csrm.spark.lexical import bm25_scores, product_terms, query_terms
 from csrm.spark.session import build_session
 from csrm.spark.tables import overwrite_table, read_table, sql_literal, table_path
@@ -47,16 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/build_candidates.yaml").parse_args(argv)
     config = load_config(args.config, CandidateConfig, args.overrides)
     spark = build_session("csrm-build-candidates")
-    catalog_df = read_input(spark, CATALOG, config.inputs.catalog, config.markets).df
-    queries_df = read_input(spark, QUERIES, config.inputs.queries, config.markets).df
+    specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
+    if config.inputs.candidates is not None:
+        specs[CANDIDATES] = config.inputs.candidates
+    inputs = read_inputs(spark, specs, config.markets)
+    catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
     products_df = product_terms(catalog_df).persist()
     terms_df = query_terms(queries_df).persist()
     scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
     pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
-    if config.inputs.candidates is not None:
-        given_df = read_input(spark, CANDIDATES, config.inputs.candidates, config.markets).df
-        pairs_df = with_given_pairs(pairs_df, given_df)
+    if "candidates" in inputs:
+        pairs_df = with_given_pairs(pairs_df, inputs["candidates"].df)
     path = table_path(config.tables, CANDIDATES)
     replaced = f"market IN ({', '.join(sql_literal(market) for market in config.markets)})"
     version = overwrite_table(pairs_df, CANDIDATES, path, where=replaced)

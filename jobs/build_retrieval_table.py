@@ -1,7 +1,7 @@
 """Build the retrieval table: the product titles that augment each query, from behaviour and else from its words."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from pyspark.sql import functions as F
 from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
-from csrm.spark.inputs import read_input
+from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.lexical import product_terms, query_terms
 from csrm.spark.retrieval import behaviour_titles, lexical_titles, split_judged
 from csrm.spark.session import build_session
@@ -49,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/build_retrieval_table.yaml").parse_args(argv)
     config = load_config(args.config, RetrievalConfig, args.overrides)
     spark = build_session("csrm-build-retrieval-table")
-    catalog_df = read_input(spark, CATALOG, config.inputs.catalog, config.markets).df
-    queries_df = read_input(spark, QUERIES, config.inputs.queries, config.markets).df
+    specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
+    if config.inputs.behaviour is not None:
+        specs[BEHAVIOUR] = config.inputs.behaviour
+        if config.inputs.judgments is not None:
+            specs[JUDGMENTS] = config.inputs.judgments
+    inputs = read_inputs(spark, specs, config.markets)
+    catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
-    behaviour_df = read_behaviour_titles(spark, config, queries_df, catalog_df).persist()
+    behaviour_df = titles_from_behaviour(spark, config, inputs).persist()
     rest_df = query_terms(queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")).persist()
     products_df = product_terms(catalog_df).persist()
     lexical_df = lexical_titles(products_df, rest_df, catalog_df, config.num_titles, config.max_term_share)
@@ -67,17 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_behaviour_titles(
-    spark: SparkSession, config: RetrievalConfig, queries_df: DataFrame, catalog_df: DataFrame
-) -> DataFrame:
+def titles_from_behaviour(spark: SparkSession, config: RetrievalConfig, inputs: Mapping[str, Input]) -> DataFrame:
     """Titles from behaviour, none where no behaviour is configured. Prints how many rows are left out as judged."""
-    if config.inputs.behaviour is None:
+    if "behaviour" not in inputs:
         print("No behaviour input: all titles are lexical.")
         return spark.createDataFrame([], spark_schema(RETRIEVAL_TABLE))
-    behaviour_df = read_input(spark, BEHAVIOUR, config.inputs.behaviour, config.markets).df
-    if config.inputs.judgments is not None:
-        judgments_df = read_input(spark, JUDGMENTS, config.inputs.judgments, config.markets).df
-        behaviour_df, judged_df = split_judged(behaviour_df, queries_df, judgments_df)
+    catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
+    behaviour_df = inputs["behaviour"].df
+    if "judgments" in inputs:
+        behaviour_df, judged_df = split_judged(behaviour_df, queries_df, inputs["judgments"].df)
         print(f"Behaviour rows of judged pairs, left out: {judged_df.count():,}")
     return behaviour_titles(behaviour_df, queries_df, catalog_df, config.num_titles, config.min_count)
 

@@ -19,7 +19,7 @@ from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
 from csrm.metrics import Evaluation, evaluate_scores, format_evaluation, import_eval
 from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RELEVANCE_SCORES
-from csrm.spark.inputs import Input, read_input
+from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.lexical import bm25_scores, product_terms, query_terms
 from csrm.spark.session import build_session
 from csrm.spark.tables import open_table, read_table, table_path
@@ -167,13 +167,14 @@ def write_metrics(evaluation: Evaluation, provenance: dict[str, Any], path: Path
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_inputs(spark: SparkSession, config: EvaluationConfig) -> dict[str, Input]:
+def read_all(spark: SparkSession, config: EvaluationConfig) -> dict[str, Input]:
     """The checked input tables and the published scores, each at one version."""
-    inputs = {
-        "judgments": read_input(spark, JUDGMENTS, config.inputs.judgments, config.markets),
-        "catalog": read_input(spark, CATALOG, config.inputs.catalog, config.markets),
-        "queries": read_input(spark, QUERIES, config.inputs.queries, config.markets),
+    specs = {
+        JUDGMENTS: config.inputs.judgments,
+        CATALOG: config.inputs.catalog,
+        QUERIES: config.inputs.queries,
     }
+    inputs = read_inputs(spark, specs, config.markets)
     path = table_path(config.tables, RELEVANCE_SCORES)
     _, scores_version = open_table(spark, path)
     inputs["relevance_scores"] = Input(read_table(spark, RELEVANCE_SCORES, path, scores_version), path, scores_version)
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, EvaluationConfig, args.overrides)
     for module in ("ir_measures", "sklearn", "matplotlib"):
         import_eval(module)  # before the work, not after it
-    inputs = read_inputs(build_session("csrm-evaluate"), config)
+    inputs = read_all(build_session("csrm-evaluate"), config)
     judgments_df = inputs["judgments"].df
     if config.splits:
         judgments_df = judgments_df.where(F.col("split").isin(*config.splits))

@@ -12,7 +12,7 @@ from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, QUERIES, Column, Table
-from csrm.spark.inputs import read_input
+from csrm.spark.inputs import read_inputs
 from csrm.spark.session import build_session
 from csrm.spark.tables import overwrite_table, table_path
 
@@ -98,7 +98,7 @@ def read_files(config: ImportConfig) -> tuple[DataFrame, DataFrame]:
     """Products and the chosen examples, with their market; checked.
 
     Raises:
-        InputError: a file has problems; all of one file in one message where they can be seen together.
+        InputError: the files have problems; all of them in one message where they can be seen together.
     """
     spark = build_session("csrm-import-esci")
     has_locale = config.default_locale is None
@@ -112,9 +112,10 @@ def read_files(config: ImportConfig) -> tuple[DataFrame, DataFrame]:
     ]
     market_of_locale = F.create_map(*(F.lit(text) for pair in config.locales.items() for text in pair))
     locale = F.col("product_locale") if has_locale else F.lit(config.default_locale)
+    inputs = read_inputs(spark, dict(zip(tables, specs, strict=True)))
     products_df, examples_df = (
-        read_input(spark, table, spec).df.withColumn("market", market_of_locale[locale]).where("market IS NOT NULL")
-        for table, spec in zip(tables, specs, strict=True)
+        inputs[table.name].df.withColumn("market", market_of_locale[locale]).where("market IS NOT NULL")
+        for table in tables
     )
     if config.splits:
         examples_df = examples_df.where(F.col("split").isin(*config.splits))

@@ -18,8 +18,17 @@ from csrm.bundle import load_bundle
 from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import AuditError, ConfigError, InputError
-from csrm.schemas import CANDIDATES, CATALOG, QUERIES, REJECTED_PAIRS, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING
-from csrm.spark.inputs import Input, read_input
+from csrm.schemas import (
+    CANDIDATES,
+    CATALOG,
+    QUERIES,
+    REJECTED_PAIRS,
+    RELEVANCE_SCORES,
+    RETRIEVAL_TABLE,
+    SCORES_STAGING,
+    Table,
+)
+from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.pairs import (
     filter_rejected,
     filter_scorable,
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))
 
     clock = _Clock()
-    inputs = _read_inputs(spark, config)
+    inputs = read_inputs(spark, _input_specs(config), config.markets)
     market_candidates = _count_candidates(inputs["candidates"], config)
     num_candidates = sum(market_candidates.values())
     num_partitions = config.num_partitions or num_scoring_partitions(
@@ -183,8 +192,7 @@ def _data_date(text: str | None, started_at: datetime) -> date:
         raise ConfigError(f"--data-date {text!r}: expected YYYY-MM-DD.") from error
 
 
-def _read_inputs(spark: SparkSession, config: ScoringConfig) -> dict[str, Input]:
-    """Every input checked, at a named version; the problems of all of them in one error."""
+def _input_specs(config: ScoringConfig) -> dict[Table, InputSpec]:
     specs = {
         CATALOG: config.inputs.catalog,
         QUERIES: config.inputs.queries,
@@ -194,15 +202,7 @@ def _read_inputs(spark: SparkSession, config: ScoringConfig) -> dict[str, Input]
         specs[RETRIEVAL_TABLE] = config.inputs.retrieval_table or InputSpec(
             path=table_path(config.tables, RETRIEVAL_TABLE)
         )
-    inputs, problems = {}, []
-    for table, spec in specs.items():
-        try:
-            inputs[table.name] = read_input(spark, table, spec, config.markets)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    return inputs
+    return specs
 
 
 def _count_candidates(candidates: Input, config: ScoringConfig) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Input tables: read in any format, columns mapped to CSRM's names, everything checked before use."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
@@ -85,6 +85,28 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
     if problems:
         raise InputError(_message(where, problems))
     return Input(checked_df.select(*table.column_names), spec.path, version)
+
+
+def read_inputs(
+    spark: SparkSession, specs: Mapping[Table, InputSpec], markets: Collection[str] | None = None
+) -> dict[str, Input]:
+    """Read and check several input tables; see read_input.
+
+    Returns:
+        Name of each table to its input.
+
+    Raises:
+        InputError: the problems of all tables in one message.
+    """
+    inputs, problems = {}, []
+    for table, spec in specs.items():
+        try:
+            inputs[table.name] = read_input(spark, table, spec, markets)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return inputs
 
 
 def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from csrm.config import load_config
-from csrm.errors import AuditError
+from csrm.errors import AuditError, ConfigError
 from jobs.score_catalog import ScoringConfig, main
 
 deltalake = pytest.importorskip("deltalake")
@@ -187,6 +187,18 @@ def test_a_bad_configuration_exits_with_2_before_spark_starts(config: Path) -> N
 
     assert failed.returncode == 2
     assert "devise: Extra inputs are not permitted" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run-id", "../x y"], r"--run-id '\.\./x y': expected letters, digits"),
+        (["--data-date", "01.02.2026"], r"--data-date '01\.02\.2026': expected YYYY-MM-DD\."),
+    ],
+)
+def test_bad_arguments_are_refused_before_spark_starts(config: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--config", str(config), *arguments])
 
 
 @pytest.mark.spark

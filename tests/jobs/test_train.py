@@ -47,6 +47,17 @@ def test_a_trained_model_becomes_a_bundle_that_scores(
     assert load_scorer(bundle, "cpu", threads=1).score(pairs_pdf)["relevance_score"].between(0, 1).all()
 
 
+def test_judgments_without_rows_to_train_on_are_an_error(
+    settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = dict(settings["inputs"])
+    judgments = pd.read_parquet(inputs["judgments"]["path"])
+    judgments[judgments["split"] == "dev"].to_parquet(tmp_path / "judgments.parquet")
+    inputs["judgments"] = {"path": str(tmp_path / "judgments.parquet"), "format": "parquet"}
+    assert run_job(train.main, setting_arguments(**{**settings, "inputs": inputs})) == 2
+    assert "no rows of split train; splits are ['dev']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
