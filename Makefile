@@ -21,7 +21,7 @@ setup-dev:
 
 .PHONY: demo
 demo: setup-demo  ## Generate three markets, score them, publish to Delta, evaluate (DEMO_ARGS="...")
-	@$(run) SPARK_SUBMIT_OPTS=-XX:TieredStopAtLevel=1 python jobs/demo.py $(DEMO_ARGS)
+	@$(run) SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m" python jobs/demo.py $(DEMO_ARGS)
 
 .PHONY: demo-bundle
 demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores with

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from csrm.training.model import PackedRelevanceModel
 
 # Short Spark programs spend most of their time in the JVM's optimising compiler; jobs that tests submit inherit this.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+# Without that compiler the code cache is small by default, and once it is full nothing is compiled any more.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Input tables: read in any format, columns mapped to CSRM's names, everything checked before use."""
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
@@ -98,15 +99,15 @@ def read_inputs(
     Raises:
         InputError: the problems of all tables in one message.
     """
-    inputs, problems = {}, []
-    for table, spec in specs.items():
-        try:
-            inputs[table.name] = read_input(spark, table, spec, markets)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    return inputs
+    with ThreadPoolExecutor() as pool:  # Spark runs their scans side by side
+        reads = {table.name: pool.submit(read_input, spark, table, spec, markets) for table, spec in specs.items()}
+    errors = [error for read in reads.values() if (error := read.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, InputError):
+            raise error
+    if errors:
+        raise InputError("\n".join(map(str, errors)))
+    return {name: read.result() for name, read in reads.items()}
 
 
 def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:
