@@ -13,6 +13,14 @@
     Attributes: <name> = <value>; ...    |
     Relevant:                            |
 
+The same model learns to translate before it learns to judge:
+
+    Task: translation
+    From: ko
+    To: zh-TW
+    Text: <source text>
+    Translation: <target text>, learnt with the line break after it
+
 Fields are foreign text: `neutralize` takes from them whatever could read as structure. Optional fields that are empty
 leave no line. Changing a character here changes every score: raise TEMPLATE_VERSION with it.
 """
@@ -67,6 +75,15 @@ class Product(NamedTuple):
     attributes: Mapping[str, str | None] | None = None
 
 
+class Translation(NamedTuple):
+    """One direction of a pair of parallel texts; languages are BCP 47."""
+
+    source_language: str
+    target_language: str
+    source_text: str
+    target_text: str
+
+
 def neutralize(text: str | None) -> str:
     """Field text that cannot be taken for structure; idempotent.
 
@@ -101,6 +118,14 @@ def suffix_lines(product: Product) -> list[Line]:
         Line("\nAttributes:", "attributes", _field_text(_attribute_text(product.attributes))),
     ]
     return [Line("\nProduct:", "title", _field_text(product.title)), *(line for line in optional if line.text)]
+
+
+def translation_parts(text: Translation) -> list[str]:
+    """Template text and field text by turns; the last field and the line break after it are to be learnt."""
+    return [
+        *("Task: translation\nFrom:", _field_text(text.source_language), "\nTo:", _field_text(text.target_language)),
+        *("\nText:", _field_text(text.source_text), "\nTranslation:", _field_text(text.target_text), "\n"),
+    ]
 
 
 def prompt_text(query: Query, product: Product) -> str:

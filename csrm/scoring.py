@@ -1,6 +1,6 @@
 """From a frame of pairs to their relevance scores, whatever computes the logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,12 +83,9 @@ def pair_groups(pairs: pd.DataFrame, tokenizer: PromptTokenizer) -> tuple[list[G
     """
     rows_of_query: dict[Query, list[int]] = {}
     products: list[Product] = []
-    for row, (market, language, query, titles, title, brand, category, attributes) in enumerate(
-        zip(*(pairs[column] for column in PAIR_COLUMNS), strict=True)
-    ):
-        key = Query(market, language, _text(query), tuple(titles) if titles is not None else ())
-        rows_of_query.setdefault(key, []).append(row)
-        products.append(Product(_text(title), _text(brand), _text(category), _mapping(attributes)))
+    for row, (query, product) in enumerate(pair_texts(pairs)):
+        rows_of_query.setdefault(query, []).append(row)
+        products.append(product)
     suffixes = tokenizer.suffix_ids(products)
     prefixes = tokenizer.prefix_ids(list(rows_of_query))
     groups = [
@@ -96,6 +93,17 @@ def pair_groups(pairs: pd.DataFrame, tokenizer: PromptTokenizer) -> tuple[list[G
         for prefix_ids, rows in zip(prefixes, rows_of_query.values(), strict=True)
     ]
     return groups, np.array([row for rows in rows_of_query.values() for row in rows], dtype=np.int64)
+
+
+def pair_texts(pairs: pd.DataFrame) -> Iterator[tuple[Query, Product]]:
+    """What the prompt of each row says; see PairScorer.score for the columns."""
+    for market, language, query, titles, title, brand, category, attributes in zip(
+        *(pairs[column] for column in PAIR_COLUMNS), strict=True
+    ):
+        yield (
+            Query(market, language, _text(query), tuple(titles) if titles is not None else ()),
+            Product(_text(title), _text(brand), _text(category), _mapping(attributes)),
+        )
 
 
 def _text(value: Any) -> str | None:

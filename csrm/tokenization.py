@@ -14,7 +14,16 @@ from tokenizers import Tokenizer
 
 from csrm.errors import ConfigError
 from csrm.labels import Label
-from csrm.prompts import ANSWER_CUE, Line, Product, Query, prefix_lines, suffix_lines
+from csrm.prompts import (
+    ANSWER_CUE,
+    Line,
+    Product,
+    Query,
+    Translation,
+    prefix_lines,
+    suffix_lines,
+    translation_parts,
+)
 
 CHARACTERS_PER_TOKEN = 64
 """A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
@@ -78,6 +87,11 @@ class PromptTokenizer:
         """Load a `tokenizer.json`."""
         return cls(Tokenizer.from_file(str(path)), budgets)
 
+    @classmethod
+    def from_json(cls, text: str, budgets: Budgets) -> "PromptTokenizer":
+        """From the text of a `tokenizer.json`."""
+        return cls(Tokenizer.from_str(text), budgets)
+
     def prefix_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of each query's prefix, at most `budgets.prefix` each; the query is never lost."""
         all_lines = [prefix_lines(query) for query in queries]
@@ -90,6 +104,26 @@ class PromptTokenizer:
         field_ids = self._field_ids(all_lines)
         cue_ids = self._template(ANSWER_CUE)
         return [self._joined([], lines, field_ids, self.budgets.suffix, cue_ids) for lines in all_lines]
+
+    def translation_ids(self, texts: Sequence[Translation], text_tokens: int) -> list[tuple[list[int], list[int]]]:
+        """Token ids of translations: what is given, and what is to be learnt.
+
+        Args:
+            texts: what to translate, and how it is translated.
+            text_tokens: most tokens of each text.
+        """
+        all_parts = [translation_parts(text) for text in texts]
+        fields = [part for parts in all_parts for part in parts[1::2]]
+        encodings = self._tokenizer.encode_batch_fast(
+            [field[: CHARACTERS_PER_TOKEN * text_tokens] for field in fields], add_special_tokens=False
+        )
+        field_ids = iter([self._without_special(encoding.ids)[:text_tokens] for encoding in encodings])
+        result = []
+        for parts in all_parts:
+            pieces = [next(field_ids) if number % 2 else self._template(part) for number, part in enumerate(parts)]
+            given = [*self._start_ids, *(id_ for piece in pieces[:-2] for id_ in piece)]
+            result.append((given, [*pieces[-2], *pieces[-1]]))
+        return result
 
     def label_ids(self, labels: Sequence[Label]) -> list[int]:
         """Token id of each label.

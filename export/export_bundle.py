@@ -14,15 +14,14 @@ from pydantic import Field
 from csrm.bundle import KIND, MODEL_NAME, PARITY_NAME, SETTINGS_NAME, TOKENIZER_NAME, BundleSettings
 from csrm.cli import job_parser, run_job
 from csrm.config import Settings, load_config
-from csrm.errors import InputError
 from csrm.manifest import check_replaceable, replace_folder, write_manifest
 from csrm.onnx_backend import load_pack_scorer
 from csrm.onnx_install import require_one_onnxruntime
 from csrm.scoring import PairScorer
 from csrm.tokenization import PromptTokenizer
 from csrm.training.base_model import BaseModel
-from csrm.training.data import JudgedInputs, judged_pairs
-from csrm.training.relevance import load_trained
+from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.stage import load_trained
 from export.packed_onnx import export_packed_graph
 from export.parity import SCORE_TOLERANCE, Parity, check_parity
 
@@ -86,11 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__ or "", "conf/export_bundle.yaml").parse_args(argv)
     config = load_config(args.config, ExportConfig, args.overrides)
     start = time.monotonic()
-    pairs = judged_pairs(config.inputs, config.markets)
-    if pairs.empty:
-        raise InputError("export: the proof needs judged pairs and there are none.")
-    pairs = pairs.sample(min(config.parity_pairs, len(pairs)), random_state=0)
-    parity = export_bundle(config.model_dir, Path(config.bundle_dir), pairs)
+    with JudgedPairs(config.inputs, config.markets) as pairs:
+        sample = pairs.read(num_pairs=config.parity_pairs)
+    parity = export_bundle(config.model_dir, Path(config.bundle_dir), sample)
     size = sum(path.stat().st_size for path in Path(config.bundle_dir).iterdir())
     print(
         f"bundle {config.bundle_dir}: {size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s; scores within "

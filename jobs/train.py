@@ -1,7 +1,7 @@
 """Train a multilingual language model to judge relevance, on the judgments of source markets."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,10 +12,11 @@ from csrm.config import Settings, load_config
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
 from csrm.metrics import evaluate_scores, format_evaluation
-from csrm.tokenization import Budgets
+from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
-from csrm.training.data import JudgedInputs, judged_pairs
-from csrm.training.relevance import Tuning, train_relevance
+from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.packs import judged_packs
+from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
 
 
 class TrainConfig(Settings):
@@ -51,25 +52,31 @@ class TrainConfig(Settings):
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__ or "", "conf/train.yaml").parse_args(argv)
     config = load_config(args.config, TrainConfig, args.overrides)
-    pairs = judged_pairs(config.inputs, config.markets)
-    train_pairs = pairs[pairs["split"].fillna("train") == "train"]
-    dev_pairs = pairs[pairs["split"] == config.dev_split]
-    if train_pairs.empty:
-        raise InputError(f"judgments: no rows of split train; splits are {sorted(pairs['split'].dropna().unique())}.")
-    scorer = train_relevance(
-        train_pairs,
-        config.base_model,
-        config.tuning,
-        config.labels,
-        config.grade_labels,
-        config.budgets,
-        config.pack_tokens,
-        Path(config.model_dir),
-    )
-    print(f"trained on {len(train_pairs)} pairs: {config.model_dir}")
+    with JudgedPairs(config.inputs, config.markets) as pairs:
+        splits = pairs.splits()
+        if "train" not in splits:
+            raise InputError(f"judgments: no rows of split train; splits are {sorted(splits)}.")
+        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
+        scorer = train_stage(
+            judged_packs(_training_batches(pairs, config), tokenizer, config.pack_tokens),
+            config.base_model,
+            config.tuning,
+            config.labels,
+            config.budgets,
+            config.pack_tokens,
+            Path(config.model_dir),
+        )
+        print(f"trained on {splits['train']} pairs: {config.model_dir}")
+        dev_pairs = pairs.read(config.dev_split)
     if not dev_pairs.empty:
         print(_dev_report(pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1), config))
     return 0
+
+
+def _training_batches(pairs: JudgedPairs, config: TrainConfig) -> Iterator[pd.DataFrame]:
+    """Training pairs, in groups, with their targets."""
+    for batch in pairs.groups("train", config.tuning.pairs_per_prefix, config.tuning.seed):
+        yield batch.assign(target=list(one_hot_targets(batch["grade"], config.labels, config.grade_labels)))
 
 
 def _dev_report(dev_pairs: pd.DataFrame, config: TrainConfig) -> str:

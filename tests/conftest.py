@@ -1,7 +1,7 @@
 """Fixtures that more than one test module uses."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ import pytest
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from csrm.scoring import PairScorer
     from csrm.tokenization import PromptTokenizer
+    from csrm.training.base_model import BaseModel
     from csrm.training.model import PackedRelevanceModel
 
 # Short Spark programs spend most of their time in the JVM's optimising compiler; jobs that tests submit inherit this.
@@ -90,25 +92,40 @@ def loud_model(loud_base_model: Path, prompt_tokenizer: "PromptTokenizer") -> "P
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(loud_base_model: Path, pairs_pdf: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle: a tiny model, trained for two steps and exported by the code that does it for real ones."""
+def train_on() -> "Callable[..., PairScorer]":
+    """Train on a frame of judged pairs (PAIR_COLUMNS and grade): train_on(pairs, start, output_dir, **tuning)."""
     from csrm.labels import ESCI_LABELS
-    from csrm.tokenization import Budgets
+    from csrm.tokenization import Budgets, PromptTokenizer
+    from csrm.training.packs import judged_packs
+    from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
+
+    def train(pairs: pd.DataFrame, start: "BaseModel | Path", output_dir: Path, **settings: object) -> "PairScorer":
+        tuning = Tuning(**settings)
+        shuffled = pairs.sample(frac=1.0, random_state=tuning.seed)
+        place = shuffled.groupby("query").cumcount() // tuning.pairs_per_prefix
+        shuffled["group_number"] = shuffled.groupby(["query", place], sort=False).ngroup()
+        shuffled["query_id"], shuffled["product_id"] = shuffled["query"], shuffled["title"]
+        shuffled["target"] = list(one_hot_targets(shuffled["grade"], ESCI_LABELS, None))
+        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(start), Budgets())
+        packs = judged_packs([shuffled.sort_values("group_number", kind="stable")], tokenizer, 512)
+        return train_stage(packs, start, tuning, ESCI_LABELS, Budgets(), 512, output_dir)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    loud_base_model: Path,
+    pairs_pdf: pd.DataFrame,
+    train_on: "Callable[..., PairScorer]",
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A real bundle: a tiny model, trained for two steps and exported by the code that does it for real ones."""
     from csrm.training.base_model import BaseModel
-    from csrm.training.relevance import Tuning, train_relevance
     from export.export_bundle import export_bundle
 
     folder = tmp_path_factory.mktemp("bundle")
     judged = pairs_pdf.assign(grade=["E", "S", "C", "I", "I"] * 6)
-    train_relevance(
-        judged,
-        BaseModel(folder=str(loud_base_model)),
-        Tuning(max_steps=2, learning_rate=1e-4),
-        ESCI_LABELS,
-        None,
-        Budgets(),
-        512,
-        folder / "model",
-    )
+    train_on(judged, BaseModel(folder=str(loud_base_model)), folder / "model", max_steps=2, learning_rate=1e-4)
     export_bundle(str(folder / "model"), folder / "bundle", judged)
     return folder / "bundle"

@@ -1,7 +1,11 @@
-"""Judged pairs with their texts: what the relevance stage learns from."""
+"""Judged pairs with their texts, streamed from the tables: what the relevance stage learns from."""
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as pa_dataset
@@ -9,7 +13,11 @@ import pyarrow.fs as pa_fs
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError, MissingDependencyError
-from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Table
+from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
+
+MEMORY_LIMIT = "4GB"
+"""Of the joins; what does not fit goes to a temporary folder."""
+_ROWS_AT_ONCE = 8_192
 
 
 class JudgedInputs(Settings):
@@ -22,22 +30,147 @@ class JudgedInputs(Settings):
     """Titles that augment the queries; without it, queries are not augmented."""
 
 
-_ARROW_TYPES = {
-    "string": pa.string(),
-    "bigint": pa.int64(),
-    "int": pa.int32(),
-    "double": pa.float64(),
-    "map<string,string>": pa.map_(pa.string(), pa.string()),
-}
+class JudgedPairs:
+    """Judged pairs of some markets, joined with their texts when they are read. Use it as a context manager.
+
+    Tables are read without Spark, by DuckDB: memory does not grow with them.
+    """
+
+    def __init__(self, inputs: JudgedInputs, markets: Mapping[str, str]) -> None:
+        """Args:
+            inputs: where the tables are.
+            markets: market to language.
+
+        Raises:
+            InputError: inputs cannot be read or have problems (all problems of an input in one message), a market has
+                no judgment, or judged queries or products are missing.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
+        self._database = duckdb.connect()
+        self._database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = '{self._folder.name}'")
+        try:
+            for table, spec in (
+                (JUDGMENTS, inputs.judgments),
+                (QUERIES, inputs.queries),
+                (CATALOG, inputs.catalog),
+                (RETRIEVAL_TABLE, inputs.retrieval_table),
+            ):
+                if spec is not None:
+                    add_table(self._database, table, spec, markets)
+            self._check(inputs.judgments.path, markets)
+            self._create_view(markets, inputs.retrieval_table is not None)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "JudgedPairs":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._database.close()
+        self._folder.cleanup()
+
+    def splits(self) -> dict[str, int]:
+        """Split to its number of pairs; pairs without a split are in train."""
+        rows = self._database.execute("SELECT split, count(*) FROM pairs GROUP BY split ORDER BY split").fetchall()
+        return dict(rows)
+
+    def read(self, split: str | None = None, num_pairs: int | None = None) -> pd.DataFrame:
+        """Pairs with their texts, sorted by key, in memory.
+
+        Args:
+            split: only those of this split.
+            num_pairs: a random sample of so many, always the same; None: all.
+
+        Returns:
+            market, query_id, product_id, grade, split, and csrm.scoring.PAIR_COLUMNS.
+        """
+        chosen = "SELECT * FROM pairs" + (" WHERE split = $split" if split is not None else "")
+        if num_pairs is not None:
+            chosen += f" ORDER BY md5(concat_ws(' ', market, query_id, product_id)) LIMIT {num_pairs}"
+        query = f"SELECT * FROM ({chosen}) ORDER BY market, query_id, product_id"
+        result = self._database.sql(query, params={"split": split} if split is not None else None)
+        return _as_frame(result.to_arrow_table())
+
+    def groups(self, split: str, pairs_per_group: int, seed: int) -> Iterator[pd.DataFrame]:
+        """Pairs of a split with their texts, in groups of one query in random order.
+
+        Args:
+            split: which pairs.
+            pairs_per_group: pairs of a group at most; which pairs of a query share a group is random.
+            seed: of both.
+
+        Yields:
+            Batches of the columns of `read` and group_number; rows of a group stand side by side.
+        """
+        query = f"""
+            WITH placed AS (
+                SELECT *, (row_number() OVER (
+                    PARTITION BY market, query_id ORDER BY md5(concat_ws(' ', {seed}, product_id))
+                ) - 1) // {pairs_per_group} AS part
+                FROM pairs WHERE split = $split
+            )
+            SELECT *, dense_rank() OVER (ORDER BY md5(concat_ws(' ', {seed}, market, query_id, part))) AS group_number
+            FROM placed ORDER BY group_number, product_id
+        """
+        result = self._database.sql(query, params={"split": split})
+        for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
+            yield _as_frame(pa.Table.from_batches([batch])).drop(columns="part")
+
+    def _check(self, path: str, markets: Mapping[str, str]) -> None:
+        found = {row[0] for row in self._database.execute("SELECT DISTINCT market FROM judgments").fetchall()}
+        if empty := sorted(set(markets) - found):
+            raise InputError(f"judgments {path!r}: no rows for markets {empty}.")
+        problems = []
+        for side, table in (("query", "queries"), ("product", "catalog")):
+            orphans = self._database.execute(
+                f"""SELECT count(*) OVER (), market, {side}_id FROM (
+                    SELECT DISTINCT market, {side}_id FROM judgments ANTI JOIN {table} USING (market, {side}_id)
+                ) ORDER BY market, {side}_id LIMIT 1"""
+            ).fetchone()
+            if orphans is not None:
+                problems.append(
+                    f"{orphans[0]} judged ids have no {side}, for example {orphans[1]} {orphans[2]}: "
+                    f"add them to {table} or drop them"
+                )
+        if problems:
+            raise InputError(_listed(f"judgments {path!r}", problems))
+
+    def _create_view(self, markets: Mapping[str, str], has_titles: bool) -> None:
+        language = " ".join(
+            f"WHEN {_literal(market)} THEN {_literal(language)}" for market, language in markets.items()
+        )
+        titles = (
+            "(SELECT market, query_id, list(title ORDER BY rank) AS titles FROM retrieval_table GROUP BY ALL)"
+            if has_titles
+            else "(SELECT NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::VARCHAR[] AS titles LIMIT 0)"
+        )
+        self._database.execute(
+            f"""CREATE VIEW pairs AS SELECT
+                market, query_id, product_id, grade, coalesce(split, 'train') AS split,
+                coalesce(queries.language, CASE market {language} END) AS language,
+                query, coalesce(titles, []) AS retrieved_titles, title, brand, category, attributes
+            FROM judgments
+            JOIN queries USING (market, query_id)
+            JOIN catalog USING (market, product_id)
+            LEFT JOIN {titles} AS retrieved USING (market, query_id)"""
+        )
 
 
-def read_frame(table: Table, spec: InputSpec, markets: Mapping[str, str]) -> pd.DataFrame:
-    """Rows of some markets of a table, without Spark.
+def add_table(
+    database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec, markets: Mapping[str, str] | None = None
+) -> None:
+    """Make a table that Spark is not needed for known to a database, under its name, after its checks.
 
     Args:
-        table: its columns are returned, in order and with its types; optional ones that are absent are null.
+        table: its columns are there, with their types; optional ones that are absent are null.
         spec: Delta, Parquet or JSON lines; other formats are imported with Spark first.
-        markets: market to language; only these are read.
+        markets: only rows of these are there.
 
     Raises:
         InputError: the table cannot be read, or lacks columns, or has wrong types, null or repeated keys; all problems
@@ -55,29 +188,45 @@ def read_frame(table: Table, spec: InputSpec, markets: Mapping[str, str]) -> pd.
         raise InputError(
             f"{where}: missing columns {missing}; it has {dataset.schema.names}. Map them in the config under columns."
         )
-    present = [column for column in table.columns if there[column.name] in dataset.schema.names]
-    market = pa_dataset.field(there["market"])
-    rows = dataset.to_table(
-        columns=[there[column.name] for column in present], filter=market.isin(list(markets)) | market.is_null()
-    )
-    arrays, problems = {}, []
-    for column, values in zip(present, rows.columns, strict=True):
-        try:
-            arrays[column.name] = values.cast(_ARROW_TYPES[column.type])
-        except pa.ArrowException as error:
-            problems.append(f"column {there[column.name]!r}: expected {column.type}, got {values.type} ({error})")
+    database.register(f"{table.name}_source", dataset)
+    values, tests = [], []
+    for column in table.columns:
+        type_ = _sql_type(column)
+        if there[column.name] not in dataset.schema.names:
+            values.append(f"NULL::{type_} AS {column.name}")
             continue
-        if column.required and values.null_count:
-            problems.append(f"column {there[column.name]!r} is null in {values.null_count} of {len(values)} rows")
-    frame = pa.table(arrays).to_pandas().reindex(columns=table.column_names)
+        source = _name(there[column.name])
+        values.append(f"TRY_CAST({source} AS {type_}) AS {column.name}")
+        tests.append(f"count_if({source} IS NOT NULL AND TRY_CAST({source} AS {type_}) IS NULL)")
+        tests.append(f"count_if({source} IS NULL)" if column.required else "0")
+    market = _name(there["market"]) if "market" in there else ""
+    kept = f"{market} IS NULL OR {market} IN ({', '.join(map(_literal, markets))})" if markets and market else "true"
+    source = f"(SELECT * FROM {table.name}_source WHERE {kept})"
+    database.execute(f"CREATE VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
+    problems = []
+    try:
+        num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchone() or (0,)
+    except duckdb.Error as error:
+        raise InputError(f"{where}: cannot be read: {error}. Are its files complete?") from error
+    present = [column for column in table.columns if there[column.name] in dataset.schema.names]
+    for column, failed, null in zip(present, counts[::2], counts[1::2], strict=True):
+        found = dataset.schema.field(there[column.name]).type
+        if failed:
+            problems.append(f"column {there[column.name]!r}: expected {column.type}, got {found} ({failed} rows)")
+        if null:
+            problems.append(f"column {there[column.name]!r} is null in {null} of {num_rows} rows")
     if not problems:
-        repeated = frame.duplicated(list(table.key), keep=False)
-        if repeated.any():
-            example = ", ".join(str(value) for value in frame.loc[repeated, list(table.key)].iloc[0])
-            problems.append(f"{repeated.sum()} rows share their key ({', '.join(table.key)}), for example {example}")
+        key = ", ".join(table.key)
+        repeated = database.execute(
+            f"""SELECT sum(copies) OVER (), {key} FROM (
+                SELECT {key}, count(*) AS copies FROM {table.name} GROUP BY ALL HAVING copies > 1
+            ) ORDER BY {key} LIMIT 1"""
+        ).fetchone()
+        if repeated is not None:
+            example = ", ".join(map(str, repeated[1:]))
+            problems.append(f"{repeated[0]} rows share their key ({key}), for example {example}")
     if problems:
-        raise InputError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return frame
+        raise InputError(_listed(where, problems))
 
 
 def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
@@ -105,50 +254,24 @@ def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
         raise InputError(f"{where}: cannot be read: {error}. Is the path right?") from error
 
 
-def judged_pairs(inputs: JudgedInputs, markets: Mapping[str, str]) -> pd.DataFrame:
-    """Every judgment of some markets with the texts of its query and product.
-
-    Args:
-        inputs: where the tables are.
-        markets: market to language.
-
-    Returns:
-        market, query_id, product_id, grade, split, and csrm.scoring.PAIR_COLUMNS; sorted by key.
-
-    Raises:
-        InputError: an input cannot be read, a market has no judgment, or judged queries or products are missing.
-    """
-    judgments = read_frame(JUDGMENTS, inputs.judgments, markets)
-    queries = read_frame(QUERIES, inputs.queries, markets).drop(columns=["frequency"])
-    catalog = read_frame(CATALOG, inputs.catalog, markets).drop(columns=["language"])
-    empty = sorted(set(markets) - set(judgments["market"]))
-    if empty:
-        raise InputError(f"judgments {inputs.judgments.path!r}: no rows for markets {empty}.")
-    queries["language"] = queries["language"].fillna(queries["market"].map(markets))
-    queries["retrieved_titles"] = _retrieved_titles(queries, inputs.retrieval_table, markets)
-    pairs = judgments.merge(queries, how="left", on=["market", "query_id"], indicator="_query").merge(
-        catalog, how="left", on=["market", "product_id"], indicator="_product"
-    )
-    problems = []
-    for side, table in (("query", "queries"), ("product", "catalog")):
-        orphans = pairs.loc[pairs[f"_{side}"] == "left_only", ["market", f"{side}_id"]].drop_duplicates()
-        if len(orphans):
-            example = " ".join(orphans.iloc[0])
-            problems.append(
-                f"{len(orphans)} judged ids have no {side}, for example {example}: add them to {table} or drop them"
-            )
-    if problems:
-        raise InputError(f"judgments {inputs.judgments.path!r}:\n" + "\n".join(f"  - {text}" for text in problems))
-    return pairs.drop(columns=["_query", "_product"]).sort_values(
-        ["market", "query_id", "product_id"], ignore_index=True
-    )
+def _as_frame(rows: pa.Table) -> pd.DataFrame:
+    """Titles as tuples, attributes as lists of (name, value) or None."""
+    frame: pd.DataFrame = rows.to_pandas()
+    frame["retrieved_titles"] = [tuple(titles) for titles in frame["retrieved_titles"]]
+    return frame
 
 
-def _retrieved_titles(
-    queries: pd.DataFrame, spec: InputSpec | None, markets: Mapping[str, str]
-) -> list[tuple[str, ...]]:
-    if spec is None:
-        return [()] * len(queries)
-    retrieval = read_frame(RETRIEVAL_TABLE, spec, markets).sort_values("rank")
-    titles = {key: tuple(rows) for key, rows in retrieval.groupby(["market", "query_id"])["title"]}
-    return [titles.get(key, ()) for key in zip(queries["market"], queries["query_id"], strict=True)]
+def _sql_type(column: Column) -> str:
+    return {"string": "VARCHAR", "map<string,string>": "MAP(VARCHAR, VARCHAR)"}.get(column.type, column.type.upper())
+
+
+def _name(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _literal(text: Any) -> str:
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def _listed(where: str, problems: list[str]) -> str:
+    return f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems)

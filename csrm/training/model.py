@@ -14,20 +14,22 @@ from csrm.scoring import PackScorer
 from csrm.tokenization import Budgets
 from csrm.training.base_model import sliding_window
 
-IGNORED_TARGET = -100
-
 
 class PackedRelevanceModel(nn.Module):
     """Logits of the label tokens at each pair's last token, for packs (see csrm.packing)."""
 
     label_ids: torch.Tensor
 
-    def __init__(self, language_model: PreTrainedModel, label_ids: Sequence[int]) -> None:
+    def __init__(
+        self, language_model: PreTrainedModel, label_ids: Sequence[int], translation_weight: float = 1.0
+    ) -> None:
         """Args:
         language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
-        label_ids: token id of each label; only these rows of the output embeddings are used.
+        label_ids: token id of each label; relevance uses only these rows of the output embeddings.
+        translation_weight: factor of the translation loss where a batch also has a relevance loss.
         """
         super().__init__()
+        self.translation_weight = translation_weight
         self.config: Any = language_model.config
         self.language_model = language_model
         self.register_buffer("label_ids", torch.tensor(list(label_ids)), persistent=False)
@@ -40,16 +42,20 @@ class PackedRelevanceModel(nn.Module):
         segment_ids: torch.Tensor,
         last_index: torch.Tensor,
         targets: torch.Tensor | None = None,
+        is_translation: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Label logits, and the loss where targets are given.
 
         Args:
             input_ids, position_ids, group_ids, segment_ids: shape (packs, tokens), int64.
             last_index: shape (packs, pairs), int64.
-            targets: number of each pair's label, shape (packs, pairs), int64; IGNORED_TARGET for absent pairs.
+            targets: each pair's distribution over the labels times its weight, shape (packs, pairs, labels), float; 0
+                for absent pairs.
+            is_translation: whether a token is to be learnt as text, shape (packs, tokens), bool.
 
         Returns:
-            logits, shape (packs, pairs, labels); loss, a scalar: mean cross-entropy over the pairs.
+            logits, shape (packs, pairs, labels); loss, a scalar: cross-entropy, the weighted mean over the pairs, plus
+            translation_weight times the mean over the translation's tokens.
         """
         hidden = self.language_model.get_decoder()(
             input_ids=input_ids,
@@ -58,14 +64,26 @@ class PackedRelevanceModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         last_hidden = torch.gather(hidden, 1, last_index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        logits = (last_hidden @ self.label_rows().T).float()
-        soft_cap = getattr(self.config, "final_logit_softcapping", None)
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
+        logits = self._soft_capped((last_hidden @ self.label_rows().T).float())
         if targets is None:
             return {"logits": logits}
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET)
+        loss = -(targets * logits.log_softmax(-1)).sum() / targets.sum().clamp(min=torch.finfo(targets.dtype).tiny)
+        if is_translation is not None and bool(is_translation.any()):
+            weight = self.translation_weight if bool(targets.any()) else 1.0
+            loss = loss + weight * self._translation_loss(hidden, input_ids, is_translation)
         return {"loss": loss, "logits": logits}
+
+    def _translation_loss(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, is_translation: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the marked tokens, each from the token before it."""
+        before = hidden[:, :-1][is_translation[:, 1:]]
+        logits = self._soft_capped(self.language_model.get_output_embeddings()(before).float())
+        return nn.functional.cross_entropy(logits, input_ids[:, 1:][is_translation[:, 1:]])
+
+    def _soft_capped(self, logits: torch.Tensor) -> torch.Tensor:
+        soft_cap = getattr(self.config, "final_logit_softcapping", None)
+        return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
     def label_rows(self) -> torch.Tensor:
         """Rows of the output embeddings that belong to the labels, shape (labels, hidden)."""

@@ -20,8 +20,8 @@ from csrm.bundle import load_bundle, load_scorer
 from csrm.config import InputSpec
 from csrm.labels import expected_gain
 from csrm.scoring import pair_groups
-from csrm.training.data import JudgedInputs, judged_pairs
-from csrm.training.relevance import load_trained
+from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.stage import load_trained
 
 TOLERANCE = 1e-4
 BATCH_SIZE = 32
@@ -62,8 +62,8 @@ def main() -> None:
     folders = {name: args.work / "inputs" / name for name in ("catalog", "queries", "judgments")}
     folders["retrieval_table"] = args.work / "tables" / "retrieval_table"
     inputs = JudgedInputs(**{name: InputSpec(path=str(folder)) for name, folder in folders.items()})
-    judged = judged_pairs(inputs, {"us": "en"})
-    pairs = judged[judged["split"] == "dev"].head(args.pairs).reset_index(drop=True)
+    with JudgedPairs(inputs, {"us": "en"}) as judged:
+        pairs = judged.read("dev").head(args.pairs)
     packed = load_scorer(args.work / "bundle", "cpu")
     contenders = {
         "packs, ONNX Runtime": lambda: packed.score(pairs)["relevance_score"].to_numpy(),

@@ -19,7 +19,7 @@ from csrm.scoring import PairScorer, pair_groups
 from csrm.tokenization import PromptTokenizer
 from csrm.training.base_model import BaseModel, load_language_model
 from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
-from csrm.training.relevance import load_trained
+from csrm.training.stage import load_trained
 from export import export_bundle as export_module
 from export.packed_onnx import export_packed_graph
 from export.parity import check_parity

@@ -5,7 +5,7 @@ import pytest
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.training.data import JudgedInputs, judged_pairs
+from csrm.training.data import JudgedInputs, JudgedPairs
 
 MARKETS = {"us": "en", "kr": "ko"}
 
@@ -47,6 +47,11 @@ def written(tables: dict[str, pd.DataFrame], folder: Path) -> JudgedInputs:
         table.to_parquet(folder / f"{name}.parquet")
         specs[name] = InputSpec(path=str(folder / f"{name}.parquet"), format="parquet")
     return JudgedInputs(**specs)
+
+
+def judged_pairs(inputs: JudgedInputs, markets: dict[str, str]) -> pd.DataFrame:
+    with JudgedPairs(inputs, markets) as pairs:
+        return pairs.read()
 
 
 def test_pairs_carry_their_texts(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_a_format_with_options_is_refused(tables: dict[str, pd.DataFrame], tmp_p
 
 def test_repeated_keys_and_nulls_are_counted(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     tables["catalog"] = pd.concat([tables["catalog"]] * 2)
-    with pytest.raises(InputError, match=r"4 rows share their key \(market, product_id\), for example us, p1"):
+    with pytest.raises(InputError, match=r"4 rows share their key \(market, product_id\), for example kr, p1"):
         judged_pairs(written(tables, tmp_path), MARKETS)
     tables["queries"].loc[0, "query_id"] = None
     with pytest.raises(InputError, match="column 'query_id' is null in 1 of 2 rows"):

@@ -11,9 +11,11 @@ import torch
 from csrm.errors import ConfigError
 from csrm.labels import ESCI_LABELS
 from csrm.packing import Group, PackBatch, build_packs
+from csrm.prompts import Translation
 from csrm.scoring import PairScorer, pair_groups
 from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.model import IGNORED_TARGET, PackedRelevanceModel, check_window, torch_pack_scorer
+from csrm.training.model import PackedRelevanceModel, check_window, torch_pack_scorer
+from csrm.training.packs import collate, translation_packs
 
 TOLERANCE = 1e-5
 
@@ -120,10 +122,11 @@ def test_loss_and_gradients_equal_those_of_single_prompts(
 ) -> None:
     few = [Group(group.prefix_ids, group.suffixes[:2]) for group in groups[:3]]
     targets = torch.tensor([[0, 3, 1, 2, 3, 0]])
+    one_hot = torch.nn.functional.one_hot(targets, len(ESCI_LABELS)).float()
     (batch,) = build_packs(few, pack_tokens=2000)
     in_pack, alone = copy.deepcopy(loud_model), copy.deepcopy(loud_model)
     inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
-    loss = in_pack(**inputs, targets=targets)["loss"]
+    loss = in_pack(**inputs, targets=one_hot)["loss"]
     loss.backward()
     rows = [
         alone.language_model(input_ids=torch.tensor([[*prefix_ids, *suffix_ids]])).logits[0, -1, alone.label_ids]
@@ -140,11 +143,40 @@ def test_loss_and_gradients_equal_those_of_single_prompts(
 def test_absent_pairs_do_not_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
     batch = next(iter(build_packs(groups, pack_tokens=352)))
     inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
-    targets = torch.full(batch.last_index.shape, IGNORED_TARGET)
-    targets[0, 0] = 2
+    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
+    targets[0, 0, 2] = 0.5
     output = loud_model(**inputs, targets=targets)
-    expected = torch.nn.functional.cross_entropy(output["logits"][0, :1], targets[0, :1])
+    expected = torch.nn.functional.cross_entropy(output["logits"][0, :1], torch.tensor([2]))
     torch.testing.assert_close(output["loss"], expected)
+
+
+def test_soft_targets_and_weights_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    batch = next(iter(build_packs(groups, pack_tokens=512)))
+    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
+    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
+    targets[0, 0] = 2.0 * torch.tensor([0.1, 0.2, 0.3, 0.4])
+    targets[0, 1, 3] = 1.0
+    output = loud_model(**inputs, targets=targets)
+    losses = torch.nn.functional.cross_entropy(output["logits"][0, :2], targets[0, :2], reduction="none")
+    torch.testing.assert_close(output["loss"], losses.sum() / 3.0)
+
+
+def test_a_translation_is_learnt_as_in_plain_text(
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer
+) -> None:
+    texts = [Translation("ko", "en", "무선 마우스", "wireless mouse"), Translation("en", "zh-TW", "towel", "毛巾")]
+    (pack,) = translation_packs([texts], prompt_tokenizer, pack_tokens=512, text_tokens=16)
+    batch = collate([pack], num_labels=len(ESCI_LABELS))
+    assert batch.pop("keys") == ["무선 마우스", "towel"]
+    loss = loud_model(**batch)["loss"]
+
+    sums, count = 0.0, 0
+    for given, learnt in prompt_tokenizer.translation_ids(texts, 16):
+        ids = torch.tensor([[*given, *learnt]])
+        logits = loud_model.language_model(input_ids=ids).logits[0, len(given) - 1 : -1]
+        sums += torch.nn.functional.cross_entropy(logits, torch.tensor(learnt), reduction="sum")
+        count += len(learnt)
+    torch.testing.assert_close(loss, sums / count)
 
 
 def test_a_prompt_longer_than_the_sliding_window_is_refused() -> None:
