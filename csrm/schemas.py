@@ -128,6 +128,20 @@ JUDGMENTS = Table(
     partition_by=("market",),
 )
 
+PARALLEL_TEXT = Table(
+    name="parallel_text",
+    comment="Texts with their translations; each is learnt in both directions",
+    columns=(
+        Column("source_language", "string", "Language of source_text, BCP 47"),
+        Column("target_language", "string", "Language of target_text, BCP 47"),
+        Column("source_text", "string", "Text", required=False),
+        Column("target_text", "string", "Its translation", required=False),
+        Column("kind", "string", "query, title, attribute, taxonomy name or sentence", required=False),
+        Column("split", "string", "train, dev or test; train where null", required=False),
+    ),
+    key=(),
+)
+
 UNCOVERED_PRODUCTS = Table(
     name="uncovered_products",
     comment="Products that no candidate pair with an existing query names, with the reason",

@@ -30,6 +30,13 @@ class JudgedInputs(Settings):
     """Titles that augment the queries; without it, queries are not augmented."""
 
 
+def open_database(folder: str) -> duckdb.DuckDBPyConnection:
+    """A database in memory; what does not fit into MEMORY_LIMIT goes to the folder."""
+    database = duckdb.connect()
+    database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = {_literal(folder)}")
+    return database
+
+
 class JudgedPairs:
     """Judged pairs of some markets, joined with their texts when they are read. Use it as a context manager.
 
@@ -46,8 +53,7 @@ class JudgedPairs:
                 no judgment, or judged queries or products are missing.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
-        self._database = duckdb.connect()
-        self._database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = '{self._folder.name}'")
+        self._database = open_database(self._folder.name)
         try:
             for table, spec in (
                 (JUDGMENTS, inputs.judgments),
@@ -132,11 +138,10 @@ class JudgedPairs:
                 f"""SELECT count(*) OVER (), market, {side}_id FROM (
                     SELECT DISTINCT market, {side}_id FROM judgments ANTI JOIN {table} USING (market, {side}_id)
                 ) ORDER BY market, {side}_id LIMIT 1"""
-            ).fetchone()
-            if orphans is not None:
+            ).fetchall()
+            for num_ids, market, id_ in orphans:
                 problems.append(
-                    f"{orphans[0]} judged ids have no {side}, for example {orphans[1]} {orphans[2]}: "
-                    f"add them to {table} or drop them"
+                    f"{num_ids} judged ids have no {side}, for example {market} {id_}: add them to {table} or drop them"
                 )
         if problems:
             raise InputError(_listed(f"judgments {path!r}", problems))
@@ -205,7 +210,7 @@ def add_table(
     database.execute(f"CREATE VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
     problems = []
     try:
-        num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchone() or (0,)
+        num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchall()[0]
     except duckdb.Error as error:
         raise InputError(f"{where}: cannot be read: {error}. Are its files complete?") from error
     present = [column for column in table.columns if there[column.name] in dataset.schema.names]
@@ -215,16 +220,15 @@ def add_table(
             problems.append(f"column {there[column.name]!r}: expected {column.type}, got {found} ({failed} rows)")
         if null:
             problems.append(f"column {there[column.name]!r} is null in {null} of {num_rows} rows")
-    if not problems:
+    if not problems and table.key:
         key = ", ".join(table.key)
         repeated = database.execute(
             f"""SELECT sum(copies) OVER (), {key} FROM (
                 SELECT {key}, count(*) AS copies FROM {table.name} GROUP BY ALL HAVING copies > 1
             ) ORDER BY {key} LIMIT 1"""
-        ).fetchone()
-        if repeated is not None:
-            example = ", ".join(map(str, repeated[1:]))
-            problems.append(f"{repeated[0]} rows share their key ({key}), for example {example}")
+        ).fetchall()
+        for num_rows, *example in repeated:
+            problems.append(f"{num_rows} rows share their key ({key}), for example {', '.join(map(str, example))}")
     if problems:
         raise InputError(_listed(where, problems))
 
