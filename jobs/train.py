@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _training_batches(pairs: JudgedPairs, config: TrainConfig) -> Iterator[pd.DataFrame]:
     """Training pairs, in groups, with their targets."""
-    for batch in pairs.groups("train", config.tuning.pairs_per_prefix, config.tuning.seed):
+    tuning = config.tuning
+    for batch in pairs.groups("train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives):
         yield batch.assign(target=list(one_hot_targets(batch["grade"], config.labels, config.grade_labels)))
 
 

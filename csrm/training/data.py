@@ -103,23 +103,43 @@ class JudgedPairs:
         result = self._database.sql(query, params={"split": split} if split is not None else None)
         return _as_frame(result.to_arrow_table())
 
-    def groups(self, split: str, pairs_per_group: int, seed: int) -> Iterator[pd.DataFrame]:
+    def groups(
+        self, split: str, pairs_per_group: int, seed: int, random_negatives: float = 0.0
+    ) -> Iterator[pd.DataFrame]:
         """Pairs of a split with their texts, in groups of one query in random order.
 
         Args:
             split: which pairs.
             pairs_per_group: pairs of a group at most; which pairs of a query share a group is random.
-            seed: of both.
+            seed: of both, and of the negatives.
+            random_negatives: for this share of the pairs, in [0, 1], the query is also paired with a product that was
+                judged for another query of its market; such a pair has no grade.
 
         Yields:
             Batches of the columns of `read` and group_number; rows of a group stand side by side.
         """
         query = f"""
-            WITH placed AS (
+            WITH judged AS (SELECT * FROM pairs WHERE split = $split),
+            numbered AS (
+                SELECT *, count(*) OVER (PARTITION BY market) AS num_pairs, row_number() OVER (
+                    PARTITION BY market ORDER BY md5(concat_ws(' ', {seed}, query_id, product_id))
+                ) AS number
+                FROM judged
+            ),
+            negatives AS (
+                SELECT a.market, a.query_id, b.product_id, NULL AS grade, a.split, a.language, a.query,
+                    a.retrieved_titles, b.title, b.brand, b.category, b.attributes
+                FROM numbered AS a JOIN numbered AS b ON b.market = a.market AND b.number = a.number % a.num_pairs + 1
+                WHERE a.number <= {random_negatives} * a.num_pairs AND NOT EXISTS (
+                    FROM judged AS j
+                    WHERE (j.market, j.query_id, j.product_id) = (a.market, a.query_id, b.product_id)
+                )
+            ),
+            placed AS (
                 SELECT *, (row_number() OVER (
                     PARTITION BY market, query_id ORDER BY md5(concat_ws(' ', {seed}, product_id))
                 ) - 1) // {pairs_per_group} AS part
-                FROM pairs WHERE split = $split
+                FROM (FROM judged UNION ALL FROM negatives)
             )
             SELECT *, dense_rank() OVER (ORDER BY md5(concat_ws(' ', {seed}, market, query_id, part))) AS group_number
             FROM placed ORDER BY group_number, product_id

@@ -55,6 +55,11 @@ class Tuning(Settings):
     pairs_per_prefix: int = Field(default=8, ge=1)
     """Pairs of one query that share a prefix; more go elsewhere behind the same prefix. Many cost less, but a step then
     sees few queries and learns how often each has relevant products instead of which products are relevant."""
+    random_negatives: float = Field(default=0.0, ge=0, le=1)
+    """Random products that are learnt as irrelevant, for each judged pair. Judged products were all found by a search
+    for their query, so few labels teach little about what a match is; a random product differs from one plainly."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
     translation_weight: float = Field(default=0.25, gt=0)
     """Factor of the translation loss in steps that also judge relevance: a token of text has a larger loss."""
     checkpoint_steps: int = Field(default=200, ge=1)
@@ -85,6 +90,7 @@ def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Ma
     """A distribution over the labels for each grade, all on its own label: shape (num_pairs, num_labels), float32.
 
     Args:
+        grades: null for a random negative, whose label is the one of least gain.
         grade_labels: grade to label name; None where the labels are named as the grades.
 
     Raises:
@@ -92,7 +98,8 @@ def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Ma
     """
     number = {label.name: index for index, label in enumerate(labels)}
     names = grades.map(grade_labels) if grade_labels is not None else grades
-    targets = names.map(number)
+    least = min(range(len(labels)), key=lambda index: labels[index].gain)
+    targets = names.map(number).where(grades.notna(), least)
     unknown = sorted(set(grades[targets.isna()].astype(str)))
     if unknown:
         raise InputError(
@@ -174,6 +181,7 @@ def train_stage(
             label_names=["targets"],
             seed=tuning.seed,
             use_cpu=not torch.cuda.is_available(),
+            bf16=tuning.precision == "bf16",
             dataloader_pin_memory=False,
         ),
         train_dataset=PackFile(pack_file),

@@ -1,15 +1,22 @@
 """Training and export as their users start them, on generated markets."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from csrm.bundle import load_scorer
 from csrm.cli import run_job, setting_arguments
 from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
 from export import export_bundle
 from jobs import generate_market, train
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,36 @@ def test_a_trained_model_becomes_a_bundle_that_scores(
     assert run_job(export_bundle.main, setting_arguments(**export_settings, bundle_dir=str(bundle))) == 0
     assert "of torch on 40 pairs" in capsys.readouterr().out
     assert load_scorer(bundle, "cpu", threads=1).score(pairs_pdf)["relevance_score"].between(0, 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(
+    method: str, settings: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tuning = {"method": method, "max_steps": 30, "packs_per_step": 1, "checkpoint_steps": 3, "learning_rate": 1e-3}
+    whole, killed = (
+        setting_arguments(**{**settings, "tuning": tuning, "model_dir": str(tmp_path / name)})
+        for name in ("whole", "killed")
+    )
+    assert run_job(train.main, whole) == 0
+
+    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "train.py"), *killed], cwd=ROOT)
+    while not list(tmp_path.glob("killed.unfinished/checkpoints/*/checkpoint-6/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+
+    capfd.readouterr()
+    assert run_job(train.main, killed) == 0
+    assert "30 steps, from " in capfd.readouterr().err
+    weights = [load_file(next((tmp_path / name / "weights").glob("*.safetensors"))) for name in ("whole", "killed")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=0, msg=name)
+    assert not (tmp_path / "killed.unfinished").exists()
 
 
 def test_judgments_without_rows_to_train_on_are_an_error(

@@ -119,3 +119,60 @@ def test_a_misspelt_input_is_refused() -> None:
     spec = {"path": "x"}
     with pytest.raises(ValueError, match="retrieval_tabel"):
         JudgedInputs(catalog=spec, queries=spec, judgments=spec, retrieval_tabel=spec)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> JudgedInputs:
+    """Two markets of 20 queries with 7 judged products each."""
+    rows = [
+        (market, f"q{query}", f"p{query}-{product}")
+        for market in MARKETS
+        for query in range(20)
+        for product in range(7)
+    ]
+    judgments = pd.DataFrame(rows, columns=["market", "query_id", "product_id"])
+    tables = {
+        "catalog": judgments[["market", "product_id"]].assign(title=judgments["product_id"]),
+        "queries": judgments[["market", "query_id"]].drop_duplicates().assign(query="x"),
+        "judgments": judgments.assign(
+            grade="E", split=["dev" if query == "q3" else None for query in judgments["query_id"]]
+        ),
+    }
+    return written(tables, tmp_path)
+
+
+def test_groups_hold_each_pair_once_few_of_a_query_in_random_order(many: JudgedInputs) -> None:
+    with JudgedPairs(many, MARKETS) as pairs:
+        assert pairs.splits() == {"dev": 14, "train": 266}
+        groups = pd.concat(pairs.groups("train", 3, seed=0))
+        others = pd.concat(pairs.groups("train", 3, seed=1))
+        again = pd.concat(pairs.groups("train", 3, seed=0))
+    key = ["market", "query_id", "product_id"]
+    assert len(groups) == 266 == len(groups[key].drop_duplicates())
+    assert groups["group_number"].is_monotonic_increasing
+    by_group = groups.groupby("group_number")
+    assert by_group.size().max() == 3
+    assert (by_group["query_id"].nunique() == 1).all()
+    assert by_group.ngroups == 2 * 19 * 3
+    pd.testing.assert_frame_equal(groups, again)
+    assert groups[key].to_numpy().tolist() != others[key].to_numpy().tolist()
+
+
+def test_random_negatives_are_products_of_other_queries_of_the_market(many: JudgedInputs) -> None:
+    with JudgedPairs(many, MARKETS) as pairs:
+        groups = pd.concat(pairs.groups("train", 3, seed=0, random_negatives=0.5))
+    negatives = groups[groups["grade"].isna()]
+    assert 110 <= len(negatives) <= 133  # a product of the same query is no negative
+    own = negatives["product_id"].str.split("-").str[0].str[1:] == negatives["query_id"].str[1:]
+    assert not own.any()
+    assert (negatives["title"] == negatives["product_id"]).all()
+    assert "p3" not in set(negatives["product_id"].str.split("-").str[0])  # dev products stay out
+    assert set(negatives["market"]) == set(MARKETS)
+
+
+def test_a_sample_is_always_the_same(many: JudgedInputs) -> None:
+    with JudgedPairs(many, MARKETS) as pairs:
+        first, second = pairs.read(num_pairs=9), pairs.read(num_pairs=9)
+        assert len(pairs.read("dev")) == 14
+    assert len(first) == 9
+    pd.testing.assert_frame_equal(first, second)
