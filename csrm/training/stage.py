@@ -303,8 +303,13 @@ def _has_ended(folder: Path, fingerprint: str) -> bool:
 def _read_card(folder: Path) -> ModelCard:
     verify_manifest(folder, KIND)
     values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    labels = tuple(Label(**label) for label in values.pop("labels"))
-    return ModelCard(labels=labels, budgets=Budgets(**values.pop("budgets")), **values)
+    try:
+        labels = tuple(Label(**label) for label in values.pop("labels"))
+        return ModelCard(labels=labels, budgets=Budgets(**values.pop("budgets")), **values)
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"model {str(folder)!r}: model.json has other fields than this version reads ({error}). Train it again."
+        ) from error
 
 
 def _load_start(start: BaseModel | Path, tuning: Tuning) -> tuple[PreTrainedModel, BaseModel]:

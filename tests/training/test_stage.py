@@ -8,9 +8,10 @@ import pytest
 
 from csrm.errors import BundleError, ConfigError, InputError
 from csrm.labels import BINARY_LABELS, ESCI_LABELS
+from csrm.manifest import write_manifest
 from csrm.scoring import PairScorer
 from csrm.training.base_model import BaseModel
-from csrm.training.stage import load_trained, one_hot_targets
+from csrm.training.stage import KIND, load_trained, one_hot_targets
 
 Train = Callable[..., PairScorer]
 
@@ -97,6 +98,20 @@ def test_a_changed_trained_folder_is_refused(
     (tmp_path / "model" / "model.json").write_text(json.dumps({**card, "pack_tokens": 9999}))
     with pytest.raises(BundleError, match=r"model\.json"):
         load_trained(tmp_path / "model")
+
+
+def test_a_folder_of_another_version_is_refused_and_trained_again(
+    train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    train_on(pairs, base, model, max_steps=1)
+    card = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**card, "num_pairs": 30}))
+    write_manifest(model, KIND)
+    with pytest.raises(BundleError, match=r"other fields than this version reads .*num_pairs.* Train it again"):
+        load_trained(model)
+    train_on(pairs, base, model, max_steps=1)
+    assert load_trained(model)[2].num_packs > 0
 
 
 def test_grades_map_to_labels() -> None:
