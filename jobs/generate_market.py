@@ -1,11 +1,11 @@
-"""Makes the input tables of invented markets as Parquet files: catalog, queries, behaviour, candidates, judgments.
+"""Makes the input tables of invented markets as Parquet files, among them parallel text where languages differ.
 
 Relevance is known by construction. The words come from a built-in lexicon, or from a folder of a product taxonomy.
 """
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +16,8 @@ from pydantic import Field
 from csrm.cli import job_parser, run_job
 from csrm.config import Settings, load_config
 from csrm.errors import ConfigError
-from csrm.market import Market, generate_market, read_taxonomy_lexicon
-from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES, Table
+from csrm.market import Market, builtin_lexicon, generate_market, parallel_text, read_taxonomy_lexicon
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, Table
 
 _ARROW_TYPES = {
     "string": pa.string(),
@@ -48,12 +48,12 @@ class MarketConfig(Settings):
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/generate_market.yaml").parse_args(argv)
     config = load_config(args.config, MarketConfig, args.overrides)
-    lexicons = None
-    if config.taxonomy is not None:
-        lexicons = {
-            language: read_taxonomy_lexicon(config.taxonomy, language)
-            for language in dict.fromkeys(config.markets.values())
-        }
+    lexicons = {
+        language: builtin_lexicon(language)
+        if config.taxonomy is None
+        else read_taxonomy_lexicon(config.taxonomy, language)
+        for language in dict.fromkeys(config.markets.values())
+    }
     market = generate_market(
         config.seed,
         config.markets,
@@ -62,26 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.label_noise,
         lexicons,
     )
-    write_market(market, Path(config.output))
-    for name in config.markets:
-        print(_summary(market, name))
-    print(f"wrote catalog, queries, behaviour, candidates and judgments to {config.output}")
-    return 0
-
-
-def write_market(market: Market, folder: Path) -> None:
-    """Write the tables as `<table>.parquet`; all are written beside the old files before any of these is replaced.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
-    frames = {
+    tables = {
         CATALOG: market.catalog,
         QUERIES: market.queries,
         BEHAVIOUR: market.behaviour,
         CANDIDATES: market.candidates,
         JUDGMENTS: market.judgments,
     }
+    if len(lexicons) > 1:
+        tables[PARALLEL_TEXT] = parallel_text(config.seed, list(lexicons.values()))
+    write_tables(tables, Path(config.output))
+    for name in config.markets:
+        print(_summary(market, name))
+    print(f"wrote {', '.join(table.name for table in tables)} to {config.output}")
+    return 0
+
+
+def write_tables(frames: Mapping[Table, pd.DataFrame], folder: Path) -> None:
+    """Write tables as `<table>.parquet`; all are written beside the old files before any of these is replaced.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for table, frame in frames.items():

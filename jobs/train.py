@@ -1,22 +1,52 @@
-"""Train a multilingual language model to judge relevance, on the judgments of source markets."""
+"""Train a multilingual language model to judge relevance: translation, judgments of source markets, repaired labels."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from csrm.cli import job_parser, run_job
-from csrm.config import Settings, load_config
+from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
-from csrm.metrics import evaluate_scores, format_evaluation
+from csrm.manifest import check_replaceable, replace_folder
+from csrm.metrics import QUERY_METRICS, Evaluation, evaluate_scores, format_evaluation
+from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
-from csrm.training.data import JudgedInputs, JudgedPairs
-from csrm.training.packs import judged_packs
-from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
+from csrm.training.data import Fold, JudgedInputs, JudgedPairs
+from csrm.training.distillation import Distillation, TrainStudent, best_round, label_issues, self_distill
+from csrm.training.packs import (
+    TrainingPack,
+    judged_packs,
+    translation_packs,
+    with_dropped_titles,
+    with_translations,
+)
+from csrm.training.stage import KIND, Tuning, load_trained, one_hot_targets, start_tokenizer_json, train_stage
+from csrm.training.translation import ParallelText, translation_quality
+
+
+class TranslationSettings(Settings):
+    """The translation stage, which activates what the model knows of both languages before it judges relevance."""
+
+    parallel_text: InputSpec
+    """Texts with their translations; splits train and held_out_split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """These three replace those of `tuning` where given."""
+    text_tokens: int = Field(default=48, ge=1)
+    """Most tokens of each text."""
+    mixed_share: float = Field(default=0.2, ge=0)
+    """Translation packs for each pack of the relevance stage, so that translation is not forgotten."""
+    held_out_split: str = "dev"
+    num_held_out: int = Field(default=100, ge=1)
+    """Texts of held_out_split that measure how well is translated."""
 
 
 class TrainConfig(Settings):
@@ -36,8 +66,13 @@ class TrainConfig(Settings):
     """Most tokens of a pack, in training and scoring."""
     dev_split: str = "dev"
     """Judgments of this split measure the model; those without a split, and of split train, train it."""
+    translation: TranslationSettings | None = None
+    """Learn to translate first; without it, this stage is left out."""
+    distillation: Distillation | None = None
+    """Repair the labels in rounds; without it, the given labels are learnt once."""
     model_dir: str
-    """Where the trained folder goes; replaced when the training has ended."""
+    """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
+    <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""
 
     @model_validator(mode="after")
     def _a_prompt_fits_a_pack(self) -> "TrainConfig":
@@ -52,49 +87,141 @@ class TrainConfig(Settings):
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__ or "", "conf/train.yaml").parse_args(argv)
     config = load_config(args.config, TrainConfig, args.overrides)
+    model_dir = Path(config.model_dir)
+    stages_dir = model_dir.with_name(model_dir.name + ".stages")
+    check_replaceable(model_dir, KIND)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         splits = pairs.splits()
-        if "train" not in splits:
-            raise InputError(f"judgments: no rows of split train; splits are {sorted(splits)}.")
-        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
-        scorer = train_stage(
-            judged_packs(_training_batches(pairs, config), tokenizer, config.pack_tokens),
-            config.base_model,
-            config.tuning,
-            config.labels,
-            config.budgets,
-            config.pack_tokens,
-            Path(config.model_dir),
-        )
-        print(f"trained on {splits['train']} pairs: {config.model_dir}")
+        needed = ["train", config.dev_split] if config.distillation else ["train"]
+        if missing := [split for split in needed if split not in splits]:
+            raise InputError(
+                f"judgments: no rows of split {' and '.join(missing)}; splits are {sorted(splits)}."
+                + (" The rounds of distillation are chosen by the dev split." if config.distillation else "")
+            )
         dev_pairs = pairs.read(config.dev_split)
+        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
+        start: BaseModel | Path = config.base_model
+        if config.translation is not None:
+            start = stages_dir / "translation"
+            print(learn_translation(config, config.translation, tokenizer, start), flush=True)
+
+        def train(output_dir: Path, soft_labels: Path | None = None, without: Fold | None = None) -> PairScorer:
+            packs = relevance_packs(pairs, config, tokenizer, soft_labels, without)
+            return _train(packs, start, config.tuning, config, output_dir)
+
+        if config.distillation is None:
+            scorer = train(model_dir)
+        else:
+            scorer = distill(config, config.distillation, pairs, dev_pairs, train, stages_dir)
+        print(f"trained on {splits['train']} pairs: {config.model_dir}")
     if not dev_pairs.empty:
-        print(_dev_report(pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1), config))
+        print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
     return 0
 
 
-def _training_batches(pairs: JudgedPairs, config: TrainConfig) -> Iterator[pd.DataFrame]:
-    """Training pairs, in groups, with their targets."""
+def learn_translation(
+    config: TrainConfig, settings: TranslationSettings, tokenizer: PromptTokenizer, output_dir: Path
+) -> str:
+    """The translation stage; returns its report."""
+    parallel = ParallelText(settings.parallel_text)
+    texts = parallel.translations("train", config.tuning.seed)
+    packs = translation_packs(texts, tokenizer, config.pack_tokens, settings.text_tokens)
+    changes = {"max_steps": settings.max_steps, "epochs": settings.epochs, "learning_rate": settings.learning_rate}
+    tuning = config.tuning.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    _train(packs, config.base_model, tuning, config, output_dir)
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(parallel.num_left_out.items())) or "none"
+    report = f"translation: {parallel.num_kept:,} pairs of texts learnt, left out: {left_out}"
+    held_out = next(parallel.translations(settings.held_out_split, config.tuning.seed))[: settings.num_held_out]
+    model, _, _ = load_trained(output_dir)
+    quality = translation_quality(model, tokenizer, held_out, settings.text_tokens)
+    return (
+        f"{report}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "
+        f"({quality.loss_without_source:.2f} without the source), chrF {quality.chrf:.1f}"
+    )
+
+
+def relevance_packs(
+    pairs: JudgedPairs, config: TrainConfig, tokenizer: PromptTokenizer, soft_labels: Path | None, without: Fold | None
+) -> Iterator[TrainingPack]:
+    """Packs of the training pairs with their targets, and of translations among them where these are configured."""
     tuning = config.tuning
-    for batch in pairs.groups("train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives):
-        yield batch.assign(target=list(one_hot_targets(batch["grade"], config.labels, config.grade_labels)))
+    groups = pairs.groups(
+        "train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives, without=without, soft_labels=soft_labels
+    )
+    groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
+    packs = judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
+    translation = config.translation
+    if translation is None or not translation.mixed_share:
+        return packs
+    texts = ParallelText(translation.parallel_text).translations("train", tuning.seed + 1, repeat=True)
+    translations = translation_packs(texts, tokenizer, config.pack_tokens, translation.text_tokens)
+    return with_translations(packs, translations, translation.mixed_share)
 
 
-def _dev_report(dev_pairs: pd.DataFrame, config: TrainConfig) -> str:
+def distill(
+    config: TrainConfig,
+    settings: Distillation,
+    pairs: JudgedPairs,
+    dev_pairs: pd.DataFrame,
+    train: TrainStudent,
+    stages_dir: Path,
+) -> PairScorer:
+    """The rounds of self-distillation; the best one becomes the trained folder. Prints and writes what they found."""
+
+    def targets_of(grades: pd.Series) -> np.ndarray:
+        return one_hot_targets(grades, config.labels, config.grade_labels)
+
+    def dev_metric(scorer: PairScorer) -> float:
+        metrics = _evaluate(scorer, dev_pairs, config).metrics
+        of_model = metrics[(metrics["ranking"] == "relevance_score") & (metrics["metric"] == QUERY_METRICS[0])]
+        return float(of_model["value"].iloc[-1])  # the last market is all of them
+
+    rounds = self_distill(pairs, settings, train, targets_of, dev_metric, stages_dir, config.tuning.seed)
+    best = best_round(rounds)
+    print(f"{'round':<8}{'dev ' + QUERY_METRICS[0]:>14}{'labels flipped':>18}")
+    for one in rounds:
+        mark = "  kept" if one is best else ""
+        print(f"{one.round_index:<8}{one.dev_metric:>14.4f}{one.flipped_share:>18.1%}{mark}")
+    assert rounds[-1].soft_labels is not None
+    issues = pairs.with_texts(label_issues(rounds[-1].soft_labels, [label.name for label in config.labels]))
+    issues.to_parquet(stages_dir / "label_issues.parquet")
+    print(f"{len(issues):,} given labels look wrong, the clearest first: {stages_dir / 'label_issues.parquet'}")
+    for row in issues.head(3).itertuples():
+        print(f"  {row.market}  {row.query}  |  {row.title}: given {row.grade}, rather {row.suggested_label}")
+    copy = stages_dir / "best"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(best.model_dir, copy)
+    replace_folder(copy, Path(config.model_dir), KIND)
+    return load_trained(config.model_dir)[1]
+
+
+def _train(
+    packs: Iterator[TrainingPack], start: BaseModel | Path, tuning: Tuning, config: TrainConfig, output_dir: Path
+) -> PairScorer:
+    return train_stage(packs, start, tuning, config.labels, config.budgets, config.pack_tokens, output_dir)
+
+
+def _with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
+    """Pairs with the distribution to learn: the soft label, else the given one."""
+    given = one_hot_targets(batch["grade"], config.labels, config.grade_labels)
+    soft = batch["soft_label"]
+    return batch.assign(target=[own if label is None else label for own, label in zip(given, soft, strict=True)])
+
+
+def _evaluate(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) -> Evaluation:
     label_gains = {label.name: label.gain for label in config.labels}
     gains = (
         {grade: label_gains[name] for grade, name in config.grade_labels.items()}
         if config.grade_labels
         else label_gains
     )
-    evaluation = evaluate_scores(
-        dev_pairs,
+    return evaluate_scores(
+        pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1),
         ["relevance_score"],
         gains,
         relevant_grades={grade for grade, gain in gains.items() if gain == max(gains.values())},
         irrelevant_grades={grade for grade, gain in gains.items() if gain == min(gains.values())},
     )
-    return format_evaluation(evaluation)
 
 
 if __name__ == "__main__":

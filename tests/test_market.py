@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from csrm.errors import ConfigError, InputError
-from csrm.market import Lexicon, Market, builtin_lexicon, generate_market, read_taxonomy_lexicon
+from csrm.market import Lexicon, Market, builtin_lexicon, generate_market, parallel_text, read_taxonomy_lexicon
 from csrm.market.facts import GRADES, NOTHING, Facts, grade_products
 from csrm.market.generator import JUDGED_PER_QUERY, split_of, with_label_noise
 from csrm.market.lexicon import Category
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
 
 MARKETS = {"kr": "ko", "tw": "zh-TW", "us": "en"}
 TABLES = {"catalog": CATALOG, "queries": QUERIES, "behaviour": BEHAVIOUR, "judgments": JUDGMENTS}
@@ -344,3 +344,24 @@ def test_the_real_taxonomy_gives_markets_in_five_languages() -> None:
     for name in markets:
         grades = made.judgments.loc[made.judgments["market"] == name, "grade"]
         assert set(grades) == {"E", "S", "I"}
+
+
+def test_parallel_text_says_the_same_in_two_languages() -> None:
+    lexicons = [builtin_lexicon(language) for language in ("ko", "zh-TW", "en")]
+    texts = parallel_text(7, lexicons)
+    assert list(texts.columns) == PARALLEL_TEXT.column_names
+    pairs = texts.groupby(["source_language", "target_language"]).size()
+    assert list(pairs.index) == [("ko", "en"), ("ko", "zh-TW"), ("zh-TW", "en")]
+    assert set(texts["kind"]) == {"taxonomy name", "attribute", "title"}
+    assert texts["split"].value_counts(normalize=True)["train"] == pytest.approx(0.8, abs=0.05)
+    assert (texts.groupby(["source_language", "source_text"])["split"].nunique() == 1).all()
+    names = texts[(texts["kind"] == "taxonomy name") & (texts["target_language"] == "en")]
+    korean, english = lexicons[0].categories, lexicons[2].categories
+    expected = {(a.names[0], b.names[0]) for a, b in zip(korean, english, strict=True)}
+    assert expected <= set(zip(names["source_text"], names["target_text"], strict=True))
+    pd.testing.assert_frame_equal(texts, parallel_text(7, lexicons))
+    titles = texts[(texts["kind"] == "title") & (texts["target_language"] == "en")]
+    models = titles[["source_text", "target_text"]].apply(lambda text: text.str.extract(r"([A-Z]{2}-\d{3})")[0])
+    both = models.dropna()  # some templates leave the model out
+    assert len(both) > 150
+    assert (both["source_text"] == both["target_text"]).all()  # both titles are of one product

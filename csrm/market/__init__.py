@@ -2,6 +2,7 @@
 
 from csrm.market.generator import Market, generate_market
 from csrm.market.lexicon import Lexicon, builtin_lexicon
+from csrm.market.parallel import parallel_text
 from csrm.market.taxonomy import read_taxonomy_lexicon
 
-__all__ = ["Lexicon", "Market", "builtin_lexicon", "generate_market", "read_taxonomy_lexicon"]
+__all__ = ["Lexicon", "Market", "builtin_lexicon", "generate_market", "parallel_text", "read_taxonomy_lexicon"]

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pandas as pd
@@ -28,6 +29,19 @@ class JudgedInputs(Settings):
     judgments: InputSpec
     retrieval_table: InputSpec | None = None
     """Titles that augment the queries; without it, queries are not augmented."""
+
+
+class Fold(NamedTuple):
+    """One of several parts of the queries; equal texts are in one part, whatever their market and case."""
+
+    number: int
+    """From 0."""
+    num_folds: int
+    seed: int = 0
+
+    def sql(self) -> str:
+        """Condition that a row of `pairs` is in this part."""
+        return f"md5_number_lower(concat_ws(' ', {self.seed}, lower(trim(query)))) % {self.num_folds} = {self.number}"
 
 
 def open_database(folder: str) -> duckdb.DuckDBPyConnection:
@@ -103,8 +117,35 @@ class JudgedPairs:
         result = self._database.sql(query, params={"split": split} if split is not None else None)
         return _as_frame(result.to_arrow_table())
 
+    def with_texts(self, keyed: pd.DataFrame) -> pd.DataFrame:
+        """Rows that name a pair (market, query_id, product_id), in their order, with its query and title."""
+        self._database.register("keyed", keyed.assign(place=range(len(keyed))))
+        rows = self._database.sql(
+            """SELECT keyed.*, pairs.query, pairs.title FROM keyed
+            JOIN pairs USING (market, query_id, product_id) ORDER BY place"""
+        ).to_arrow_table()
+        self._database.unregister("keyed")
+        frame: pd.DataFrame = rows.drop_columns("place").to_pandas()
+        return frame
+
+    def batches(self, split: str, fold: "Fold | None" = None) -> Iterator[pd.DataFrame]:
+        """Pairs of a split with their texts, by query; of one fold, where that is given. Columns as of `read`."""
+        inside = "true" if fold is None else fold.sql()
+        rows = self._database.sql(
+            f"SELECT * FROM pairs WHERE split = $split AND {inside} ORDER BY market, query_id, product_id",
+            params={"split": split},
+        )
+        for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
+            yield _as_frame(pa.Table.from_batches([batch]))
+
     def groups(
-        self, split: str, pairs_per_group: int, seed: int, random_negatives: float = 0.0
+        self,
+        split: str,
+        pairs_per_group: int,
+        seed: int,
+        random_negatives: float = 0.0,
+        without: "Fold | None" = None,
+        soft_labels: Path | None = None,
     ) -> Iterator[pd.DataFrame]:
         """Pairs of a split with their texts, in groups of one query in random order.
 
@@ -114,12 +155,23 @@ class JudgedPairs:
             seed: of both, and of the negatives.
             random_negatives: for this share of the pairs, in [0, 1], the query is also paired with a product that was
                 judged for another query of its market; such a pair has no grade.
+            without: leave out the queries of this fold.
+            soft_labels: Parquet file with market, query_id, product_id and soft_label, a list of numbers.
 
         Yields:
-            Batches of the columns of `read` and group_number; rows of a group stand side by side.
+            Batches of the columns of `read`, soft_label (null where there is none) and group_number; rows of a group
+            stand side by side.
         """
+        outside = "true" if without is None else f"NOT {without.sql()}"
+        labelled = (
+            f"""LEFT JOIN (
+                SELECT market, query_id, product_id, soft_label FROM read_parquet({_literal(soft_labels)})
+            ) USING (market, query_id, product_id)"""
+            if soft_labels
+            else ", (SELECT NULL::FLOAT[] AS soft_label)"
+        )
         query = f"""
-            WITH judged AS (SELECT * FROM pairs WHERE split = $split),
+            WITH judged AS (SELECT * FROM pairs WHERE split = $split AND {outside}),
             numbered AS (
                 SELECT *, count(*) OVER (PARTITION BY market) AS num_pairs, row_number() OVER (
                     PARTITION BY market ORDER BY md5(concat_ws(' ', {seed}, query_id, product_id))
@@ -142,7 +194,7 @@ class JudgedPairs:
                 FROM (FROM judged UNION ALL FROM negatives)
             )
             SELECT *, dense_rank() OVER (ORDER BY md5(concat_ws(' ', {seed}, market, query_id, part))) AS group_number
-            FROM placed ORDER BY group_number, product_id
+            FROM placed {labelled} ORDER BY group_number, product_id
         """
         result = self._database.sql(query, params={"split": split})
         for batch in result.to_arrow_reader(_ROWS_AT_ONCE):

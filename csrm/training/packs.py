@@ -64,6 +64,49 @@ def judged_packs(
             yield TrainingPack(pack, targets[rows], False, keys[rows].tolist())
 
 
+def with_dropped_titles(
+    batches: Iterable[pd.DataFrame], drop_all: float, drop_each: float, seed: int
+) -> Iterator[pd.DataFrame]:
+    """Leave out retrieved titles at random, the same ones for all pairs of a group.
+
+    Args:
+        batches: group_number and retrieved_titles.
+        drop_all: share of groups that lose all their titles.
+        drop_each: probability that one title of another group is left out.
+        seed: of the choice.
+    """
+    rng = np.random.default_rng(seed)
+    for batch in batches:
+        kept: dict[int, tuple[str, ...]] = {}
+        for group, titles in zip(batch["group_number"], batch["retrieved_titles"], strict=True):
+            if group not in kept:
+                chances = rng.random(1 + len(titles))
+                kept[group] = (
+                    tuple(title for title, chance in zip(titles, chances[1:], strict=True) if chance >= drop_each)
+                    if chances[0] >= drop_all
+                    else ()
+                )
+        yield batch.assign(retrieved_titles=batch["group_number"].map(kept))
+
+
+def with_translations(
+    packs: Iterable[TrainingPack], translations: Iterator[TrainingPack], share: float
+) -> Iterator[TrainingPack]:
+    """Packs with translations among them, so that these are not forgotten.
+
+    Args:
+        translations: without end.
+        share: translation packs for each other pack.
+    """
+    owed = 0.0
+    for pack in packs:
+        yield pack
+        owed += share
+        while owed >= 1:
+            yield next(translations)
+            owed -= 1
+
+
 def translation_packs(
     texts: Iterable[Sequence[Translation]], tokenizer: PromptTokenizer, pack_tokens: int, text_tokens: int
 ) -> Iterator[TrainingPack]:

@@ -58,6 +58,10 @@ class Tuning(Settings):
     random_negatives: float = Field(default=0.0, ge=0, le=1)
     """Random products that are learnt as irrelevant, for each judged pair. Judged products were all found by a search
     for their query, so few labels teach little about what a match is; a random product differs from one plainly."""
+    drop_all_titles: float = Field(default=0.1, ge=0, le=1)
+    """Share of queries that are learnt without their retrieved titles, so that a query that has none still works."""
+    drop_title: float = Field(default=0.1, ge=0, le=1)
+    """Probability that one retrieved title of another query is left out."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
     translation_weight: float = Field(default=0.25, gt=0)

@@ -1,5 +1,6 @@
 """Training and export as their users start them, on generated markets."""
 
+import json
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from csrm.bundle import load_scorer
 from csrm.cli import run_job, setting_arguments
+from csrm.manifest import verify_manifest
 from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
 from export import export_bundle
 from jobs import generate_market, train
@@ -55,10 +57,54 @@ def test_a_trained_model_becomes_a_bundle_that_scores(
 
 
 @pytest.mark.slow
+def test_a_cold_start_runs_all_stages_and_nothing_twice(
+    settings: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    texts = [("ko", "en", f"수건 {number}", f"towel {number}x", "train") for number in range(20)]
+    texts += [("ko", "en", "담요", "blanket", "dev"), ("ko", "en", "usb", "usb", "train")]
+    names = ["source_language", "target_language", "source_text", "target_text", "split"]
+    pd.DataFrame(texts, columns=names).to_parquet(tmp_path / "parallel.parquet")
+    translation = {"parallel_text": {"path": str(tmp_path / "parallel.parquet"), "format": "parquet"}, "max_steps": 2}
+    changes = {
+        "translation": translation,
+        "distillation": {"rounds": 1, "num_folds": 2},
+        "tuning": {"method": "full", "max_steps": 2, "random_negatives": 0.5},
+        "model_dir": str(tmp_path / "model"),
+    }
+    arguments = setting_arguments(**{**settings, **changes})
+    assert run_job(train.main, arguments) == 0
+    printed = capsys.readouterr().out
+    assert "translation: 20 pairs of texts learnt, left out: 1 copy; 2 held-out texts: loss " in printed
+    assert "given labels look wrong, the clearest first: " in printed
+    assert "  kept\n" in printed
+    stages = tmp_path / "model.stages"
+    assert {path.name for path in stages.iterdir()} == {
+        *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1"),
+        *("round-1-soft_labels.parquet", "rounds.json", "label_issues.parquet"),
+    }
+    rounds = json.loads((stages / "rounds.json").read_text())
+    best = max(rounds, key=lambda one: (one["dev_metric"], -one["round_index"]))
+    assert verify_manifest(tmp_path / "model", "model") == verify_manifest(best["model_dir"], "model")
+    issues = pd.read_parquet(stages / "label_issues.parquet")
+    assert {"query", "title", "grade", "suggested_label", "given_probability"} <= set(issues.columns)
+
+    made = {path: path.stat().st_mtime_ns for path in stages.glob("*/model.json")}
+    assert len(made) == 5
+    assert run_job(train.main, arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in stages.glob("*/model.json")} == made
+    assert caplog.text.count("not trained again") == 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(
-    method: str, settings: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    method: str, settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     tuning = {"method": method, "max_steps": 30, "packs_per_step": 1, "checkpoint_steps": 3, "learning_rate": 1e-3}
     whole, killed = (
         setting_arguments(**{**settings, "tuning": tuning, "model_dir": str(tmp_path / name)})
@@ -74,9 +120,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     process.wait()
     assert not (tmp_path / "killed").exists()
 
-    capfd.readouterr()
     assert run_job(train.main, killed) == 0
-    assert "30 steps, from " in capfd.readouterr().err
+    assert "30 steps, from " in caplog.text
     weights = [load_file(next((tmp_path / name / "weights").glob("*.safetensors"))) for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -93,6 +138,12 @@ def test_judgments_without_rows_to_train_on_are_an_error(
     inputs["judgments"] = {"path": str(tmp_path / "judgments.parquet"), "format": "parquet"}
     assert run_job(train.main, setting_arguments(**{**settings, "inputs": inputs})) == 2
     assert "no rows of split train; splits are ['dev']" in capsys.readouterr().err
+
+
+def test_distillation_needs_a_dev_split(settings: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"distillation": {"rounds": 1}, "dev_split": "clean"}
+    assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 2
+    assert "no rows of split clean; splits are ['dev', 'test', 'train']. The rounds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import itertools
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,16 @@ from csrm.labels import ESCI_LABELS
 from csrm.packing import Group, build_packs
 from csrm.prompts import Translation
 from csrm.tokenization import PromptTokenizer
-from csrm.training.packs import PackFile, TrainingPack, collate, judged_packs, translation_packs, write_packs
+from csrm.training.packs import (
+    PackFile,
+    TrainingPack,
+    collate,
+    judged_packs,
+    translation_packs,
+    with_dropped_titles,
+    with_translations,
+    write_packs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,24 @@ def test_a_batch_learns_pairs_and_translations_where_they_are(packs: list[Traini
     learnt = packs[-1].pack.segment_ids[0] > 0
     assert batch["is_translation"][1, : len(learnt)].tolist() == learnt.tolist()
     assert batch["keys"][-2:] == ["수건", "towel"]
+
+
+def test_titles_are_dropped_for_a_whole_group_at_the_rate_asked_for() -> None:
+    batch = pd.DataFrame({"group_number": np.arange(4000) // 2, "retrieved_titles": [("a", "b")] * 4000})
+    dropped = pd.concat(with_dropped_titles([batch[:2000], batch[2000:]], drop_all=0.2, drop_each=0.1, seed=0))
+    assert (dropped.groupby("group_number")["retrieved_titles"].nunique() == 1).all()
+    counts = dropped["retrieved_titles"].map(len)
+    assert (counts == 0).mean() == pytest.approx(0.2 + 0.8 * 0.01, abs=0.03)
+    assert (counts == 1).mean() == pytest.approx(0.8 * 0.18, abs=0.03)
+    (same,) = with_dropped_titles([batch], drop_all=0, drop_each=0, seed=0)
+    assert same["retrieved_titles"].tolist() == batch["retrieved_titles"].tolist()
+
+
+def test_translations_are_mixed_in_at_the_rate_asked_for(packs: list[TrainingPack]) -> None:
+    mixed = list(with_translations(packs[:-1] * 10, itertools.repeat(packs[-1]), share=0.3))
+    num_judged = 10 * (len(packs) - 1)
+    assert sum(pack.is_translation for pack in mixed) == int(0.3 * num_judged + 1e-9)
+    assert [pack for pack in mixed if not pack.is_translation] == packs[:-1] * 10
 
 
 def test_translations_are_cut_and_cannot_become_structure(prompt_tokenizer: PromptTokenizer) -> None:
