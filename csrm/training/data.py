@@ -16,7 +16,7 @@ from csrm.config import InputSpec, Settings
 from csrm.errors import InputError, MissingDependencyError
 from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
 
-MEMORY_LIMIT = "4GB"
+MEMORY_LIMIT = "2GB"
 """Of the joins; what does not fit goes to a temporary folder."""
 _ROWS_AT_ONCE = 8_192
 
