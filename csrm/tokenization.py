@@ -144,6 +144,11 @@ class PromptTokenizer:
             raise ConfigError(f"labels: tokens must differ; {[label.token for label in labels]} are ids {ids}.")
         return ids
 
+    def tokens_per_character(self, texts: Sequence[str]) -> float:
+        """Tokens for each character: above 1 the tokenizer hardly knows the texts' script and spells it in bytes."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return sum(len(encoding.ids) for encoding in encodings) / max(1, sum(map(len, texts)))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included; for messages and tests."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

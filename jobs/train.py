@@ -1,5 +1,6 @@
 """Train a multilingual language model to judge relevance: translation, judgments of source markets, repaired labels."""
 
+import logging
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,12 @@ from csrm.training.packs import (
 )
 from csrm.training.stage import KIND, Tuning, load_trained, one_hot_targets, start_tokenizer_json, train_stage
 from csrm.training.translation import ParallelText, translation_quality
+
+logger = logging.getLogger(__name__)
+
+NUM_SAMPLED_TITLES = 500
+MAX_TOKENS_PER_CHARACTER = 1.0
+"""Multilingual tokenizers make 0.2 tokens of a Latin letter and up to 0.8 of a Hangul syllable or a Han character."""
 
 
 class TranslationSettings(Settings):
@@ -98,8 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"judgments: no rows of split {' and '.join(missing)}; splits are {sorted(splits)}."
                 + (" The rounds of distillation are chosen by the dev split." if config.distillation else "")
             )
+        pairs.check_apart("train", config.dev_split)
         dev_pairs = pairs.read(config.dev_split)
         tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
+        warn_of_unknown_scripts(pairs, tokenizer)
         start: BaseModel | Path = config.base_model
         if config.translation is not None:
             start = stages_dir / "translation"
@@ -117,6 +126,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not dev_pairs.empty:
         print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
     return 0
+
+
+def warn_of_unknown_scripts(pairs: JudgedPairs, tokenizer: PromptTokenizer) -> None:
+    """One warning for each language whose text the tokenizer splits into bytes."""
+    for language, rows in pairs.read(num_pairs=NUM_SAMPLED_TITLES).groupby("language"):
+        rate = tokenizer.tokens_per_character(rows["title"].dropna().tolist())
+        if rate > MAX_TOKENS_PER_CHARACTER:
+            logger.warning(
+                "language %s: the tokenizer makes %.1f tokens of a character, it splits the text into bytes. "
+                "Choose a base model that knows this language.",
+                language,
+                rate,
+            )
 
 
 def learn_translation(

@@ -100,6 +100,25 @@ class JudgedPairs:
         rows = self._database.execute("SELECT split, count(*) FROM pairs GROUP BY split ORDER BY split").fetchall()
         return dict(rows)
 
+    def check_apart(self, split: str, other: str) -> None:
+        """No query text, case ignored, may be in two splits: a model would be measured by what it was trained on.
+
+        Raises:
+            InputError: some are.
+        """
+        shared = self._database.execute(
+            """SELECT count(*) OVER (), text FROM (
+                SELECT lower(trim(query)) AS text FROM pairs WHERE split IN ($split, $other)
+                GROUP BY text HAVING count(DISTINCT split) = 2
+            ) ORDER BY text LIMIT 1""",
+            {"split": split, "other": other},
+        ).fetchall()
+        for num_texts, example in shared:
+            raise InputError(
+                f"judgments: {num_texts} query texts are in split {split} and in split {other}, for example "
+                f"{example!r}. Give all judgments of a text one split."
+            )
+
     def read(self, split: str | None = None, num_pairs: int | None = None) -> pd.DataFrame:
         """Pairs with their texts, sorted by key, in memory.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 CONF = Path(__file__).parents[2] / "conf" / "generate_market.yaml"
-FILES = {f"{name}.parquet" for name in ("catalog", "queries", "behaviour", "candidates", "judgments")}
+FILES = {f"{name}.parquet" for name in ("catalog", "queries", "behaviour", "candidates", "judgments", "parallel_text")}
 
 
 def generate(folder: Path, *settings: str) -> int:

@@ -140,6 +140,16 @@ def test_judgments_without_rows_to_train_on_are_an_error(
     assert "no rows of split train; splits are ['dev']" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_spells_a_language_in_bytes_is_named(
+    settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_tiny_base_model(tmp_path / "english", train_byte_tokenizer(["wireless mouse", "towel"] * 50, 400))
+    changes = {"base_model": {"folder": str(base)}, "model_dir": str(tmp_path / "model")}
+    assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 0
+    warned = [record.getMessage() for record in caplog.records if "splits the text into bytes" in record.getMessage()]
+    assert [message.split(":")[0] for message in warned] == ["language ko", "language zh-TW"]
+
+
 def test_distillation_needs_a_dev_split(settings: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"distillation": {"rounds": 1}, "dev_split": "clean"}
     assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 2

@@ -170,6 +170,15 @@ def test_random_negatives_are_products_of_other_queries_of_the_market(many: Judg
     assert set(negatives["market"]) == set(MARKETS)
 
 
+def test_a_query_text_in_two_splits_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["queries"]["query"] = ["Mouse", " mouse"]
+    tables["judgments"]["split"] = ["train", "dev"]
+    with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
+        pairs.check_apart("train", "test")
+        with pytest.raises(InputError, match=r"1 query texts are in split train and in split dev, for example 'mouse'"):
+            pairs.check_apart("train", "dev")
+
+
 def test_a_sample_is_always_the_same(many: JudgedInputs) -> None:
     with JudgedPairs(many, MARKETS) as pairs:
         first, second = pairs.read(num_pairs=9), pairs.read(num_pairs=9)

@@ -88,7 +88,7 @@ def test_titles_are_dropped_for_a_whole_group_at_the_rate_asked_for() -> None:
 def test_translations_are_mixed_in_at_the_rate_asked_for(packs: list[TrainingPack]) -> None:
     mixed = list(with_translations(packs[:-1] * 10, itertools.repeat(packs[-1]), share=0.3))
     num_judged = 10 * (len(packs) - 1)
-    assert sum(pack.is_translation for pack in mixed) == int(0.3 * num_judged + 1e-9)
+    assert sum(pack.is_translation for pack in mixed) == pytest.approx(0.3 * num_judged, abs=1)
     assert [pack for pack in mixed if not pack.is_translation] == packs[:-1] * 10
 
 
