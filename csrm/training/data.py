@@ -54,7 +54,7 @@ def open_database(folder: str) -> duckdb.DuckDBPyConnection:
 class JudgedPairs:
     """Judged pairs of some markets, joined with their texts when they are read. Use it as a context manager.
 
-    Tables are read without Spark, by DuckDB: memory does not grow with them.
+    Tables are read without Spark, by DuckDB, which spills to disk above MEMORY_LIMIT.
     """
 
     def __init__(self, inputs: JudgedInputs, markets: Mapping[str, str]) -> None:
@@ -189,6 +189,7 @@ class JudgedPairs:
             if soft_labels
             else ", (SELECT NULL::FLOAT[] AS soft_label)"
         )
+        shown = "FROM judged UNION ALL FROM negatives" if random_negatives else "FROM judged"
         query = f"""
             WITH judged AS (SELECT * FROM pairs WHERE split = $split AND {outside}),
             numbered AS (
@@ -210,7 +211,7 @@ class JudgedPairs:
                 SELECT *, (row_number() OVER (
                     PARTITION BY market, query_id ORDER BY md5(concat_ws(' ', {seed}, product_id))
                 ) - 1) // {pairs_per_group} AS part
-                FROM (FROM judged UNION ALL FROM negatives)
+                FROM ({shown})
             )
             SELECT *, dense_rank() OVER (ORDER BY md5(concat_ws(' ', {seed}, market, query_id, part))) AS group_number
             FROM placed {labelled} ORDER BY group_number, product_id
