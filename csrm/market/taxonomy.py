@@ -44,7 +44,7 @@ def read_taxonomy_lexicon(folder: str | Path, language: str) -> Lexicon:
         "attributes": ["id", name],
         "category_attributes": ["category_id", "attribute_id"],
     }
-    tables = _read_tables(Path(folder), columns)
+    tables = read_taxonomy_tables(Path(folder), columns)
 
     values: dict[str, list[str]] = defaultdict(list)
     for attribute, english, value in tables["values"][["attribute_id", "en", name]].itertuples(index=False, name=None):
@@ -93,7 +93,16 @@ def _brands_of(group: str, num_brands: int) -> tuple[int, ...]:
     return tuple((first + step) % num_brands for step in range(min(NUM_BRANDS_PER_DEPARTMENT, num_brands)))
 
 
-def _read_tables(folder: Path, columns: dict[str, list[str]]) -> dict[str, pd.DataFrame]:
+def read_taxonomy_tables(folder: Path, columns: dict[str, list[str]]) -> dict[str, pd.DataFrame]:
+    """Tables of a taxonomy's folder, all text.
+
+    Args:
+        folder: has the tables as `<name>.tsv.gz`: tab-separated, UTF-8, not quoted.
+        columns: table to the columns that it must have; none but parent_id may have empty cells.
+
+    Raises:
+        InputError: files are missing or malformed; all of it in one message.
+    """
     tables, problems = {}, []
     for table, expected in columns.items():
         file = folder / f"{table}.tsv.gz"
