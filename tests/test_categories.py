@@ -110,5 +110,5 @@ def test_parallel_text_keeps_its_split(made: CategoryMarkets) -> None:
 
 
 def test_a_language_that_the_taxonomy_lacks_is_an_input_error(folder: Path) -> None:
-    with pytest.raises(InputError, match="expected languages of .*got 'fr'"):
+    with pytest.raises(InputError, match=r"expected languages of .*got 'fr'"):
         category_markets(folder, [Storefront("fr", "fr")], [])

@@ -9,7 +9,7 @@ product's leaf. Parallel text is split likewise, and attribute values in titles 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations, islice
 from pathlib import Path
@@ -199,26 +199,26 @@ def _pairs(
                 below[category, taxonomy.split[item.leaf]].append(item)
     titles = taxonomy.names[title_language]
     terms_of = cache(lambda item: set(search_terms(_title(item, titles))))
+
+    def some(category: str, query: str, num_items: int, without: str | None = None) -> list[_Item]:
+        """Random products below a category that share no term with the query, none of them below another category."""
+        found = below[category, taxonomy.split[query]]
+        own = set(search_terms(taxonomy.names[query_language][query]))
+        shuffled = (found[place] for place in rng.permutation(len(found)))
+        fitting = (
+            item for item in shuffled if without not in taxonomy.above[item.leaf] and own.isdisjoint(terms_of(item))
+        )
+        return list(islice(fitting, num_items))
+
     inner = sorted({category for category, _ in below} - {_ROOT})
     for query in (inner[place] for place in rng.permutation(len(inner))):
         split = taxonomy.split[query]
-        own = set(search_terms(taxonomy.names[query_language][query]))
         more = 1 if split == "train" else MORE_TO_MEASURE
-
-        def some(category: str, num_items: int, without: str | None = None) -> list[_Item]:
-            """Random products below a category, none that is below another one or shares a term with the query."""
-            found = below[category, split]
-            shuffled = (found[place] for place in rng.permutation(len(found)))
-            fitting = (
-                item for item in shuffled if without not in taxonomy.above[item.leaf] and own.isdisjoint(terms_of(item))
-            )
-            return list(islice(fitting, num_items))
-
-        relevant = some(query, more * RELEVANT_PER_QUERY)
+        relevant = some(query, query, more * RELEVANT_PER_QUERY)
         irrelevant: dict[str, _Item] = {}
         for category in (*taxonomy.above[query], _ROOT):
             wanted = more * (SIBLINGS_PER_QUERY + (OTHERS_PER_QUERY if category == _ROOT else 0))
-            for item in some(category, wanted, without=query):
+            for item in some(category, query, wanted, without=query):
                 if len(irrelevant) < wanted:
                     irrelevant[item.id] = item
         if relevant and irrelevant:
@@ -260,7 +260,7 @@ def _parallel_text(tables: Mapping[str, pd.DataFrame], languages: Sequence[str])
     return pd.concat(parts).drop_duplicates(ignore_index=True)
 
 
-def _frame(rows: Sequence[tuple[str, ...]], names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+def _frame(rows: Sequence[tuple[str, ...]], names: list[str], columns: list[str]) -> pd.DataFrame:
     """Columns that have no name are null."""
     nothing = dict.fromkeys(set(columns) - set(names))
-    return pd.DataFrame(rows, columns=names).assign(**nothing)[list(columns)]
+    return pd.DataFrame(list(rows), columns=names).assign(**nothing)[columns]
