@@ -28,6 +28,7 @@ from csrm.training.packs import (
     with_dropped_titles,
     with_translations,
 )
+from csrm.training.phrasebook import Phrasebook, with_switched_languages
 from csrm.training.stage import KIND, Tuning, load_trained, one_hot_targets, start_tokenizer_json, train_stage
 from csrm.training.translation import ParallelText, translation_quality
 
@@ -51,6 +52,9 @@ class TranslationSettings(Settings):
     """Most tokens of each text."""
     mixed_share: float = Field(default=0.2, ge=0)
     """Translation packs for each pack of the relevance stage, so that translation is not forgotten."""
+    switched_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the queries of the relevance stage that are put into another language of the parallel text, phrase by
+    phrase, half of them with their products; see csrm.training.phrasebook."""
     held_out_split: str = "dev"
     num_held_out: int = Field(default=100, ge=1)
     """Texts of held_out_split that measure how well is translated."""
@@ -171,8 +175,11 @@ def relevance_packs(
         "train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives, without=without, soft_labels=soft_labels
     )
     groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
-    packs = judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
     translation = config.translation
+    if translation is not None and translation.switched_share:
+        phrasebook = Phrasebook(ParallelText(translation.parallel_text).translations("train", tuning.seed))
+        groups = with_switched_languages(groups, phrasebook, translation.switched_share, tuning.seed)
+    packs = judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
     if translation is None or not translation.mixed_share:
         return packs
     texts = ParallelText(translation.parallel_text).translations("train", tuning.seed + 1, repeat=True)

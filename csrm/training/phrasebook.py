@@ -1,0 +1,119 @@
+"""Put training pairs into another language, phrase by phrase: parallel text as a dictionary.
+
+Code-switched training text aligns the languages of a multilingual model (Qin et al. 2020, "CoSDA-ML"): the label of a
+pair stays what it was when its query, its product or both are said in the other language.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import regex
+
+from csrm.prompts import Translation, neutralize
+
+MAX_PHRASE_CHARACTERS = 48
+"""Longer texts are sentences, which do not occur inside a title."""
+
+_DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
+
+
+class Phrasebook:
+    """Phrases of parallel text with their translations, in memory."""
+
+    def __init__(self, texts: Iterable[Sequence[Translation]]) -> None:
+        """Args:
+        texts: batches; of a phrase that has several translations, the first one counts.
+        """
+        self._phrases: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        self._longest: dict[str, int] = defaultdict(int)
+        for batch in texts:
+            for text in batch:
+                phrase = neutralize(text.source_text).lower()
+                if phrase and len(phrase) <= MAX_PHRASE_CHARACTERS:
+                    phrases = self._phrases[text.source_language][text.target_language]
+                    phrases.setdefault(phrase, neutralize(text.target_text))
+                    self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
+
+    def languages(self, language: str) -> list[str]:
+        """What a language can be put into."""
+        return sorted(self._phrases[language]) if language in self._phrases else []
+
+    def translate(self, text: str | None, language: str, other: str) -> str:
+        """A text with the phrases that are known in the other language, the longest first; the rest stays.
+
+        Phrases start and end where words do; Han and kana, which are written without spaces, anywhere.
+        """
+        phrases = self._phrases[language][other]
+        clean = neutralize(text)
+        lowered = clean.lower()
+        if len(lowered) != len(clean):  # a few letters grow when they are lowered
+            return clean
+        said, start = [], 0
+        while start < len(clean):
+            end = next(
+                (
+                    end
+                    for end in range(min(len(clean), start + self._longest[language]), start, -1)
+                    if lowered[start:end] in phrases and _is_boundary(clean, start) and _is_boundary(clean, end)
+                ),
+                None,
+            )
+            said.append(clean[start] if end is None else phrases[lowered[start:end]])
+            start = start + 1 if end is None else end
+        return "".join(said)
+
+
+def _is_boundary(text: str, place: int) -> bool:
+    """Whether a phrase may start or end before this character."""
+    if place in (0, len(text)):
+        return True
+    before, after = text[place - 1], text[place]
+    return not (before.isalnum() and after.isalnum()) or bool(_DENSE.match(before) or _DENSE.match(after))
+
+
+class _Texts(NamedTuple):
+    """What a pair says."""
+
+    language: str
+    query: str | None
+    retrieved_titles: tuple[str, ...]
+    title: str | None
+
+
+def with_switched_languages(
+    batches: Iterable[pd.DataFrame], phrasebook: Phrasebook, share: float, seed: int
+) -> Iterator[pd.DataFrame]:
+    """Put the queries of some groups into another language with their retrieved titles, and half of these groups'
+    products too.
+
+    A market without labels has both: its own products, and products that are listed there from abroad.
+
+    Args:
+        batches: group_number, language, query, retrieved_titles, title.
+        share: of the groups.
+        seed: of the choice of groups and languages.
+    """
+    names = list(_Texts._fields)
+
+    def switched(group: int, texts: _Texts) -> _Texts:
+        rng = np.random.default_rng([seed, group])  # the same choice for all pairs of a group
+        others = phrasebook.languages(texts.language)
+        if not others or rng.random() >= share:
+            return texts
+        say = partial(phrasebook.translate, language=texts.language, other=others[rng.integers(len(others))])
+        return _Texts(
+            say.keywords["other"],
+            say(texts.query),
+            tuple(map(say, texts.retrieved_titles)),
+            say(texts.title) if rng.random() < 0.5 else texts.title,
+        )
+
+    for batch in batches:
+        texts = map(_Texts._make, batch[names].itertuples(index=False))
+        rows = [switched(group, text) for group, text in zip(batch["group_number"], texts, strict=True)]
+        columns: dict[str, Any] = {name: [row[place] for row in rows] for place, name in enumerate(names)}
+        yield batch.assign(**columns)
