@@ -1,0 +1,362 @@
+"""What each technique is worth on a market without labels: a grid of small trainings, from one command.
+
+    python tests/benchmarks/cold_start/study.py --data FOLDER --base-model FOLDER
+
+`--data` holds shopify_taxonomy, esci_us and chorus_icecat, `--base-model` Gemma-3-270M as save_pretrained leaves it,
+with its tokenizer.json. Prints the cells that are missing and their hours, then runs them, `--workers` at a time with one
+thread each, for `--hours` at most: no cell starts that would not end in time. Each leaves a small file in results/,
+which is kept in version control: a later start goes on with what is missing, and with what changed in its recipe. At
+the end, or at once with `--report`, the tables and the plot of what is there are written.
+
+A cell is one run of jobs/train.py with conf/train_taxonomy.yaml and some techniques switched off.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from legs import GENERATED, REAL_NOISE, Leg, ndcg, read_english, write_esci
+from report import write_report
+
+from csrm.cli import setting_arguments
+from csrm.manifest import file_digest
+from csrm.scoring import PairScorer
+from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.stage import load_trained
+
+REPOSITORY = Path(__file__).parents[3]
+RESULTS = Path(__file__).parent / "results"
+CONFIG = "conf/train_taxonomy.yaml"
+SEEDS = (0, 1, 2)
+NOISE = 0.4
+PAIRS_PER_QUERY = 8
+FEW, ALL = 300, 775
+"""Queries of market kr; the taxonomy gives no more."""
+ESCI_QUERIES, ESCI_PAIRS_PER_QUERY = 96, 20
+MINUTES = 9.0
+"""One thread, a training on FEW queries and its measurement."""
+
+OFF: Mapping[str, Mapping[str, Any]] = {
+    "translation": {"translation": None},
+    "titles": {"inputs.retrieval_table": None},
+    "distillation": {"distillation": None},
+}
+
+
+def without(*techniques: str) -> dict[str, Any]:
+    """Settings that switch techniques off."""
+    return {key: value for technique in techniques for key, value in OFF[technique].items()}
+
+
+PLAIN = without("translation", "titles", "distillation")
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "labels only": PLAIN,
+    "+ translation": without("titles", "distillation"),
+    "+ titles": without("translation", "distillation"),
+    "+ distillation": without("translation", "titles"),
+    "all but distillation": without("distillation"),
+    "all but titles": without("titles"),
+    "all but translation": without("translation"),
+    "all": {},
+    "translated labels": {**without("titles", "distillation"), "translation.switched_share": 1.0},
+    "+ label smoothing": {**PLAIN, "tuning.label_smoothing": 0.2},
+    "+ pruning by cleanlab": PLAIN,
+    "labels of the target": PLAIN,
+}
+AFTER = {
+    "labels only": ("+ distillation",),
+    "+ translation": ("all but titles",),
+    "+ titles": ("all but translation",),
+    "all but distillation": ("all",),
+}
+"""Row to the rows whose round 0 it is."""
+PRUNED, TARGET = "+ pruning by cleanlab", "labels of the target"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its measurement."""
+
+    leg: Leg
+    row: str
+    num_queries: int
+    noise: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        row = re.sub(r"[^a-z]+", "-", self.row).strip("-")
+        return f"{self.leg.name}.{self.num_queries}.noise-{self.noise:.0%}.{row}.{self.seed}".replace("%", "")
+
+    @property
+    def minutes(self) -> float:
+        trainings = 2.0 if any(self.row in after for after in AFTER.values()) else 1.0  # two teachers see half each
+        return MINUTES * trainings * (2.0 if self.leg is REAL_NOISE else self.num_queries / FEW)
+
+
+def grid() -> Iterator[list[Cell]]:
+    """Cells in groups; the later ones of a group use what the first one trained."""
+    for seed in SEEDS:
+        for noise in (0.0, NOISE):
+            for row, after in AFTER.items():
+                yield [Cell(GENERATED, name, FEW, noise, seed) for name in (row, *after)]
+        for row, noise in (("translated labels", 0.0), (TARGET, 0.0), ("+ label smoothing", NOISE), (PRUNED, NOISE)):
+            yield [Cell(GENERATED, row, FEW, noise, seed)]
+    for seed in SEEDS:
+        for row in ("labels only", "+ translation", "all but distillation"):
+            yield [Cell(GENERATED, row, ALL, 0.0, seed)]
+        for noise in (0.0, NOISE):
+            yield [Cell(REAL_NOISE, row, ESCI_QUERIES, noise, seed) for row in ("labels only", "+ distillation")]
+        for row in ("+ label smoothing", PRUNED):
+            yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed)]
+
+
+class Study:
+    """The grid in a work folder."""
+
+    def __init__(self, data: Path, base_model: Path, work: Path) -> None:
+        self.data, self.base_model, self.work = data, base_model, work
+
+    def prepare(self) -> None:
+        """Tables of the legs, unless they are there."""
+        inputs = self.inputs(GENERATED)
+        if not (inputs / "judgments.parquet").exists():
+            settings = setting_arguments(taxonomy=self.data / "shopify_taxonomy", output=inputs)
+            run(["jobs/import_taxonomy.py", *settings], self.work / "import.log")
+        if not (self.titles(GENERATED)).exists():
+            texts = {name: parquet(inputs / f"{name}.parquet") for name in ("catalog", "queries")}
+            markets = {**GENERATED.learnt, **GENERATED.measured}
+            settings = setting_arguments(markets=markets, inputs=texts, tables=inputs.parent / "tables", num_titles=3)
+            run(["jobs/build_retrieval_table.py", *settings], self.work / "retrieval.log")
+        if not (self.inputs(REAL_NOISE) / "judgments.parquet").exists():
+            write_esci(self.data / "esci_us", self.inputs(REAL_NOISE))
+
+    def inputs(self, leg: Leg) -> Path:
+        return self.work / leg.name / "inputs"
+
+    def titles(self, leg: Leg) -> Path:
+        return self.work / leg.name / "tables" / "retrieval_table"
+
+    def folder(self, cell: Cell) -> Path:
+        return self.work / "cells" / cell.name
+
+    def soft_labels(self, cell: Cell) -> Path:
+        """What the teachers of a cell's first round said."""
+        return self.folder(cell) / "model.stages" / "round-1-soft_labels.parquet"
+
+    def recipe(self, cell: Cell) -> str:
+        """Digest of all that a cell's result follows from, but for the code."""
+        files = [REPOSITORY / CONFIG, *self.inputs(cell.leg).glob("*.parquet"), *self.base_model.glob("*.safetensors")]
+        parts = [json.dumps([ROWS[cell.row], cell.leg.settings]), *map(file_digest, sorted(files))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def has_ended(self, cell: Cell) -> bool:
+        path = RESULTS / f"{cell.name}.json"
+        return path.exists() and json.loads(path.read_text(encoding="utf-8"))["recipe"] == self.recipe(cell)
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Settings of jobs/train.py."""
+        row, inputs, folder = ROWS[cell.row], self.inputs(cell.leg), self.folder(cell)
+        tables = {name: parquet(inputs / f"{name}.parquet") for name in ("catalog", "queries")}
+        tables["judgments"] = parquet(folder / "judgments.parquet")
+        if "inputs.retrieval_table" not in row:
+            tables["retrieval_table"] = {"path": str(self.titles(cell.leg))}
+        parallel = {"translation.parallel_text": parquet(inputs / "parallel_text.parquet")}
+        distillation = {"distillation.choose_by": "agreement"} if cell.leg is REAL_NOISE else {}
+        return {
+            "markets": cell.leg.measured if cell.row == TARGET else cell.leg.learnt,
+            "inputs": tables,
+            "base_model": {"folder": str(self.base_model)},
+            "tuning.seed": cell.seed,
+            "model_dir": str(folder / "model"),
+            **(parallel if "translation" not in row else {}),
+            **(distillation if "distillation" not in row else {}),
+            **cell.leg.settings,
+            **{key: value for key, value in row.items() if not key.startswith("inputs.")},
+        }
+
+    def run_cell(self, cell: Cell, first: Cell) -> None:
+        """Train, measure, and leave the result.
+
+        Args:
+            first: the first cell of the group.
+        """
+        folder, stages = self.folder(cell), self.folder(cell) / "model.stages"
+        folder.mkdir(parents=True, exist_ok=True)
+        judgments = self.judgments(cell)
+        if cell.row == PRUNED:
+            judge = replace(cell, row="+ distillation")
+            if not self.soft_labels(judge).exists():
+                self.run_cell(judge, judge)
+            judgments = without_issues(judgments, self.soft_labels(judge))
+        judgments.to_parquet(folder / "judgments.parquet")
+        translation = self.work / "translation" / f"{cell.leg.name}-{cell.seed}"
+        for found, place in ((translation, "translation"), (self.folder(first) / "model", "round-0")):
+            if found.exists() and first is not cell:
+                shutil.copytree(found, stages / place, dirs_exist_ok=True)  # the same fingerprint: not trained again
+        started = time.monotonic()
+        command = ["jobs/train.py", "--config", CONFIG, *setting_arguments(**self.settings(cell))]
+        run(command, folder / "train.log")
+        trained = time.monotonic()
+        if (stages / "translation").exists():
+            shutil.copytree(stages / "translation", translation, dirs_exist_ok=True)
+        _, scorer, _ = load_trained(folder / "model")
+        has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
+        rounds = stages / "rounds.json"
+        result = {
+            "leg": cell.leg.name,
+            "row": cell.row,
+            "num_queries": cell.num_queries,
+            "noise": cell.noise,
+            "seed": cell.seed,
+            "recipe": self.recipe(cell),
+            "training_seconds": round(trained - started),
+            "scores": [round(float(score), 4) for score in scorer.score(self.measured(cell))["relevance_score"]],
+            "english": self.english(scorer, has_titles) if cell.num_queries == ALL else None,
+            "rounds": json.loads(rounds.read_text(encoding="utf-8")) if rounds.exists() else None,
+        }
+        write(RESULTS / f"{cell.name}.json", json.dumps(result, indent=1))
+
+    def judgments(self, cell: Cell) -> pd.DataFrame:
+        """A sample of the judged training pairs with wrong labels, and split dev."""
+        (market,) = cell.leg.measured if cell.row == TARGET else cell.leg.learnt
+        judged = pd.read_parquet(self.inputs(cell.leg) / "judgments.parquet")
+        judged = judged[judged["market"] == market]
+        train = judged[judged["split"] == "train"]
+        order = {id_: hashlib.md5(f"{cell.seed} {id_}".encode()).digest() for id_ in train["query_id"].unique()}
+        train = train[train["query_id"].isin(sorted(order, key=order.__getitem__)[: cell.num_queries])]
+        num_pairs = ESCI_PAIRS_PER_QUERY if cell.leg is REAL_NOISE else PAIRS_PER_QUERY
+        train = train.sample(frac=1, random_state=cell.seed).groupby("query_id").head(num_pairs)
+        wrong = np.random.default_rng(cell.seed).random(len(train)) < cell.noise
+        noisy = train["grade"].mask(wrong, train["grade"].map({"yes": "no", "no": "yes"}))
+        return pd.concat([train.assign(grade=noisy, true_grade=train["grade"]), judged[judged["split"] == "dev"]])
+
+    def measured(self, cell: Cell) -> pd.DataFrame:
+        """The test pairs with their texts, as the cell's model sees them."""
+        tables = {
+            name: parquet(self.inputs(cell.leg) / f"{name}.parquet") for name in ("catalog", "queries", "judgments")
+        }
+        titles = {"retrieval_table": {"path": str(self.titles(cell.leg))}}
+        inputs = JudgedInputs.model_validate(
+            tables | (titles if "inputs.retrieval_table" not in ROWS[cell.row] else {})
+        )
+        with JudgedPairs(inputs, cell.leg.measured) as pairs:
+            tested = pairs.read("test")
+        catalog = pd.read_parquet(tables["catalog"]["path"], columns=["market", "product_id", "language"])
+        return tested.merge(catalog.rename(columns={"language": "title_language"}), on=["market", "product_id"])
+
+    def english(self, scorer: PairScorer, has_titles: bool) -> dict[str, list[float]]:
+        """nDCG@10 of each query of the English data sets, in the order of their ids."""
+        measured = {}
+        for name, judged in read_english(self.data, has_titles).items():
+            measured[name] = ndcg(judged, scorer.score(judged)["relevance_score"].to_numpy())
+        return measured
+
+
+def without_issues(judgments: pd.DataFrame, soft_labels: Path) -> pd.DataFrame:
+    """Judgments without the labels that cleanlab finds wrong by the teachers' out-of-fold probabilities."""
+    from cleanlab.filter import find_label_issues
+
+    labels = pd.read_parquet(soft_labels)
+    given = np.stack(labels["given"].to_numpy()).argmax(axis=1)
+    issues = labels[find_label_issues(given, np.stack(labels["teacher"].to_numpy()))]
+    key = ["query_id", "product_id"]
+    return judgments[~judgments.set_index(key).index.isin(issues.set_index(key).index)]
+
+
+def parquet(path: Path) -> dict[str, str]:
+    """An input of a job."""
+    return {"path": str(path), "format": "parquet"}
+
+
+def run(command: Sequence[str], log: Path) -> None:
+    """Run a script of the repository; its output goes to a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        ended = subprocess.run(
+            [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    if ended.returncode:
+        raise SystemExit(f"{command[0]} ended with {ended.returncode}: see {log}")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: bool) -> None:
+    """Run the cells that are missing, as many as end in time."""
+    groups = [[cell for cell in group if re.search(chosen, cell.name)] for group in grid()]
+    missing = [(group[0], [cell for cell in group if not study.has_ended(cell)]) for group in groups if group]
+    for _, cells in missing:
+        for cell in cells:
+            print(f"{cell.name}: {cell.minutes:.0f} minutes")
+    total = sum(cell.minutes for _, cells in missing for cell in cells)
+    print(f"{sum(len(cells) for _, cells in missing)} cells, {total / 60:.1f} hours of one thread", flush=True)
+    if only_list:
+        return
+    deadline = time.monotonic() + 3600 * hours
+
+    def run_group(first: Cell, cells: Sequence[Cell]) -> None:
+        for cell in cells:
+            if study.has_ended(cell) or time.monotonic() + 60 * cell.minutes > deadline:
+                continue
+            started = time.monotonic()
+            arguments = ["--data", study.data, "--base-model", study.base_model, "--work", study.work]
+            log = study.work / "cells" / f"{cell.name}.log"
+            run([__file__, *map(str, arguments), "--one", cell.name, first.name], log)
+            print(f"{cell.name}: {(time.monotonic() - started) / 60:.0f} minutes", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for ended in [pool.submit(run_group, first, cells) for first, cells in missing]:
+            ended.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--base-model", type=Path, required=True, help="folder with model.safetensors")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
+    parser.add_argument("--hours", type=float, default=14.0, help="most hours to run")
+    parser.add_argument("--workers", type=int, default=2, help="cells at a time")
+    parser.add_argument("--cells", default="", help="only those whose name this regular expression finds")
+    parser.add_argument("--list", action="store_true", help="print the missing cells and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of what is there and stop")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    study = Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve())
+    if args.one:
+        cells = {cell.name: cell for group in grid() for cell in group}
+        study.run_cell(*(cells[name] for name in args.one))
+        return
+    study.prepare()
+    if not args.report:
+        run_grid(study, args.cells, args.workers, args.hours, args.list)
+    if not args.list:
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+        measured = {
+            leg.name: (leg, study.measured(Cell(leg, "labels only", FEW, 0.0, 0))) for leg in (GENERATED, REAL_NOISE)
+        }
+        write_report(results, measured, list(ROWS))
+
+
+if __name__ == "__main__":
+    main()
