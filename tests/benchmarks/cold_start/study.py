@@ -3,7 +3,7 @@
     python tests/benchmarks/cold_start/study.py --data FOLDER --base-model FOLDER
 
 `--data` holds shopify_taxonomy, esci_us and chorus_icecat, `--base-model` Gemma-3-270M as save_pretrained leaves it,
-with its tokenizer.json. Prints the cells that are missing and their hours, then runs them, `--workers` at a time with one
+with its tokenizer.json. Prints the cells that are missing and their hours, then runs them, `--workers` at a time, one
 thread each, for `--hours` at most: no cell starts that would not end in time. Each leaves a small file in results/,
 which is kept in version control: a later start goes on with what is missing, and with what changed in its recipe. At
 the end, or at once with `--report`, the tables and the plot of what is there are written.
