@@ -31,6 +31,15 @@ class JudgedInputs(Settings):
     """Titles that augment the queries; without it, queries are not augmented."""
 
 
+class UnlabelledInputs(Settings):
+    """Tables that hold pairs that nobody judged."""
+
+    catalog: InputSpec
+    queries: InputSpec
+    candidates: InputSpec
+    retrieval_table: InputSpec | None = None
+
+
 class Fold(NamedTuple):
     """One of several parts of the queries; equal texts are in one part, whatever their market and case."""
 
@@ -95,6 +104,34 @@ class JudgedPairs:
         self._database.close()
         self._folder.cleanup()
 
+    def add_unlabelled(
+        self, inputs: UnlabelledInputs, markets: Mapping[str, str], pairs_per_query: int, seed: int
+    ) -> int:
+        """Stand-in."""
+        import dataclasses
+        from csrm.schemas import CANDIDATES
+
+        for table, spec in ((CANDIDATES, inputs.candidates), (QUERIES, inputs.queries), (CATALOG, inputs.catalog)):
+            add_table(self._database, dataclasses.replace(table, name="unlabelled_" + table.name), spec, markets)
+        language = " ".join(f"WHEN {_literal(m)} THEN {_literal(l)}" for m, l in markets.items())
+        titles = "NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::VARCHAR[] AS titles LIMIT 0"
+        if inputs.retrieval_table is not None:
+            spec = inputs.retrieval_table
+            add_table(self._database, dataclasses.replace(RETRIEVAL_TABLE, name="unlabelled_titles"), spec, markets)
+            titles = "market, query_id, list(title ORDER BY rank) AS titles FROM unlabelled_titles GROUP BY ALL"
+        self._database.execute(f"""CREATE TABLE unlabelled_pairs AS SELECT market, query_id, product_id, NULL::VARCHAR AS grade,
+            'unlabelled' AS split, coalesce(q.language, CASE market {language} END) AS language, query,
+            coalesce(titles, []) AS retrieved_titles, title, brand, category, attributes
+            FROM unlabelled_candidates JOIN unlabelled_queries AS q USING (market, query_id)
+            JOIN unlabelled_catalog USING (market, product_id)
+            LEFT JOIN (SELECT {titles}) USING (market, query_id)
+            WHERE title IS NOT NULL
+            QUALIFY row_number() OVER (PARTITION BY market, query_id ORDER BY md5(concat_ws(' ', {seed}, product_id)))
+                <= {pairs_per_query}""")
+        self._database.execute("ALTER VIEW pairs RENAME TO judged_pairs")
+        self._database.execute("CREATE VIEW pairs AS FROM judged_pairs UNION ALL BY NAME FROM unlabelled_pairs")
+        return self._database.execute("SELECT count(*) FROM unlabelled_pairs").fetchall()[0][0]
+
     def splits(self) -> dict[str, int]:
         """Split to its number of pairs; pairs without a split are in train."""
         rows = self._database.execute("SELECT split, count(*) FROM pairs GROUP BY split ORDER BY split").fetchall()
@@ -147,6 +184,23 @@ class JudgedPairs:
         frame: pd.DataFrame = rows.drop_columns("place").to_pandas()
         return frame
 
+    def with_true_grades(self, keyed: pd.DataFrame) -> pd.DataFrame:
+        """Rows that name a pair (market, query_id, product_id), in their order, with its true_grade, null: unknown."""
+        self._database.register("keyed", keyed.assign(place=range(len(keyed))))
+        rows = self._database.sql(
+            """SELECT keyed.*, judgments.true_grade FROM keyed
+            LEFT JOIN judgments USING (market, query_id, product_id) ORDER BY place"""
+        ).to_arrow_table()
+        self._database.unregister("keyed")
+        frame: pd.DataFrame = rows.drop_columns("place").to_pandas()
+        return frame
+
+    def digest(self) -> str:
+        """Of every pair and its texts, in no order."""
+        sql = "SELECT md5(sum(md5_number_lower(pairs::VARCHAR))::VARCHAR) FROM pairs"
+        ((digest,),) = self._database.execute(sql).fetchall()
+        return str(digest)
+
     def batches(self, split: str, fold: "Fold | None" = None) -> Iterator[pd.DataFrame]:
         """Pairs of a split with their texts, by query; of one fold, where that is given. Columns as of `read`."""
         inside = "true" if fold is None else fold.sql()
@@ -184,14 +238,14 @@ class JudgedPairs:
         outside = "true" if without is None else f"NOT {without.sql()}"
         labelled = (
             f"""LEFT JOIN (
-                SELECT market, query_id, product_id, soft_label FROM read_parquet({_literal(soft_labels)})
+                SELECT market, query_id, product_id, soft_label, weight FROM read_parquet({_literal(soft_labels)})
             ) USING (market, query_id, product_id)"""
             if soft_labels
-            else ", (SELECT NULL::FLOAT[] AS soft_label)"
+            else ", (SELECT NULL::FLOAT[] AS soft_label, NULL::FLOAT AS weight)"
         )
         shown = "FROM judged UNION ALL FROM negatives" if random_negatives else "FROM judged"
         query = f"""
-            WITH judged AS (SELECT * FROM pairs WHERE split = $split AND {outside}),
+            WITH judged AS (SELECT * FROM pairs WHERE (split = $split OR split = 'unlabelled' AND {soft_labels is not None}) AND {outside}),
             numbered AS (
                 SELECT *, count(*) OVER (PARTITION BY market) AS num_pairs, row_number() OVER (
                     PARTITION BY market ORDER BY md5(concat_ws(' ', {seed}, query_id, product_id))
@@ -218,7 +272,8 @@ class JudgedPairs:
         """
         result = self._database.sql(query, params={"split": split})
         for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
-            yield _as_frame(pa.Table.from_batches([batch])).drop(columns="part")
+            frame = _as_frame(pa.Table.from_batches([batch])).drop(columns="part")
+            yield frame.assign(weight=frame["weight"].fillna(1.0))
 
     def _check(self, path: str, markets: Mapping[str, str]) -> None:
         found = {row[0] for row in self._database.execute("SELECT DISTINCT market FROM judgments").fetchall()}
