@@ -68,7 +68,8 @@ def teacher_scores(
             )
         database.register("asked", pa.RecordBatchReader.from_batches(_PAIRS, keys()))
         scored = database.sql(
-            "SELECT asked.*, relevance_score FROM asked LEFT JOIN teacher_scores USING (market, query_id, product_id)"
+            """SELECT asked.*, relevance_score FROM asked LEFT JOIN teacher_scores USING (market, query_id, product_id)
+            ORDER BY market, query_id, product_id"""
         )
         for batch in scored.to_arrow_reader(8_192):
             frame = batch.to_pandas()

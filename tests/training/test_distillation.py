@@ -216,7 +216,7 @@ def test_teachers_stop_early_where_that_is_asked_for(run: Run) -> None:
 def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_round(
     run: Run, judgments: pd.DataFrame
 ) -> None:
-    # A title alone tells the truth, so no round can order better than round 0 but by chance, among titles of equal truth.
+    # A title alone tells the truth, so no round can order better than round 0 but by chance.
     done = run(None, choose_by="agreement", min_gain=0.03)
     assert [one.round_index for one in done.rounds] == [0, 1]
     assert best_round([dataclasses.replace(one, agreement=0.8) for one in done.rounds]).round_index == 0

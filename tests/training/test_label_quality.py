@@ -27,7 +27,7 @@ def test_flips_by_hand() -> None:
     assert (flips.num_pairs, flips.num_flipped, flips.share) == (5, 3, 0.6)
     assert flips.transitions == ((1, 1, 0), (0, 1, 0), (1, 1, 0))
     assert flips.precision is flips.repaired is None
-    # Given 0 0 1 2 2, soft 0 1 1 0 1: the truth of the third pair is unknown, the fifth label was wrong and stays wrong.
+    # Given 0 0 1 2 2, soft 0 1 1 0 1: the third truth is unknown, the fifth label was wrong and stays so.
     known = count_flips(given, soft, np.array([0, 1, -1, 2, 0]))
     assert known.precision == pytest.approx(2 / 3)
     assert known.repaired == pytest.approx(1 / 2)
