@@ -1,15 +1,16 @@
-"""How well wrong labels are found: teachers out of fold and in sample, cleanlab on the same teachers, and TF-IDF.
+"""How well wrong labels are found: by teachers out of fold and in sample, by cleanlab on the same, and by TF-IDF.
 
     pip install cleanlab        # only this benchmark needs it
     OMP_NUM_THREADS=1 python tests/benchmarks/label_issues.py
 
-For each share of wrong labels: generate a market, train a tiny model from scratch, and let one round of distillation
-rank the given labels of split train. precision@k is the share of wrong labels among the first k, where k is the number
-of wrong ones; a random order has the noise itself. `found` is what each way would put before a person without knowing
-k, with its precision. What a user would do without CSRM is the last row: cross_val_predict of a logistic regression on
-TF-IDF of query and title, by query, in cleanlab.
-"""
+For each share of wrong labels: generate a market, train a tiny model from scratch on its given labels, once on all and
+once without each of two folds, and rank the labels by what these think of them. precision@k is the share of wrong
+labels among the first k, where k is the number of wrong ones; a random order has the noise itself. `found` is what each
+way would put before a person who does not know k: labels less probable than another one, as
+csrm.training.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
+cross_val_predict by query of a logistic regression on TF-IDF of query and title, in cleanlab.
 
+"""
 import argparse
 import tempfile
 from pathlib import Path
@@ -18,35 +19,38 @@ import numpy as np
 import pandas as pd
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
+from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from csrm.cli import setting_arguments
-from csrm.training.soft_labels import KEY, read_labelled, rows_of
+from csrm.config import InputSpec
+from csrm.labels import ESCI_LABELS
+from csrm.scoring import PairScorer
+from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.training.base_model import BaseModel
+from csrm.training.data import Fold, JudgedInputs, JudgedPairs
+from csrm.training.packs import judged_packs
+from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
 from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
-from jobs import generate_market, train
+from jobs import generate_market
 
-GRADES = ["I", "C", "S", "E"]
+PACK_TOKENS = 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noises", type=float, nargs="+", default=[0.1, 0.2, 0.4])
-    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--queries", type=int, default=250)
     parser.add_argument("--products", type=int, default=1000)
-    parser.add_argument("--epochs", type=float, default=5.0)
-    parser.add_argument(
-        "--work", type=Path, help="keep the models here and go on with them; default: a temporary folder"
-    )
+    parser.add_argument("--epochs", type=float, default=4.0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="csrm-issues-") as folder:
-        tables = [
-            measure(noise, (args.work or Path(folder)) / f"noise-{noise}", args.queries, args.products, args.epochs)
-            for noise in args.noises
-        ]
-    print(pd.concat(tables).to_string(index=False, float_format="%.3f"))
+    for noise in args.noises:
+        with tempfile.TemporaryDirectory(prefix="csrm-issues-") as folder:
+            table = measure(noise, Path(folder), args.queries, args.products, args.epochs)
+        print(table.to_string(index=False, float_format="%.3f"), flush=True)
 
 
 def measure(noise: float, work: Path, num_queries: int, num_products: int, epochs: float) -> pd.DataFrame:
@@ -60,54 +64,62 @@ def measure(noise: float, work: Path, num_queries: int, num_products: int, epoch
             output=work / "inputs",
         )
     )
-    inputs = {
-        name: {"path": work / "inputs" / f"{name}.parquet", "format": "parquet"}
-        for name in ("catalog", "queries", "judgments")
-    }
-    texts = pd.read_parquet(work / "inputs" / "judgments.parquet").merge(
-        pd.read_parquet(work / "inputs" / "queries.parquet")[["market", "query_id", "query"]]
+    inputs = JudgedInputs(
+        **{
+            name: InputSpec(path=str(work / "inputs" / f"{name}.parquet"), format="parquet")
+            for name in ("catalog", "queries", "judgments")
+        }
     )
-    texts = texts.merge(pd.read_parquet(work / "inputs" / "catalog.parquet")[["market", "product_id", "title"]])
-    base_model = work / "base_model"
-    if not base_model.exists():
-        write_tiny_base_model(base_model, train_byte_tokenizer([*texts["title"], *texts["query"]], 2000), 64, 2)
-    teachers = {}
-    tuning = {"method": "full", "learning_rate": 3e-3, "epochs": epochs, "random_negatives": 0.5}
-    stages = work / "model.stages"
-    for name, num_folds in (("in sample", 1), ("out of fold", 2)):  # both begin with the same round 0
-        train.main(
-            setting_arguments(
-                markets={"us": "en"},
-                inputs=inputs,
-                base_model={"folder": base_model},
-                tuning=tuning,
-                distillation={"rounds": 1, "num_folds": num_folds},
-                model_dir=work / "model",
-            )
-        )
-        table = read_labelled(stages / "round-1-soft_labels.parquet")
-        teachers[name] = table.select(KEY).to_pandas().assign(teacher=list(rows_of(table, "teacher")))
+    with JudgedPairs(inputs, {"us": "en"}) as judged:
+        pairs = judged.with_true_grades(judged.read("train"))
+        tokenizer = train_byte_tokenizer([*pairs["title"], *pairs["query"]], 2000)
+        base_model = BaseModel(folder=str(write_tiny_base_model(work / "base_model", tokenizer)))
+        in_sample = probabilities_of(teacher(judged, base_model, None, epochs, work / "all"), pairs)
+        out_of_fold = np.empty_like(in_sample)
+        rows_of_pair = pairs.reset_index().set_index(["query_id", "product_id"])["index"]
+        for number in range(2):
+            fold = Fold(number, 2)
+            scorer = teacher(judged, base_model, fold, epochs, work / f"fold-{number}")
+            for batch in judged.batches("train", fold):
+                rows = rows_of_pair.loc[list(zip(batch["query_id"], batch["product_id"], strict=True))]
+                out_of_fold[rows] = probabilities_of(scorer, batch)
 
-    pairs = texts[texts["split"] == "train"].merge(teachers["out of fold"], on=KEY)
-    given = pairs["grade"].map(GRADES.index).to_numpy()
+    names = [label.name for label in ESCI_LABELS]
+    given = pairs["grade"].map(names.index).to_numpy()
     wrong = (pairs["grade"] != pairs["true_grade"]).to_numpy()
-    own = np.stack(pairs["teacher"])
-    in_sample = np.stack(pairs[KEY].merge(teachers["in sample"], on=KEY, how="left")["teacher"])
+    rows = []
+    for name, probabilities in (("teachers", out_of_fold), ("in-sample teacher", in_sample)):
+        confidence = probabilities[np.arange(len(given)), given]
+        rows.append((noise, name, *found(confidence, probabilities.argmax(axis=1) != given, wrong)))
+        rows.append((noise, f"{name}, cleanlab", *by_cleanlab(given, probabilities, wrong)))
     classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
     words = [f"{' '.join('q_' + word for word in row.query.split())} {row.title}" for row in pairs.itertuples()]
     tfidf = cross_val_predict(
         classifier, words, given, groups=pairs["query_id"], cv=GroupKFold(5), method="predict_proba"
     )
-    rows = []
-    for name, probabilities in (("teachers", own), ("teachers in sample", in_sample), ("TF-IDF", tfidf)):
-        probabilities = np.clip(probabilities, 1e-6, 1)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        if name != "TF-IDF":
-            confidence = probabilities[np.arange(len(given)), given]
-            rows.append((noise, name, *found(confidence, probabilities.argmax(axis=1) != given, wrong)))
-        quality = get_label_quality_scores(given, probabilities, method="normalized_margin")
-        rows.append((noise, f"cleanlab on {name}", *found(quality, find_label_issues(given, probabilities), wrong)))
+    rows.append((noise, "TF-IDF, cleanlab", *by_cleanlab(given, tfidf, wrong)))
     return pd.DataFrame(rows, columns=["noise", "way", "precision@k", "found", "precision of found"])
+
+
+def teacher(
+    judged: JudgedPairs, base_model: BaseModel, without: Fold | None, epochs: float, output_dir: Path
+) -> PairScorer:
+    """A model trained on the given labels, but for those of a fold."""
+    tuning = Tuning(method="full", learning_rate=3e-3, epochs=epochs, random_negatives=0.5)
+    tokenizer = PromptTokenizer.from_json(start_tokenizer_json(base_model), Budgets())
+    groups = judged.groups("train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives, without)
+    with_targets = (rows.assign(target=list(one_hot_targets(rows["grade"], ESCI_LABELS, None))) for rows in groups)
+    packs = judged_packs(with_targets, tokenizer, PACK_TOKENS)
+    return train_stage(packs, base_model, tuning, ESCI_LABELS, Budgets(), PACK_TOKENS, output_dir)
+
+
+def probabilities_of(scorer: PairScorer, pairs: pd.DataFrame) -> np.ndarray:
+    return np.asarray(softmax(scorer.logits(pairs).astype(np.float64), axis=1))
+
+
+def by_cleanlab(given: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray) -> tuple[float, int, float]:
+    quality = get_label_quality_scores(given, probabilities, method="normalized_margin")
+    return found(quality, find_label_issues(given, probabilities), wrong)
 
 
 def found(quality: np.ndarray, is_issue: np.ndarray, wrong: np.ndarray) -> tuple[float, int, float]:
