@@ -70,7 +70,8 @@ class Distillation(Settings):
     (they are learnt last: Liu et al. 2020, "Early-Learning Regularization"); with num_folds 1 it is then a model of its
     own. None: as long as a student."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the teachers in a soft label; the rest is the given label."""
+    """Share of the teachers in a soft label; the rest is the given label. Up to 0.5, a doubted label is made
+    softer, but remains the most probable one; above, they can outvote it."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the teachers' logits; above 1 they are less sure."""
     teacher_scores: InputSpec | None = None
@@ -111,8 +112,10 @@ class Round:
     there are no such teachers."""
     control_metric: float | None = None
     """Dev metric of the student that learnt the same soft labels on random pairs."""
+    doubts: Flips | None = None
+    """Where its teachers find another label more probable than the given one; None in round 0."""
     flips: Flips | None = None
-    """What this round's soft labels change; None in round 0."""
+    """Where its soft labels do, which mix the teachers with the given label; None in round 0."""
     calibration: Calibration | None = None
     """Of the teachers that made the soft labels, against the given labels."""
     dev_calibration: Calibration | None = None
@@ -288,8 +291,9 @@ def _next_round(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round
     write_soft_labels(soft_labels, beliefs, setup.targets_of, settings.teacher_share, settings.unlabelled)
     table = read_labelled(soft_labels)
     given, teacher, soft = (rows_of(table, name) for name in ("given", "teacher", "soft_label"))
-    flips = count_flips(given, soft, _true_labels(table.select(KEY).to_pandas(), setup))
-    logger.info("round %d: %.1f%% of labels flipped", index, 100 * flips.share)
+    true_labels = _true_labels(table.select(KEY).to_pandas(), setup)
+    doubts, flips = (count_flips(given, others, true_labels) for others in (teacher, soft))
+    logger.info("round %d: %.1f%% of labels doubted, %.1f%% flipped", index, 100 * doubts.share, 100 * flips.share)
     dev_calibration = None
     if setup.dev_split is not None and settings.teacher_scores is None:
         dev = [read_beliefs(path, setup.dev_split, setup.targets_of) for path in beliefs]
@@ -298,6 +302,7 @@ def _next_round(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round
         index,
         setup.work_dir / f"round-{index}",
         soft_labels,
+        doubts=doubts,
         flips=flips,
         calibration=calibration(teacher, given),
         dev_calibration=dev_calibration,

@@ -49,16 +49,16 @@ def calibration(probabilities: np.ndarray, given: np.ndarray) -> Calibration:
 
 @dataclass(frozen=True)
 class Flips:
-    """What soft labels change. A label is flipped where the most probable soft label is not the given one."""
+    """Where other labels differ from the given ones: a label is flipped where the most probable one is another."""
 
     num_pairs: int
     num_flipped: int
     transitions: tuple[tuple[int, ...], ...]
-    """Pairs of each given label (row) and most probable soft label (column)."""
+    """Pairs of each given label (row) and most probable other label (column)."""
     precision: float | None = None
     """Of the flipped labels whose truth is known: the share that was wrong. None: no truth is known, or no flips."""
     repaired: float | None = None
-    """Of the given labels that are known to be wrong: the share that is now right. None: there are none."""
+    """Of the given labels that are known to be wrong: the share that is right in the others. None: there are none."""
 
     @property
     def share(self) -> float:
@@ -66,15 +66,15 @@ class Flips:
         return self.num_flipped / self.num_pairs
 
 
-def count_flips(given: np.ndarray, soft_labels: np.ndarray, true_labels: np.ndarray | None = None) -> Flips:
-    """Compare labels before and after.
+def count_flips(given: np.ndarray, others: np.ndarray, true_labels: np.ndarray | None = None) -> Flips:
+    """Compare given labels with others, what teachers think or the soft labels.
 
     Args:
-        given, soft_labels: shape (num_pairs, num_labels).
+        given, others: shape (num_pairs, num_labels).
         true_labels: number of each pair's right label, -1 where it is not known, shape (num_pairs,).
     """
     num_labels = given.shape[1]
-    before, after = given.argmax(axis=1), soft_labels.argmax(axis=1)
+    before, after = given.argmax(axis=1), others.argmax(axis=1)
     transitions = np.bincount(before * num_labels + after, minlength=num_labels**2).reshape(num_labels, num_labels)
     flipped = before != after
     precision = repaired = None

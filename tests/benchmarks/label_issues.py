@@ -11,6 +11,7 @@ csrm.training.soft_labels does, or cleanlab's find_label_issues. The last row is
 cross_val_predict by query of a logistic regression on TF-IDF of query and title, in cleanlab.
 
 """
+
 import argparse
 import tempfile
 from pathlib import Path

@@ -176,10 +176,17 @@ def test_soft_labels_mix_what_is_given_with_what_the_teachers_think(run: Run, ju
     np.testing.assert_array_equal(is_flipped, is_wrong)
     assert one.flips.num_flipped == is_wrong.sum() > 5
     assert (one.flips.precision, one.flips.repaired) == (1, 1)
+    assert one.doubts.num_flipped == one.flips.num_flipped
     assert one.dev_calibration.num_pairs == 3 * 20
     # The teachers are sure of nine tenths of their answers, and right with as many of the given labels, and all of dev.
     assert one.calibration.expected_error < 0.05
     assert one.dev_calibration.expected_error == pytest.approx(is_wrong.mean(), abs=0.03)
+
+
+def test_teachers_of_half_a_share_make_labels_softer_but_do_not_outvote_them(run: Run) -> None:
+    one = run([0.1, 0.0], teacher_share=0.5).rounds[1]
+    assert one.doubts.num_flipped > 5
+    assert (one.flips.num_flipped, one.flips.repaired) == (0, 0)
 
 
 def test_issues_are_the_wrong_labels_the_clearest_first(
