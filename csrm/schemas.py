@@ -123,6 +123,7 @@ JUDGMENTS = Table(
         PRODUCT_ID,
         Column("grade", "string", "Judged relevance: E, S, C, I, or a binary label such as yes and no"),
         Column("split", "string", "train, dev or test", required=False),
+        Column("true_grade", "string", "The right grade where it is known; reported, never learnt", required=False),
     ),
     key=("market", "query_id", "product_id"),
     partition_by=("market",),

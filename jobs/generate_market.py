@@ -38,7 +38,7 @@ class MarketConfig(Settings):
     queries_per_market: int = Field(default=100, ge=1)
     """Queries of each market, all different."""
     label_noise: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a judged grade is replaced by another one."""
+    """Probability that a judged grade is replaced by another one, in all splits; true_grade beside it stays right."""
     taxonomy: str | None = None
     """Folder with categories, values, attributes and category_attributes (.tsv.gz); null: the built-in lexicon."""
     output: str

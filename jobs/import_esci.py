@@ -189,7 +189,13 @@ def build_tables(
         (CATALOG, catalog_df),
         (QUERIES, queries_df),
         (CANDIDATES, examples_df.select("market", "query_id", "product_id", F.lit("given").alias("source"))),
-        (JUDGMENTS, examples_df.select("market", "query_id", "product_id", grade.alias("grade"), "split")),
+        (
+            JUDGMENTS,
+            examples_df.select(
+                *("market", "query_id", "product_id", grade.alias("grade"), "split"),
+                F.lit(None).cast("string").alias("true_grade"),
+            ),
+        ),
     ]
 
 

@@ -14,13 +14,14 @@ from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
-from csrm.manifest import check_replaceable, replace_folder
+from csrm.manifest import check_replaceable, replace_folder, verify_manifest
 from csrm.metrics import QUERY_METRICS, Evaluation, evaluate_scores, format_evaluation
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
 from csrm.training.data import Fold, JudgedInputs, JudgedPairs
-from csrm.training.distillation import Distillation, TrainStudent, best_round, label_issues, self_distill
+from csrm.training.distillation import Distillation, Round, RoundSetup, TrainStudent, best_round, self_distill
+from csrm.training.label_quality import Calibration
 from csrm.training.packs import (
     TrainingPack,
     judged_packs,
@@ -29,6 +30,7 @@ from csrm.training.packs import (
     with_translations,
 )
 from csrm.training.phrasebook import Phrasebook, with_switched_languages
+from csrm.training.soft_labels import label_issues
 from csrm.training.stage import KIND, Tuning, load_trained, one_hot_targets, start_tokenizer_json, train_stage
 from csrm.training.translation import ParallelText, translation_quality
 
@@ -103,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_replaceable(model_dir, KIND)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         splits = pairs.splits()
-        needed = ["train", config.dev_split] if config.distillation else ["train"]
-        if missing := [split for split in needed if split not in splits]:
+        needs_dev = config.distillation is not None and config.distillation.choose_by == "dev"
+        if missing := [split for split in ("train", config.dev_split)[: 1 + needs_dev] if split not in splits]:
             raise InputError(
                 f"judgments: no rows of split {' and '.join(missing)}; splits are {sorted(splits)}."
-                + (" The rounds of distillation are chosen by the dev split." if config.distillation else "")
+                + (" The dev split chooses the round: set distillation.choose_by to agreement." if needs_dev else "")
             )
         pairs.check_apart("train", config.dev_split)
+        add_unlabelled(pairs, config)
         dev_pairs = pairs.read(config.dev_split)
         tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
         warn_of_unknown_scripts(pairs, tokenizer)
@@ -118,9 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = stages_dir / "translation"
             print(learn_translation(config, config.translation, tokenizer, start), flush=True)
 
-        def train(output_dir: Path, soft_labels: Path | None = None, without: Fold | None = None) -> PairScorer:
+        def train(
+            output_dir: Path,
+            soft_labels: Path | None = None,
+            without: Fold | None = None,
+            epochs: float | None = None,
+        ) -> PairScorer:
             packs = relevance_packs(pairs, config, tokenizer, soft_labels, without)
-            return _train(packs, start, config.tuning, config, output_dir)
+            length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
+            return _train(packs, start, config.tuning.model_copy(update=length), config, output_dir)
 
         if config.distillation is None:
             scorer = train(model_dir)
@@ -130,6 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not dev_pairs.empty:
         print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
     return 0
+
+
+def add_unlabelled(pairs: JudgedPairs, config: TrainConfig) -> None:
+    """The pairs that teachers judge though nobody did, where these are configured."""
+    unlabelled = config.distillation.unlabelled if config.distillation is not None else None
+    if unlabelled is None:
+        return
+    num_pairs = pairs.add_unlabelled(
+        unlabelled.inputs, unlabelled.markets, unlabelled.pairs_per_query, config.tuning.seed
+    )
+    if not num_pairs:
+        raise InputError(f"candidates {unlabelled.inputs.candidates.path!r}: no pairs for {dict(unlabelled.markets)}.")
 
 
 def warn_of_unknown_scripts(pairs: JudgedPairs, tokenizer: PromptTokenizer) -> None:
@@ -205,12 +226,31 @@ def distill(
         of_model = metrics[(metrics["ranking"] == "relevance_score") & (metrics["metric"] == QUERY_METRICS[0])]
         return float(of_model["value"].iloc[-1])  # the last market is all of them
 
-    rounds = self_distill(pairs, settings, train, targets_of, dev_metric, stages_dir, config.tuning.seed)
+    def train_and_load(
+        output_dir: Path,
+        soft_labels: Path | None = None,
+        without: Fold | None = None,
+        epochs: float | None = None,
+    ) -> PairScorer:
+        train(output_dir, soft_labels, without, epochs)
+        scorer = load_trained(output_dir)[1]  # as after a restart: merging adapters changes the last bits of a score
+        scorer.digest = verify_manifest(output_dir, KIND)
+        return scorer
+
+    setup = RoundSetup(
+        pairs=pairs,
+        settings=settings,
+        labels=config.labels,
+        train=train_and_load,
+        targets_of=targets_of,
+        work_dir=stages_dir,
+        dev_split=None if dev_pairs.empty else config.dev_split,
+        dev_metric=dev_metric if settings.choose_by == "dev" else None,
+        seed=config.tuning.seed,
+    )
+    rounds = self_distill(setup)
     best = best_round(rounds)
-    print(f"{'round':<8}{'dev ' + QUERY_METRICS[0]:>14}{'labels flipped':>18}")
-    for one in rounds:
-        mark = "  kept" if one is best else ""
-        print(f"{one.round_index:<8}{one.dev_metric:>14.4f}{one.flipped_share:>18.1%}{mark}")
+    print(format_rounds(rounds, best))
     assert rounds[-1].soft_labels is not None
     issues = pairs.with_texts(label_issues(rounds[-1].soft_labels, [label.name for label in config.labels]))
     issues.to_parquet(stages_dir / "label_issues.parquet")
@@ -224,6 +264,39 @@ def distill(
     return load_trained(config.model_dir)[1]
 
 
+def format_rounds(rounds: Sequence[Round], best: Round) -> str:
+    """A table: one line a round. Columns that no round has are left out."""
+    columns = {
+        "round": [str(one.round_index) for one in rounds],
+        f"dev {QUERY_METRICS[0]}": [_number(one.dev_metric, ".4f") for one in rounds],
+        "control": [_number(one.control_metric, ".4f") for one in rounds],
+        "agreement": [_number(one.agreement, ".4f") for one in rounds],
+        "doubted": [_number(one.doubts.share if one.doubts else None, ".1%") for one in rounds],
+        "of these wrong": [_number(one.doubts.precision if one.doubts else None, ".1%") for one in rounds],
+        "flipped": [_number(one.flips.share if one.flips else None, ".1%") for one in rounds],
+        "repaired": [_number(one.flips.repaired if one.flips else None, ".1%") for one in rounds],
+        "calibration error": [_calibration_error(one.calibration) for one in rounds],
+        "on dev": [_calibration_error(one.dev_calibration) for one in rounds],
+        "pseudo-labels": [_number(one.num_unlabelled or None, ",") for one in rounds],
+    }
+    shown = {name: texts for name, texts in columns.items() if any(texts)}
+    widths = [max(map(len, (name, *texts))) for name, texts in shown.items()]
+    lines = [
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+        for row in zip(*([name, *texts] for name, texts in shown.items()), strict=True)
+    ]
+    lines[1 + best.round_index] += "  kept"
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _calibration_error(calibration: Calibration | None) -> str:
+    return "" if calibration is None else f"{calibration.expected_error:.3f}"
+
+
 def _train(
     packs: Iterator[TrainingPack], start: BaseModel | Path, tuning: Tuning, config: TrainConfig, output_dir: Path
 ) -> PairScorer:
@@ -231,10 +304,10 @@ def _train(
 
 
 def _with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
-    """Pairs with the distribution to learn: the soft label, else the given one."""
+    """Pairs with the distribution to learn, the soft label, else the given one, times their weight."""
     given = one_hot_targets(batch["grade"], config.labels, config.grade_labels)
-    soft = batch["soft_label"]
-    return batch.assign(target=[own if label is None else label for own, label in zip(given, soft, strict=True)])
+    rows = zip(given, batch["soft_label"], batch["weight"], strict=True)
+    return batch.assign(target=[weight * (own if soft is None else soft) for own, soft, weight in rows])
 
 
 def _evaluate(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) -> Evaluation:

@@ -125,8 +125,9 @@ def test_label_noise_replaces_its_share_of_grades_and_changes_nothing_else(marke
     for name in ("catalog", "queries", "behaviour"):
         pd.testing.assert_frame_equal(getattr(noisy, name), getattr(market, name))
     pd.testing.assert_frame_equal(noisy.judgments.drop(columns="grade"), market.judgments.drop(columns="grade"))
+    assert (market.judgments["true_grade"] == market.judgments["grade"]).all()
     num_pairs = len(market.judgments)
-    num_changed = int((noisy.judgments["grade"] != market.judgments["grade"]).sum())
+    num_changed = int((noisy.judgments["grade"] != noisy.judgments["true_grade"]).sum())
     assert abs(num_changed - 0.2 * num_pairs) < 4 * (num_pairs * 0.2 * 0.8) ** 0.5
 
 

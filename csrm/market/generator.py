@@ -66,8 +66,8 @@ def generate_market(
     """Invented markets, each with its own products and queries.
 
     The same arguments give the same tables. A market's tables do not depend on the other markets. `label_noise` changes
-    grades and nothing else, so that true and noisy grades of the same pairs come from two calls. Behaviour comes from
-    true relevance by a random stream of its own: it does not depend on what was judged. Judged products have titles.
+    grades and nothing else; the true grade stands beside each. Behaviour comes from true relevance by a random stream
+    of its own: it does not depend on what was judged. Judged products have titles.
 
     Args:
         seed: 0 or more.
@@ -146,7 +146,8 @@ def _one_market(
             clicked.append((np.array([], dtype=np.int64), np.array([], dtype=np.int64)))
 
     judged_queries = np.repeat(np.arange(num_queries), [len(rows) for rows, _ in judged])
-    grades = with_label_noise(noise_rng, np.concatenate([grades for _, grades in judged]), label_noise)
+    true_grades = np.concatenate([grades for _, grades in judged])
+    grades = with_label_noise(noise_rng, true_grades, label_noise)
     judgments = pd.DataFrame(
         {
             "market": market,
@@ -154,6 +155,7 @@ def _one_market(
             "product_id": product_ids[np.concatenate([rows for rows, _ in judged])],
             "grade": np.array(GRADES, dtype=object)[grades],
             "split": np.array([split_of(text) for text in texts], dtype=object)[judged_queries],
+            "true_grade": np.array(GRADES, dtype=object)[true_grades],
         }
     )[JUDGMENTS.column_names]
     clicked_queries = np.repeat(np.arange(num_queries), [len(rows) for rows, _ in clicked])

@@ -1,5 +1,6 @@
 """Judged pairs with their texts, streamed from the tables: what the relevance stage learns from."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,34 @@ import pyarrow.fs as pa_fs
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError, MissingDependencyError
-from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
+from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
 
-MEMORY_LIMIT = "2GB"
-"""Of the joins; what does not fit goes to a temporary folder."""
+MEMORY_LIMIT = "512MB"
+"""Of the joins and sorts; what does not fit goes to a temporary folder."""
+_NUM_THREADS = 4
+"""At most; each takes its part of MEMORY_LIMIT, and preparing text for the model takes longer than joining it."""
 _ROWS_AT_ONCE = 8_192
+
+_TABLES = """
+    CREATE TABLE query_texts (
+        query_number BIGINT, market VARCHAR, query_id VARCHAR, language VARCHAR, query VARCHAR,
+        retrieved_titles VARCHAR[]
+    );
+    CREATE TABLE product_texts (
+        product_number BIGINT, product_id VARCHAR, title VARCHAR, brand VARCHAR, category VARCHAR,
+        attributes MAP(VARCHAR, VARCHAR)
+    );
+    CREATE TABLE keys (query_number BIGINT, product_number BIGINT, grade VARCHAR, split VARCHAR);
+    CREATE VIEW pairs AS
+        SELECT
+            market, query_id, product_id, grade, split, language, query, retrieved_titles, title, brand, category,
+            attributes, query_number, product_number
+        FROM keys JOIN query_texts USING (query_number) JOIN product_texts USING (product_number);
+"""
+"""Pairs as numbers, and each text once."""
+_COLUMNS = """
+    market, query_id, product_id, grade, split, language, query, retrieved_titles, title, brand, category, attributes
+"""
 
 
 class JudgedInputs(Settings):
@@ -27,6 +51,16 @@ class JudgedInputs(Settings):
     catalog: InputSpec
     queries: InputSpec
     judgments: InputSpec
+    retrieval_table: InputSpec | None = None
+    """Titles that augment the queries; without it, queries are not augmented."""
+
+
+class UnlabelledInputs(Settings):
+    """Tables that hold pairs that nobody judged, and their texts."""
+
+    catalog: InputSpec
+    queries: InputSpec
+    candidates: InputSpec
     retrieval_table: InputSpec | None = None
     """Titles that augment the queries; without it, queries are not augmented."""
 
@@ -41,20 +75,27 @@ class Fold(NamedTuple):
 
     def sql(self) -> str:
         """Condition that a row of `pairs` is in this part."""
-        return f"md5_number_lower(concat_ws(' ', {self.seed}, lower(trim(query)))) % {self.num_folds} = {self.number}"
+        return f"{_random(self.seed, 'lower(trim(query))')} % {self.num_folds} = {self.number}"
 
 
 def open_database(folder: str) -> duckdb.DuckDBPyConnection:
-    """A database in memory; what does not fit into MEMORY_LIMIT goes to the folder."""
-    database = duckdb.connect()
-    database.execute(f"SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = {_literal(folder)}")
+    """A database in a folder. Joins run as they are written, with the smaller table on the right.
+
+    DuckDB does not know the size of tables outside: left to choose, it joins all queries with all products of a market.
+    """
+    database = duckdb.connect(str(Path(folder, "csrm.duckdb")))
+    database.execute(
+        f"""SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = {_literal(folder)};
+        SET threads = {min(_NUM_THREADS, os.cpu_count() or 1)}; SET preserve_insertion_order = false;
+        SET disabled_optimizers = 'join_order,build_side_probe_side'"""
+    )
     return database
 
 
 class JudgedPairs:
-    """Judged pairs of some markets, joined with their texts when they are read. Use it as a context manager.
+    """Judged pairs of some markets with their texts. Use it as a context manager.
 
-    Tables are read without Spark, by DuckDB, which spills to disk above MEMORY_LIMIT.
+    Tables are read once, without Spark, by DuckDB; the pairs and the texts that they need go to a temporary folder.
     """
 
     def __init__(self, inputs: JudgedInputs, markets: Mapping[str, str]) -> None:
@@ -69,16 +110,14 @@ class JudgedPairs:
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
         self._database = open_database(self._folder.name)
         try:
-            for table, spec in (
-                (JUDGMENTS, inputs.judgments),
-                (QUERIES, inputs.queries),
-                (CATALOG, inputs.catalog),
-                (RETRIEVAL_TABLE, inputs.retrieval_table),
-            ):
-                if spec is not None:
-                    add_table(self._database, table, spec, markets)
-            self._check(inputs.judgments.path, markets)
-            self._create_view(markets, inputs.retrieval_table is not None)
+            self._database.execute(_TABLES)
+            with self._database.cursor() as database:
+                add_table(database, JUDGMENTS, inputs.judgments, markets)
+                _check_markets(database, JUDGMENTS, inputs.judgments, markets)
+                database.execute("CREATE TEMP TABLE added AS FROM judgments")
+                _add_texts(database, inputs, markets)
+                _add_keys(database, JUDGMENTS, inputs.judgments)
+                database.execute("CREATE TABLE true_grades AS FROM judgments WHERE true_grade IS NOT NULL")
         except BaseException:
             self.close()
             raise
@@ -95,9 +134,38 @@ class JudgedPairs:
         self._database.close()
         self._folder.cleanup()
 
+    def add_unlabelled(
+        self, inputs: UnlabelledInputs, markets: Mapping[str, str], pairs_per_query: int, seed: int
+    ) -> int:
+        """Add candidates that have no judgment, with split unlabelled and grade null.
+
+        Args:
+            markets: market to language.
+            pairs_per_query: at most, drawn at random.
+
+        Returns:
+            How many they are.
+
+        Raises:
+            InputError: as for judged pairs.
+        """
+        place = _random(seed, "market", "query_id", "product_id")
+        with self._database.cursor() as database:
+            add_table(database, CANDIDATES, inputs.candidates, markets)
+            _check_markets(database, CANDIDATES, inputs.candidates, markets)
+            database.execute(
+                f"""CREATE TEMP TABLE added AS
+                SELECT market, query_id, product_id, NULL::VARCHAR AS grade, 'unlabelled' AS split FROM candidates
+                ANTI JOIN pairs USING (market, query_id, product_id)
+                QUALIFY row_number() OVER (PARTITION BY market, query_id ORDER BY {place}) <= {pairs_per_query}"""
+            )
+            _add_texts(database, inputs, markets)
+            _add_keys(database, CANDIDATES, inputs.candidates)
+            return int(database.execute("SELECT count(*) FROM added").fetchall()[0][0])
+
     def splits(self) -> dict[str, int]:
         """Split to its number of pairs; pairs without a split are in train."""
-        rows = self._database.execute("SELECT split, count(*) FROM pairs GROUP BY split ORDER BY split").fetchall()
+        rows = self._database.execute("SELECT split, count(*) FROM keys GROUP BY split ORDER BY split").fetchall()
         return dict(rows)
 
     def check_apart(self, split: str, other: str) -> None:
@@ -108,7 +176,9 @@ class JudgedPairs:
         """
         shared = self._database.execute(
             """SELECT count(*) OVER (), text FROM (
-                SELECT lower(trim(query)) AS text FROM pairs WHERE split IN ($split, $other)
+                SELECT lower(trim(query)) AS text
+                FROM (SELECT DISTINCT query_number, split FROM keys WHERE split IN ($split, $other))
+                JOIN query_texts USING (query_number)
                 GROUP BY text HAVING count(DISTINCT split) = 2
             ) ORDER BY text LIMIT 1""",
             {"split": split, "other": other},
@@ -131,8 +201,8 @@ class JudgedPairs:
         """
         chosen = "SELECT * FROM pairs" + (" WHERE split = $split" if split is not None else "")
         if num_pairs is not None:
-            chosen += f" ORDER BY md5(concat_ws(' ', market, query_id, product_id)) LIMIT {num_pairs}"
-        query = f"SELECT * FROM ({chosen}) ORDER BY market, query_id, product_id"
+            chosen += f" ORDER BY {_random(0, 'query_number', 'product_number')} LIMIT {num_pairs}"
+        query = f"SELECT {_COLUMNS} FROM ({chosen}) ORDER BY market, query_id, product_id"
         result = self._database.sql(query, params={"split": split} if split is not None else None)
         return _as_frame(result.to_arrow_table())
 
@@ -140,22 +210,37 @@ class JudgedPairs:
         """Rows that name a pair (market, query_id, product_id), in their order, with its query and title."""
         self._database.register("keyed", keyed.assign(place=range(len(keyed))))
         rows = self._database.sql(
-            """SELECT keyed.*, pairs.query, pairs.title FROM keyed
-            JOIN pairs USING (market, query_id, product_id) ORDER BY place"""
+            """SELECT keyed.*, pairs.query, pairs.title FROM pairs
+            JOIN keyed USING (market, query_id, product_id) ORDER BY place"""
         ).to_arrow_table()
         self._database.unregister("keyed")
         frame: pd.DataFrame = rows.drop_columns("place").to_pandas()
         return frame
 
+    def with_true_grades(self, keyed: pd.DataFrame) -> pd.DataFrame:
+        """Rows that name a pair (market, query_id, product_id), in their order, with its true_grade, null: unknown."""
+        self._database.register("keyed", keyed.assign(place=range(len(keyed))))
+        rows = self._database.sql(
+            """SELECT keyed.*, true_grades.true_grade FROM keyed
+            LEFT JOIN true_grades USING (market, query_id, product_id) ORDER BY place"""
+        ).to_arrow_table()
+        self._database.unregister("keyed")
+        frame: pd.DataFrame = rows.drop_columns("place").to_pandas()
+        return frame
+
+    def digest(self) -> str:
+        """Of every pair and its texts."""
+        sql = "SELECT md5(sum(md5_number_lower(pairs::VARCHAR))::VARCHAR) FROM pairs"
+        ((digest,),) = self._database.execute(sql).fetchall()
+        return str(digest)
+
     def batches(self, split: str, fold: "Fold | None" = None) -> Iterator[pd.DataFrame]:
         """Pairs of a split with their texts, by query; of one fold, where that is given. Columns as of `read`."""
         inside = "true" if fold is None else fold.sql()
-        rows = self._database.sql(
-            f"SELECT * FROM pairs WHERE split = $split AND {inside} ORDER BY market, query_id, product_id",
-            params={"split": split},
-        )
-        for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
-            yield _as_frame(pa.Table.from_batches([batch]))
+        query = f"""
+            SELECT {_COLUMNS} FROM pairs WHERE split = $split AND {inside} ORDER BY query_number, product_number
+        """
+        yield from self._stream(query, split)
 
     def groups(
         self,
@@ -175,88 +260,129 @@ class JudgedPairs:
             random_negatives: for this share of the pairs, in [0, 1], the query is also paired with a product that was
                 judged for another query of its market; such a pair has no grade.
             without: leave out the queries of this fold.
-            soft_labels: Parquet file with market, query_id, product_id and soft_label, a list of numbers.
+            soft_labels: Parquet file with market, query_id, product_id, soft_label, a list of numbers, and weight. With
+                it, the unlabelled pairs are among those of split train.
 
         Yields:
-            Batches of the columns of `read`, soft_label (null where there is none) and group_number; rows of a group
-            stand side by side.
+            Batches of the columns of `read`, soft_label (null where there is none), weight (1 there) and group_number;
+            rows of a group stand side by side.
         """
         outside = "true" if without is None else f"NOT {without.sql()}"
         labelled = (
             f"""LEFT JOIN (
-                SELECT market, query_id, product_id, soft_label FROM read_parquet({_literal(soft_labels)})
+                SELECT market, query_id, product_id, soft_label, weight FROM read_parquet({_literal(soft_labels)})
             ) USING (market, query_id, product_id)"""
             if soft_labels
-            else ", (SELECT NULL::FLOAT[] AS soft_label)"
+            else ", (SELECT NULL::FLOAT[] AS soft_label, 1::FLOAT AS weight)"
         )
-        shown = "FROM judged UNION ALL FROM negatives" if random_negatives else "FROM judged"
+        negatives = f"""UNION ALL
+            SELECT DISTINCT a.query_number, b.product_number, NULL, a.split
+            FROM shuffled AS a JOIN shuffled AS b ON b.market = a.market AND b.number = a.number % a.num_pairs + 1
+            ANTI JOIN keys ON keys.query_number = a.query_number AND keys.product_number = b.product_number
+            WHERE a.number <= {random_negatives} * a.num_pairs"""
+        if not random_negatives:
+            negatives = ""
+        pair_order = f"{_random(seed, 'query_number', 'product_number')}, query_number, product_number"
+        group_order = f"{_random(seed, 'query_number', 'part')}, query_number, part"
         query = f"""
-            WITH judged AS (SELECT * FROM pairs WHERE split = $split AND {outside}),
-            numbered AS (
-                SELECT *, count(*) OVER (PARTITION BY market) AS num_pairs, row_number() OVER (
-                    PARTITION BY market ORDER BY md5(concat_ws(' ', {seed}, query_id, product_id))
-                ) AS number
-                FROM judged
+            WITH chosen AS (
+                SELECT query_number, product_number, grade, split, market
+                FROM keys JOIN query_texts USING (query_number)
+                WHERE split IN ($split{", 'unlabelled'" if soft_labels else ""}) AND {outside}
             ),
-            negatives AS (
-                SELECT a.market, a.query_id, b.product_id, NULL AS grade, a.split, a.language, a.query,
-                    a.retrieved_titles, b.title, b.brand, b.category, b.attributes
-                FROM numbered AS a JOIN numbered AS b ON b.market = a.market AND b.number = a.number % a.num_pairs + 1
-                WHERE a.number <= {random_negatives} * a.num_pairs AND NOT EXISTS (
-                    FROM judged AS j
-                    WHERE (j.market, j.query_id, j.product_id) = (a.market, a.query_id, b.product_id)
-                )
+            shuffled AS (
+                SELECT query_number, product_number, split, market, count(*) OVER (PARTITION BY market) AS num_pairs,
+                    row_number() OVER (PARTITION BY market ORDER BY {pair_order}) AS number
+                FROM chosen
             ),
             placed AS (
-                SELECT *, (row_number() OVER (
-                    PARTITION BY market, query_id ORDER BY md5(concat_ws(' ', {seed}, product_id))
-                ) - 1) // {pairs_per_group} AS part
-                FROM ({shown})
+                SELECT *, (row_number() OVER (PARTITION BY query_number ORDER BY {pair_order}) - 1)
+                    // {pairs_per_group} AS part
+                FROM (SELECT query_number, product_number, grade, split FROM chosen {negatives})
+            ),
+            numbered AS (
+                SELECT query_number, part, row_number() OVER (ORDER BY {group_order}) AS group_number
+                FROM (SELECT DISTINCT query_number, part FROM placed)
             )
-            SELECT *, dense_rank() OVER (ORDER BY md5(concat_ws(' ', {seed}, market, query_id, part))) AS group_number
-            FROM placed {labelled} ORDER BY group_number, product_id
+            SELECT {_COLUMNS}, soft_label, coalesce(weight, 1) AS weight, group_number
+            FROM placed JOIN numbered USING (query_number, part)
+            JOIN query_texts USING (query_number) JOIN product_texts USING (product_number) {labelled}
+            ORDER BY group_number, product_number
         """
-        result = self._database.sql(query, params={"split": split})
-        for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
-            yield _as_frame(pa.Table.from_batches([batch])).drop(columns="part")
+        yield from self._stream(query, split)
 
-    def _check(self, path: str, markets: Mapping[str, str]) -> None:
-        found = {row[0] for row in self._database.execute("SELECT DISTINCT market FROM judgments").fetchall()}
-        if empty := sorted(set(markets) - found):
-            raise InputError(f"judgments {path!r}: no rows for markets {empty}.")
-        problems = []
-        for side, table in (("query", "queries"), ("product", "catalog")):
-            orphans = self._database.execute(
-                f"""SELECT count(*) OVER (), market, {side}_id FROM (
-                    SELECT DISTINCT market, {side}_id FROM judgments ANTI JOIN {table} USING (market, {side}_id)
-                ) ORDER BY market, {side}_id LIMIT 1"""
-            ).fetchall()
-            for num_ids, market, id_ in orphans:
-                problems.append(
-                    f"{num_ids} judged ids have no {side}, for example {market} {id_}: add them to {table} or drop them"
-                )
-        if problems:
-            raise InputError(_listed(f"judgments {path!r}", problems))
+    def _stream(self, query: str, split: str) -> Iterator[pd.DataFrame]:
+        with self._database.cursor() as database:
+            result = database.sql(query, params={"split": split})
+            for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
+                yield _as_frame(pa.Table.from_batches([batch]))
 
-    def _create_view(self, markets: Mapping[str, str], has_titles: bool) -> None:
-        language = " ".join(
-            f"WHEN {_literal(market)} THEN {_literal(language)}" for market, language in markets.items()
-        )
-        titles = (
-            "(SELECT market, query_id, list(title ORDER BY rank) AS titles FROM retrieval_table GROUP BY ALL)"
-            if has_titles
-            else "(SELECT NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::VARCHAR[] AS titles LIMIT 0)"
-        )
-        self._database.execute(
-            f"""CREATE VIEW pairs AS SELECT
-                market, query_id, product_id, grade, coalesce(split, 'train') AS split,
-                coalesce(queries.language, CASE market {language} END) AS language,
-                query, coalesce(titles, []) AS retrieved_titles, title, brand, category, attributes
-            FROM judgments
-            JOIN queries USING (market, query_id)
-            JOIN catalog USING (market, product_id)
-            LEFT JOIN {titles} AS retrieved USING (market, query_id)"""
-        )
+
+def _check_markets(
+    database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec, markets: Mapping[str, str]
+) -> None:
+    found = {row[0] for row in database.execute(f"SELECT DISTINCT market FROM {table.name}").fetchall()}
+    if empty := sorted(set(markets) - found):
+        raise InputError(f"{table.name} {spec.path!r}: no rows for markets {empty}.")
+
+
+def _add_texts(
+    database: duckdb.DuckDBPyConnection, inputs: JudgedInputs | UnlabelledInputs, markets: Mapping[str, str]
+) -> None:
+    """Number the queries and products of the pairs in `added`, and keep their texts."""
+    add_table(database, QUERIES, inputs.queries, markets)
+    add_table(database, CATALOG, inputs.catalog, markets)
+    titles = "(SELECT NULL::BIGINT AS query_number, NULL::VARCHAR[] AS titles LIMIT 0)"
+    if inputs.retrieval_table is not None:
+        add_table(database, RETRIEVAL_TABLE, inputs.retrieval_table, markets)
+        titles = """(
+            SELECT query_number, list(title ORDER BY rank) AS titles
+            FROM retrieval_table JOIN added_queries USING (market, query_id) GROUP BY query_number
+        )"""
+    language = " ".join(f"WHEN {_literal(market)} THEN {_literal(language)}" for market, language in markets.items())
+    database.execute(
+        f"""
+        CREATE TEMP TABLE added_queries AS
+            SELECT *, row_number() OVER (ORDER BY market, query_id) + (SELECT count(*) FROM query_texts) AS query_number
+            FROM (SELECT DISTINCT market, query_id FROM added);
+        CREATE TEMP TABLE added_products AS
+            SELECT *, row_number() OVER (ORDER BY market, product_id) + (SELECT count(*) FROM product_texts)
+                AS product_number
+            FROM (SELECT DISTINCT market, product_id FROM added);
+        INSERT INTO query_texts
+            SELECT query_number, market, query_id, coalesce(language, CASE market {language} END), query,
+                coalesce(titles, [])
+            FROM queries JOIN added_queries USING (market, query_id) LEFT JOIN {titles} USING (query_number);
+        INSERT INTO product_texts
+            SELECT product_number, product_id, title, brand, category, attributes
+            FROM catalog JOIN added_products USING (market, product_id);
+        """
+    )
+
+
+def _add_keys(database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec) -> None:
+    """Keep the pairs of `added`, which are of this table.
+
+    Raises:
+        InputError: a query or a product has no text.
+    """
+    problems = []
+    for side, texts in (("query", "queries"), ("product", "catalog")):
+        numbers = "added_queries" if side == "query" else "added_products"
+        orphans = database.execute(
+            f"""SELECT count(*) OVER (), market, {side}_id FROM {numbers} ANTI JOIN {side}_texts USING ({side}_number)
+            ORDER BY market, {side}_id LIMIT 1"""
+        ).fetchall()
+        for num_ids, market, id_ in orphans:
+            problems.append(
+                f"{num_ids} {side} ids are not in {texts}, for example {market} {id_}: add them there or drop them here"
+            )
+    if problems:
+        raise InputError(_listed(f"{table.name} {spec.path!r}", problems))
+    database.execute(
+        """INSERT INTO keys SELECT query_number, product_number, grade, coalesce(split, 'train')
+        FROM added JOIN added_queries USING (market, query_id) JOIN added_products USING (market, product_id)"""
+    )
 
 
 def add_table(
@@ -299,7 +425,7 @@ def add_table(
     market = _name(there["market"]) if "market" in there else ""
     kept = f"{market} IS NULL OR {market} IN ({', '.join(map(_literal, markets))})" if markets and market else "true"
     source = f"(SELECT * FROM {table.name}_source WHERE {kept})"
-    database.execute(f"CREATE VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
+    database.execute(f"CREATE TEMP VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
     problems = []
     try:
         num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchall()[0]
@@ -355,6 +481,11 @@ def _as_frame(rows: pa.Table) -> pd.DataFrame:
     frame: pd.DataFrame = rows.to_pandas()
     frame["retrieved_titles"] = [tuple(titles) for titles in frame["retrieved_titles"]]
     return frame
+
+
+def _random(seed: int, *values: str) -> str:
+    """A random number for these values, always the same for a seed."""
+    return f"md5_number_lower(concat_ws(' ', {seed}, {', '.join(values)}))"
 
 
 def _sql_type(column: Column) -> str:

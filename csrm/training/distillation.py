@@ -1,185 +1,318 @@
 """Multi-round self-distillation: models that did not see a label say how much they believe it.
 
     round 0    train on the given labels
-    round r    teachers, one for each fold of the queries: trained on the other folds, they judge this one;
+    round r    teachers, one for each fold of the queries: trained on the other folds with the labels of round r - 1,
+               they judge this one;
                soft label = (1 - teacher_share) * given label + teacher_share * teacher's probabilities;
                a student starts again from the first weights and learns the soft labels
 
-The round with the best dev metric is kept.
+The best round is kept, by the dev split or by how well teachers agree with the labels of folds that they did not see.
+A model that confirms itself also looks sure; `Round` holds what tells the two apart.
 """
 
+import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.special import softmax
 
-from csrm.config import Settings
+from csrm.config import InputSpec, Settings
+from csrm.errors import InputError
+from csrm.labels import Label
 from csrm.scoring import PairScorer
 from csrm.training.data import Fold, JudgedPairs
+from csrm.training.label_quality import Calibration, Flips, calibration, count_flips, fold_agreement
+from csrm.training.pseudo_labels import UnlabelledPairs
+from csrm.training.soft_labels import (
+    KEY,
+    TRAIN,
+    UNLABELLED,
+    TargetsOf,
+    read_beliefs,
+    read_labelled,
+    rows_of,
+    write_beliefs,
+    write_shuffled_labels,
+    write_soft_labels,
+)
+from csrm.training.teacher_scores import teacher_scores
 
 logger = logging.getLogger(__name__)
-
-SOFT_LABELS_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("market", "query_id", "product_id", "grade")),
-        ("given", pa.list_(pa.float32())),
-        ("teacher", pa.list_(pa.float32())),
-        ("soft_label", pa.list_(pa.float32())),
-    ]
-)
 
 
 class Distillation(Settings):
     """How labels are repaired."""
 
     rounds: int = Field(default=2, ge=1)
-    """Rounds after the first, at most; they stop when the dev metric stops gaining."""
-    num_folds: int = Field(default=2, ge=2)
+    """Rounds after the first, at most; they stop when the metric that chooses stops gaining."""
+    choose_by: Literal["dev", "agreement"] = "dev"
+    """What chooses the round: dev, the dev split; agreement, for a market without one: ROC-AUC of the teachers against
+    the given labels of the fold that they did not see. Wrong labels lower it for every round alike, as long as they do
+    not depend on the text: labels that follow words (clicks on what a search engine found by them) reward the round
+    that repeats their errors. A later round's teachers learnt from soft labels whose teachers had seen the fold, so it
+    is flattered a little: a model that confirms itself gains here. Set min_gain, and prefer even a small dev split."""
+    num_folds: int = Field(default=2, ge=1)
     """Parts of the queries. More parts give teachers that saw more, and cost more: a round trains one model for each
-    part, on all others, and the student."""
+    part, on all others, and the student. 1 is the cheap way: the round before is the teacher of all pairs, so a round
+    trains one model. But it has fitted the labels that it judges, so it believes wrong ones more and finds fewer: use
+    it after a single epoch, or with teacher_epochs."""
+    teacher_epochs: float | None = Field(default=None, gt=0)
+    """Passes of a teacher over its pairs, fewer than tuning's so that it stops before it knows wrong labels by heart
+    (they are learnt last: Liu et al. 2020, "Early-Learning Regularization"); with num_folds 1 it is then a model of its
+    own. None: as long as a student."""
     teacher_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the teachers in a soft label; the rest is the given label."""
+    """Share of the teachers in a soft label; the rest is the given label. Up to 0.5, a doubted label is made
+    softer, but remains the most probable one; above, they can outvote it."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the teachers' logits; above 1 they are less sure."""
+    teacher_scores: InputSpec | None = None
+    """Table with the columns of relevance_scores, of one bundle: scores of all training and unlabelled pairs replace
+    the teachers of the only round. It should come from a bundle that was not trained on these labels."""
+    unlabelled: UnlabelledPairs | None = None
+    """Pairs that nobody judged; all teachers judge them, and students learn the mean."""
     min_gain: float = 0.0
-    """Least gain of the dev metric over the best round so far for another round to follow."""
+    """Least gain of the metric over the best round so far for another round to follow."""
+    control: bool = False
+    """Train a second student in each round on the same soft labels given to random pairs of the same label. What it
+    gains comes from softer labels, not from repaired ones. Costs a training a round."""
+
+    @model_validator(mode="after")
+    def _the_choice_can_be_made(self) -> "Distillation":
+        if self.choose_by == "agreement":
+            if self.num_folds == 1 or self.teacher_scores is not None:
+                raise ValueError("choose_by agreement needs teachers that did not see their fold: set num_folds to 2")
+            if self.control:
+                raise ValueError("control needs choose_by dev: the control is measured on the dev split")
+        if self.teacher_scores is not None and self.rounds != 1:
+            raise ValueError(f"teacher_scores serve one round: set rounds to 1, got {self.rounds}")
+        return self
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round and how good it is."""
+    """One round: what it learnt, how good it is, and signs of a model that confirms itself."""
 
     round_index: int
-    dev_metric: float
-    flipped_share: float
-    """Share of the training pairs whose most probable soft label is not the given one; 0 in round 0."""
     model_dir: Path
     soft_labels: Path | None
     """What it learnt; None: the given labels."""
+    dev_metric: float | None = None
+    """Of the student; None where agreement chooses."""
+    agreement: float | None = None
+    """Of teachers that learnt this round's labels without a fold, with that fold's given labels: ROC-AUC; None where
+    there are no such teachers."""
+    control_metric: float | None = None
+    """Dev metric of the student that learnt the same soft labels on random pairs."""
+    doubts: Flips | None = None
+    """Where its teachers find another label more probable than the given one; None in round 0."""
+    flips: Flips | None = None
+    """Where its soft labels do, which mix the teachers with the given label; None in round 0."""
+    calibration: Calibration | None = None
+    """Of the teachers that made the soft labels, against the given labels."""
+    dev_calibration: Calibration | None = None
+    """The same against the dev labels, each dev pair judged by each teacher."""
+    num_unlabelled: int = 0
+    """Pseudo-labelled pairs that it learnt."""
+
+    @property
+    def metric(self) -> float:
+        """What chooses the round."""
+        value = self.agreement if self.dev_metric is None else self.dev_metric
+        assert value is not None
+        return value
 
 
-TrainStudent = Callable[[Path, Path | None, Fold | None], PairScorer]
-"""(output_dir, soft_labels, without) to a trained model: on the given labels where soft_labels is None, and without the
-queries of a fold where one is given."""
+class TrainStudent(Protocol):
+    """Trains a model; what has ended before with the same inputs is not trained again."""
+
+    def __call__(
+        self,
+        output_dir: Path,
+        soft_labels: Path | None = None,
+        without: Fold | None = None,
+        epochs: float | None = None,
+    ) -> PairScorer:
+        """Args:
+            soft_labels: what to learn; None: the given labels.
+            without: leave out the queries of this fold.
+            epochs: replaces the configured length.
+
+        Returns:
+            A scorer whose digest names the trained model.
+        """
 
 
-def self_distill(
-    pairs: JudgedPairs,
-    settings: Distillation,
-    train: TrainStudent,
-    targets_of: Callable[[pd.Series], np.ndarray],
-    dev_metric: Callable[[PairScorer], float],
-    work_dir: Path,
-    seed: int = 0,
-) -> list[Round]:
-    """Train rounds until the dev metric stops gaining. What has ended in work_dir is not run again.
+@dataclass(frozen=True)
+class RoundSetup:
+    """What all rounds share."""
 
-    Args:
-        pairs: judged pairs; those of split train are learnt.
-        settings: how.
-        train: trains one model.
-        targets_of: given labels as distributions, shape (pairs, labels).
-        dev_metric: of a model, larger is better.
-        work_dir: gets a folder for each model and a Parquet file of soft labels for each round.
-        seed: of the folds.
+    pairs: JudgedPairs
+    """Those of split train are learnt."""
+    settings: Distillation
+    labels: Sequence[Label]
+    train: TrainStudent
+    targets_of: TargetsOf
+    work_dir: Path
+    """Gets a folder for each model, and Parquet files of each teacher's beliefs and each round's soft labels."""
+    dev_split: str | None
+    """Calibration is measured on it."""
+    dev_metric: Callable[[PairScorer], float] | None
+    """Of a model, larger is better; None where agreement chooses."""
+    seed: int = 0
+    """Of the folds and of the control."""
+
+
+def self_distill(setup: RoundSetup) -> list[Round]:
+    """Train rounds until the metric stops gaining. What has ended in work_dir is not run again.
+
+    Writes `rounds.json` after each round.
 
     Returns:
-        The rounds, in order.
+        The rounds, in order; the folder of the best one is there.
     """
-    student = train(work_dir / "round-0", None, None)
-    rounds = [Round(0, dev_metric(student), 0.0, work_dir / "round-0", None)]
-    logger.info("round 0: dev %.4f", rounds[0].dev_metric)
-    soft_labels: Path | None = None
-    for index in range(1, settings.rounds + 1):
-        path = work_dir / f"round-{index}-soft_labels.parquet"
-        flipped_share = _write_soft_labels(
-            path,
-            _teach(pairs, settings, train, targets_of, work_dir / f"round-{index}", soft_labels, seed),
-        )
-        soft_labels = path
-        model_dir = work_dir / f"round-{index}"
-        student = train(model_dir, soft_labels, None)
-        rounds.append(Round(index, dev_metric(student), flipped_share, model_dir, soft_labels))
-        logger.info("round %d: dev %.4f, %.1f%% of labels flipped", index, rounds[-1].dev_metric, 100 * flipped_share)
-        if rounds[-1].dev_metric - max(one.dev_metric for one in rounds[:-1]) <= settings.min_gain:
-            break
-    text = json.dumps([asdict(one) for one in rounds], indent=2, default=str) + "\n"
-    (work_dir / "rounds.json").write_text(text, encoding="utf-8")
-    return rounds
+    settings = setup.settings
+    digest = setup.pairs.digest()
+    one = Round(0, setup.work_dir / "round-0", None)
+    rounds: list[Round] = []
+    while True:
+        if setup.dev_metric is not None:
+            one = _measured(one, setup, setup.dev_metric)
+            rounds = _with(rounds, one, setup.work_dir)
+            if not _goes_on(rounds, settings):
+                return rounds
+        beliefs = _beliefs(one, setup, digest)
+        one = dataclasses.replace(one, agreement=_agreement(beliefs, setup))
+        rounds = _with(rounds, one, setup.work_dir)
+        if setup.dev_metric is None and not _goes_on(rounds, settings):
+            best = best_round(rounds)
+            setup.train(best.model_dir, best.soft_labels)
+            return rounds
+        one = _next_round(one, beliefs, setup)
 
 
 def best_round(rounds: Sequence[Round]) -> Round:
-    """The earliest of those with the largest dev metric."""
-    return max(rounds, key=lambda one: (one.dev_metric, -one.round_index))
+    """The earliest of those with the largest metric."""
+    return max(rounds, key=lambda one: (one.metric, -one.round_index))
 
 
-def _teach(
-    pairs: JudgedPairs,
-    settings: Distillation,
-    train: TrainStudent,
-    targets_of: Callable[[pd.Series], np.ndarray],
-    model_dir: Path,
-    soft_labels: Path | None,
-    seed: int,
-) -> Iterator[pa.Table]:
-    """Soft labels of every training pair, from teachers that did not see its query."""
-    for index in range(settings.num_folds):
-        fold = Fold(index, settings.num_folds, seed)
-        teacher = train(model_dir.with_name(f"{model_dir.name}-teacher-{index}"), soft_labels, fold)
-        for batch in pairs.batches("train", fold):
-            probabilities = softmax(teacher.logits(batch) / settings.temperature, axis=1)
-            given = targets_of(batch["grade"])
-            mixed = (1 - settings.teacher_share) * given + settings.teacher_share * probabilities
-            columns = [batch[name].to_list() for name in ("market", "query_id", "product_id", "grade")]
-            yield pa.table(
-                [*columns, given.tolist(), probabilities.tolist(), mixed.tolist()], schema=SOFT_LABELS_SCHEMA
-            )
+def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
+    *before, last = rounds
+    gains = not before or last.metric - max(one.metric for one in before) > settings.min_gain
+    return gains and last.round_index < settings.rounds
 
 
-def _write_soft_labels(path: Path, tables: Iterator[pa.Table]) -> float:
-    """Write the file in one piece; returns the share of pairs whose most probable label is not the given one."""
-    partial = path.with_name(path.name + ".partial")
-    num_pairs = num_flipped = 0
-    with pq.ParquetWriter(partial, SOFT_LABELS_SCHEMA) as writer:
-        for table in tables:
-            writer.write_table(table)
-            num_flipped += int((_rows(table, "soft_label").argmax(1) != _rows(table, "given").argmax(1)).sum())
-            num_pairs += len(table)
-    partial.replace(path)
-    return num_flipped / num_pairs
+def _with(rounds: Sequence[Round], one: Round, work_dir: Path) -> list[Round]:
+    """The rounds with this one in its place, on disk too."""
+    changed = [*rounds[: one.round_index], one]
+    partial = work_dir / "rounds.json.partial"
+    text = json.dumps([dataclasses.asdict(each) for each in changed], indent=2, default=str) + "\n"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(work_dir / "rounds.json")
+    return changed
 
 
-def _rows(table: pa.Table, name: str) -> np.ndarray:
-    """A column of lists of one length, shape (rows, length)."""
-    return np.stack(table.column(name).to_numpy())
+def _measured(one: Round, setup: RoundSetup, dev_metric: Callable[[PairScorer], float]) -> Round:
+    """The round with its student's dev metric, and its control's."""
+    metric = dev_metric(setup.train(one.model_dir, one.soft_labels))
+    logger.info("round %d: dev %.4f", one.round_index, metric)
+    control_metric = None
+    if setup.settings.control and one.soft_labels is not None:
+        control_dir = setup.work_dir / f"round-{one.round_index}-control"
+        shuffled = setup.work_dir / f"round-{one.round_index}-control_labels.parquet"
+        write_shuffled_labels(shuffled, one.soft_labels, setup.seed)
+        control_metric = dev_metric(setup.train(control_dir, shuffled))
+        logger.info("round %d: dev %.4f with the same flips on random pairs", one.round_index, control_metric)
+    return dataclasses.replace(one, dev_metric=metric, control_metric=control_metric)
 
 
-def label_issues(soft_labels: Path, label_names: Sequence[str]) -> pd.DataFrame:
-    """Pairs whose given label the teachers, who did not see it, find less probable than another; the clearest first.
+def _beliefs(one: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
+    """What teachers that learnt this round's labels think of the pairs that they did not see: one file for each."""
+    settings, index = setup.settings, one.round_index + 1
+    paths = []
+    splits = [TRAIN, UNLABELLED, *([setup.dev_split] if setup.dev_split is not None else [])]
+    if settings.teacher_scores is not None:
+        path = setup.work_dir / f"round-{index}-scored-beliefs.parquet"
+        scored = teacher_scores(settings.teacher_scores, setup.pairs, splits[:2], setup.labels)
+        write_beliefs(path, scored, follows_from=None)
+        return [path]
+    for number in range(settings.num_folds):
+        fold = Fold(number, settings.num_folds, setup.seed) if settings.num_folds > 1 else None
+        name = f"round-{index}-teacher-{number}"
+        is_round_before = fold is None and settings.teacher_epochs is None
+        teacher = setup.train(
+            one.model_dir if is_round_before else setup.work_dir / name, one.soft_labels, fold, settings.teacher_epochs
+        )
+        paths.append(setup.work_dir / f"{name}-beliefs.parquet")
+        follows_from = [teacher.digest, pairs_digest, fold, settings.temperature, splits] if teacher.digest else None
+        write_beliefs(paths[-1], _judge(teacher, setup, fold, splits), follows_from)
+    return paths
 
-    Ranked by self-confidence, the probability of the given label (Northcutt et al. 2021, "Confident Learning").
 
-    Args:
-        soft_labels: a round's file.
-        label_names: of the labels, in their order.
+def _judge(
+    teacher: PairScorer, setup: RoundSetup, fold: Fold | None, splits: Sequence[str]
+) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+    """Label probabilities of the fold, and of all pairs of the other splits."""
+    for split in splits:
+        for batch in setup.pairs.batches(split, fold if split == TRAIN else None):
+            yield batch, softmax(teacher.logits(batch) / setup.settings.temperature, axis=1)
 
-    Returns:
-        market, query_id, product_id, grade, suggested_label, given_probability, suggested_probability.
-    """
-    table = pq.read_table(soft_labels)
-    teacher, given = _rows(table, "teacher"), _rows(table, "given")
-    suggested = teacher.argmax(1)
-    issues = table.select(["market", "query_id", "product_id", "grade"]).to_pandas()
-    issues["suggested_label"] = np.array(label_names, dtype=object)[suggested]
-    issues["given_probability"] = (teacher * given).sum(1)
-    issues["suggested_probability"] = teacher.max(1)
-    issues = issues[suggested != given.argmax(1)]
-    return issues.sort_values(["given_probability", "market", "query_id", "product_id"], ignore_index=True)
+
+def _agreement(beliefs: Sequence[Path], setup: RoundSetup) -> float | None:
+    if len(beliefs) == 1:
+        return None
+    gains = np.array([label.gain for label in setup.labels])
+    folds = [read_beliefs(path, TRAIN, setup.targets_of) for path in beliefs]
+    agreement = fold_agreement(
+        [teacher @ gains for teacher, _ in folds], [given.argmax(axis=1) == gains.argmax() for _, given in folds]
+    )
+    if not math.isnan(agreement):
+        return agreement
+    if setup.dev_metric is None:
+        raise InputError(
+            "judgments: in no fold are some of the given labels the most relevant one and some not, so agreement "
+            "cannot choose a round. Bring more judged pairs."
+        )
+    return None
+
+
+def _next_round(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
+    """The round that learns what these teachers think, with all that is known before it is trained."""
+    settings, index = setup.settings, one.round_index + 1
+    soft_labels = setup.work_dir / f"round-{index}-soft_labels.parquet"
+    write_soft_labels(soft_labels, beliefs, setup.targets_of, settings.teacher_share, settings.unlabelled)
+    table = read_labelled(soft_labels)
+    given, teacher, soft = (rows_of(table, name) for name in ("given", "teacher", "soft_label"))
+    true_labels = _true_labels(table.select(KEY).to_pandas(), setup)
+    doubts, flips = (count_flips(given, others, true_labels) for others in (teacher, soft))
+    logger.info("round %d: %.1f%% of labels doubted, %.1f%% flipped", index, 100 * doubts.share, 100 * flips.share)
+    dev_calibration = None
+    if setup.dev_split is not None and settings.teacher_scores is None:
+        dev = [read_beliefs(path, setup.dev_split, setup.targets_of) for path in beliefs]
+        dev_calibration = calibration(*(np.concatenate(parts) for parts in zip(*dev, strict=True)))
+    return Round(
+        index,
+        setup.work_dir / f"round-{index}",
+        soft_labels,
+        doubts=doubts,
+        flips=flips,
+        calibration=calibration(teacher, given),
+        dev_calibration=dev_calibration,
+        num_unlabelled=pq.read_metadata(soft_labels).num_rows - len(table),
+    )
+
+
+def _true_labels(keyed: pd.DataFrame, setup: RoundSetup) -> np.ndarray | None:
+    """Number of each pair's true label, -1 where it is not known; None where none is."""
+    grades = setup.pairs.with_true_grades(keyed)["true_grade"]
+    if grades.isna().all():
+        return None
+    return np.where(grades.notna(), setup.targets_of(grades).argmax(axis=1), -1)

@@ -76,8 +76,9 @@ def with_dropped_titles(
         seed: of the choice.
     """
     rng = np.random.default_rng(seed)
+    kept: dict[int, tuple[str, ...]] = {}
     for batch in batches:
-        kept: dict[int, tuple[str, ...]] = {}
+        group = None
         for group, titles in zip(batch["group_number"], batch["retrieved_titles"], strict=True):
             if group not in kept:
                 chances = rng.random(1 + len(titles))
@@ -87,6 +88,7 @@ def with_dropped_titles(
                     else ()
                 )
         yield batch.assign(retrieved_titles=batch["group_number"].map(kept))
+        kept = {} if group is None else {group: kept[group]}  # it may go on in the next batch
 
 
 def with_translations(

@@ -1,18 +1,17 @@
 """Memory and time of preparing training data: tables of generated pairs to packs on disk.
 
     python tests/benchmarks/training_memory.py
+    python tests/benchmarks/training_memory.py --random-negatives 0.5 --soft-labels
 
-One process for each size, 100,000 and 1,000,000 judged pairs; prints its peak resident memory and its pairs a second.
-Memory should not grow with the pairs.
+Sizes are 100,000, 300,000 and 1,000,000 judged pairs, each in a process of its own; prints seconds to open the tables,
+pairs a second with that time and what the process took above what it had before. Neither should change with the pairs.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,32 +28,41 @@ from csrm.training.stage import one_hot_targets
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer.json"
 PRODUCTS_PER_QUERY = 20
+TITLES_PER_QUERY = 5
 ROWS_AT_ONCE = 100_000
 WORDS = np.array(
     ["wireless", "mouse", "towel", "cotton", "캠핑", "텐트", "무선", "毛巾", "露營", "手機殼", "XL", "240mm"]
 )
 
 
-def write_tables(folder: Path, num_pairs: int) -> JudgedInputs:
-    """As many products as pairs, 20 to a query, written in parts."""
+def write_tables(folder: Path, num_pairs: int) -> None:
+    """As many products as pairs, 20 products and 5 retrieved titles to a query, a soft label a pair; in parts."""
     rng = np.random.default_rng(0)
     writers: dict[str, pq.ParquetWriter] = {}
+
+    def texts(num_texts: int, num_words: int) -> list[str]:
+        return [" ".join(words) for words in WORDS[rng.integers(0, len(WORDS), size=(num_texts, num_words))]]
+
     for start in range(0, num_pairs, ROWS_AT_ONCE):
         ids = np.arange(start, min(start + ROWS_AT_ONCE, num_pairs))
-        titles = [" ".join(words) for words in WORDS[rng.integers(0, len(WORDS), size=(len(ids), 8))]]
-        queries = np.unique(ids // PRODUCTS_PER_QUERY)
-        query_words = WORDS[rng.integers(0, len(WORDS), size=(len(queries), 3))]
+        product_ids = [f"p{id_}" for id_ in ids]
+        query_ids = [f"q{id_ // PRODUCTS_PER_QUERY}" for id_ in ids]
+        queries = query_ids[::PRODUCTS_PER_QUERY]
+        num_titles = TITLES_PER_QUERY * len(queries)
+        keys = {"query_id": query_ids, "product_id": product_ids}
         tables = {
-            "catalog": {"product_id": [f"p{id_}" for id_ in ids], "title": titles},
-            "queries": {
-                "query_id": [f"q{id_}" for id_ in queries],
-                "query": [" ".join(words) for words in query_words],
+            "catalog": {"product_id": product_ids, "title": texts(len(ids), 8)},
+            "queries": {"query_id": queries, "query": texts(len(queries), 3)},
+            "judgments": {**keys, "grade": rng.choice(["E", "S", "C", "I"], size=len(ids))},
+            "retrieval_table": {
+                "query_id": np.repeat(queries, TITLES_PER_QUERY),
+                "rank": np.tile(np.arange(1, TITLES_PER_QUERY + 1), len(queries)),
+                "product_id": rng.choice(product_ids, num_titles),
+                "title": texts(num_titles, 8),
+                "similarity": 1.0,
+                "source": "lexical",
             },
-            "judgments": {
-                "query_id": [f"q{id_ // PRODUCTS_PER_QUERY}" for id_ in ids],
-                "product_id": [f"p{id_}" for id_ in ids],
-                "grade": rng.choice(["E", "S", "C", "I"], size=len(ids)),
-            },
+            "soft_labels": {**keys, "soft_label": list(rng.dirichlet(np.ones(4), len(ids)).astype(np.float32))},
         }
         for name, columns in tables.items():
             table = pa.Table.from_pandas(pd.DataFrame({"market": "kr", **columns}), preserve_index=False)
@@ -63,41 +71,69 @@ def write_tables(folder: Path, num_pairs: int) -> JudgedInputs:
             writers[name].write_table(table)
     for writer in writers.values():
         writer.close()
-    return JudgedInputs(**{name: InputSpec(path=str(folder / f"{name}.parquet"), format="parquet") for name in writers})
 
 
-def measure(num_pairs: int) -> dict[str, float]:
-    """Peak memory of this process in MiB before and after, and its pairs a second."""
+def measure(folder: Path, random_negatives: float, with_soft_labels: bool) -> dict[str, float]:
+    """Seconds, and MiB of this process before and above that at most."""
     tokenizer = PromptTokenizer.from_file(TOKENIZER, Budgets())
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = write_tables(Path(folder), num_pairs)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        start = time.monotonic()
-        with JudgedPairs(inputs, {"kr": "ko"}) as pairs:
-            batches = (
-                batch.assign(target=list(one_hot_targets(batch["grade"], ESCI_LABELS, None)))
-                for batch in pairs.groups("train", 8, seed=0)
-            )
-            num_packs = write_packs(judged_packs(batches, tokenizer, 512), Path(folder) / "packs.arrow")
-        seconds = time.monotonic() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"pairs": num_pairs, "packs": num_packs, "seconds": seconds, "before_mib": before, "peak_mib": after}
+    soft_labels = folder / "soft_labels.parquet" if with_soft_labels else None
+    specs = {
+        name: InputSpec(path=str(folder / f"{name}.parquet"), format="parquet")
+        for name in ("catalog", "queries", "judgments", "retrieval_table")
+    }
+    before = memory("VmRSS")
+    num_pairs = 0
+
+    def with_targets(batch: pd.DataFrame) -> pd.DataFrame:
+        nonlocal num_pairs
+        num_pairs += len(batch)
+        return batch.assign(target=list(one_hot_targets(batch["grade"], ESCI_LABELS, None)))
+
+    start = time.monotonic()
+    with JudgedPairs(JudgedInputs(**specs), {"kr": "ko"}) as pairs:
+        pairs.check_apart("train", "dev")
+        opened = time.monotonic()
+        groups = pairs.groups("train", 8, 0, random_negatives, soft_labels=soft_labels)
+        packs = judged_packs(map(with_targets, groups), tokenizer, 512)
+        num_packs = write_packs(packs, folder / "packs.arrow")
+    seconds = time.monotonic() - start
+    return {
+        "pairs": num_pairs,
+        "packs": num_packs,
+        "open_seconds": opened - start,
+        "seconds": seconds,
+        "before_mib": before,
+        "more_mib": memory("VmHWM") - before,
+    }
+
+
+def memory(field: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most so far.
+
+    From Linux's /proc: ru_maxrss would count what the parent had when it started this process.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--one", action="store_true", help="measure the first size in this process, print JSON")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
+    parser.add_argument("--random-negatives", type=float, default=0.0)
+    parser.add_argument("--soft-labels", action="store_true")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.pairs[0])))
-        return
     for num_pairs in args.pairs:
-        command = [sys.executable, __file__, "--one", "--pairs", str(num_pairs)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        spawn = multiprocessing.get_context("spawn")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes,
+        ):
+            processes.submit(write_tables, Path(folder), num_pairs).result()
+            found = processes.submit(measure, Path(folder), args.random_negatives, args.soft_labels).result()
         print(
-            f"{found['pairs']:,} pairs, {found['packs']:,} packs: {found['pairs'] / found['seconds']:,.0f} pairs/s, "
-            f"peak {found['peak_mib']:,.0f} MiB ({found['before_mib']:,.0f} MiB before)",
+            f"{num_pairs:,} judged pairs, {found['pairs']:,} pairs in {found['packs']:,} packs: opened in "
+            f"{found['open_seconds']:.1f} s, {found['pairs'] / found['seconds']:,.0f} pairs/s, "
+            f"{found['more_mib']:,.0f} MiB above {found['before_mib']:,.0f} MiB",
             flush=True,
         )
 

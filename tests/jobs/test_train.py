@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a small training on a generated market."""
     folder = tmp_path_factory.mktemp("train")
     generate_market.main(
@@ -43,7 +44,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def test_a_trained_model_becomes_a_bundle_that_scores(
-    settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs_pdf: pd.DataFrame
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], pairs_pdf: pd.DataFrame
 ) -> None:
     assert run_job(train.main, setting_arguments(**settings)) == 0
     printed = capsys.readouterr().out
@@ -57,8 +58,10 @@ def test_a_trained_model_becomes_a_bundle_that_scores(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_cold_start_runs_all_stages_and_nothing_twice(
-    settings: dict[str, object],
+    method: str,
+    settings: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -69,10 +72,14 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     names = ["source_language", "target_language", "source_text", "target_text", "split"]
     pd.DataFrame(texts, columns=names).to_parquet(tmp_path / "parallel.parquet")
     translation = {"parallel_text": {"path": str(tmp_path / "parallel.parquet"), "format": "parquet"}, "max_steps": 2}
+    texts_of_us = {name: settings["inputs"][name] for name in ("catalog", "queries")}
+    candidates = {"path": settings["inputs"]["judgments"]["path"], "format": "parquet"}  # the pairs, not the grades
+    unlabelled = {"inputs": {**texts_of_us, "candidates": candidates}, "markets": {"us": "en"}, "pairs_per_query": 4}
     changes = {
         "translation": translation,
-        "distillation": {"rounds": 1, "num_folds": 2},
-        "tuning": {"method": "full", "max_steps": 2, "random_negatives": 0.5},
+        "distillation": {"rounds": 1, "num_folds": 2, "control": True, "unlabelled": unlabelled},
+        "markets": {"kr": "ko", "tw": "zh-TW"},
+        "tuning": {"method": method, "max_steps": 2, "random_negatives": 0.5},
         "model_dir": str(tmp_path / "model"),
     }
     arguments = setting_arguments(**{**settings, **changes})
@@ -83,26 +90,35 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     assert "  kept\n" in printed
     stages = tmp_path / "model.stages"
     assert {path.name for path in stages.iterdir()} == {
-        *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1"),
-        *("round-1-soft_labels.parquet", "rounds.json", "label_issues.parquet"),
+        *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),
+        *("round-1-teacher-0-beliefs.parquet", "round-1-teacher-1-beliefs.parquet", "round-1-soft_labels.parquet"),
+        *("round-1-control_labels.parquet", "rounds.json", "label_issues.parquet"),
     }
     rounds = json.loads((stages / "rounds.json").read_text())
     best = max(rounds, key=lambda one: (one["dev_metric"], -one["round_index"]))
+    assert rounds[1]["num_unlabelled"] == 48
+    assert rounds[1]["flips"]["num_pairs"] == rounds[1]["calibration"]["num_pairs"]
+    assert rounds[1]["control_metric"] is not None
     assert verify_manifest(tmp_path / "model", "model") == verify_manifest(best["model_dir"], "model")
     issues = pd.read_parquet(stages / "label_issues.parquet")
     assert {"query", "title", "grade", "suggested_label", "given_probability"} <= set(issues.columns)
 
-    made = {path: path.stat().st_mtime_ns for path in stages.glob("*/model.json")}
-    assert len(made) == 5
+    def made() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns for path in (*stages.glob("*/model.json"), *stages.glob("*-beliefs.parquet"))
+        }
+
+    before = made()
+    assert len(before) == 6 + 2
     assert run_job(train.main, arguments) == 0
-    assert {path: path.stat().st_mtime_ns for path in stages.glob("*/model.json")} == made
-    assert caplog.text.count("not trained again") == 5
+    assert made() == before
+    assert caplog.text.count("not trained again") == 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(
-    method: str, settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    method: str, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     tuning = {"method": method, "max_steps": 30, "packs_per_step": 1, "checkpoint_steps": 3, "learning_rate": 1e-3}
@@ -129,8 +145,44 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     assert not (tmp_path / "killed.unfinished").exists()
 
 
+@pytest.mark.slow
+def test_a_distillation_that_was_killed_goes_on_at_its_teacher(
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    changes = {
+        "distillation": {"rounds": 1, "choose_by": "agreement"},
+        "tuning": {"method": "lora", "max_steps": 20, "packs_per_step": 1, "checkpoint_steps": 3},
+    }
+    whole, killed = (
+        setting_arguments(**{**settings, **changes, "model_dir": str(tmp_path / name)}) for name in ("whole", "killed")
+    )
+    assert run_job(train.main, whole) == 0
+
+    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "train.py"), *killed], cwd=ROOT)
+    stages = tmp_path / "killed.stages"
+    while not list(stages.glob("round-1-teacher-1.unfinished/checkpoints/*/checkpoint-3/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (stages / "round-1-teacher-0" / "manifest.json").exists()
+    assert not (tmp_path / "killed").exists()
+
+    caplog.clear()
+    assert run_job(train.main, killed) == 0
+    assert "round-1-teacher-0: has ended before" in caplog.text
+    assert "20 steps, from " in caplog.text
+    for path in (tmp_path / "whole.stages").rglob("*"):
+        if path.name.endswith(("_labels.parquet", "adapter_model.safetensors")):
+            other = stages / path.relative_to(tmp_path / "whole.stages")
+            assert path.read_bytes() == other.read_bytes(), path
+    rounds = [json.loads((folder / "rounds.json").read_text()) for folder in (tmp_path / "whole.stages", stages)]
+    assert [one["agreement"] for one in rounds[0]] == [one["agreement"] for one in rounds[1]]
+
+
 def test_judgments_without_rows_to_train_on_are_an_error(
-    settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = dict(settings["inputs"])
     judgments = pd.read_parquet(inputs["judgments"]["path"])
@@ -141,7 +193,7 @@ def test_judgments_without_rows_to_train_on_are_an_error(
 
 
 def test_a_tokenizer_that_spells_a_language_in_bytes_is_named(
-    settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = write_tiny_base_model(tmp_path / "english", train_byte_tokenizer(["wireless mouse", "towel"] * 50, 400))
     changes = {"base_model": {"folder": str(base)}, "model_dir": str(tmp_path / "model")}
@@ -150,10 +202,11 @@ def test_a_tokenizer_that_spells_a_language_in_bytes_is_named(
     assert [message.split(":")[0] for message in warned] == ["language ko", "language zh-TW"]
 
 
-def test_distillation_needs_a_dev_split(settings: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+def test_distillation_needs_a_dev_split(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"distillation": {"rounds": 1}, "dev_split": "clean"}
     assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 2
-    assert "no rows of split clean; splits are ['dev', 'test', 'train']. The rounds" in capsys.readouterr().err
+    message = "no rows of split clean; splits are ['dev', 'test', 'train']. The dev split chooses the round: set"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -171,7 +224,7 @@ def test_distillation_needs_a_dev_split(settings: dict[str, object], capsys: pyt
     ],
 )
 def test_bad_settings_end_with_exit_code_2_and_their_reason(
-    settings: dict[str, object], change: dict, message: str, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], change: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_job(train.main, setting_arguments(**{**settings, **change})) == 2
     assert message in capsys.readouterr().err

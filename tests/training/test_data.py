@@ -5,6 +5,7 @@ import pytest
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
+from csrm.training import data
 from csrm.training.data import JudgedInputs, JudgedPairs
 
 MARKETS = {"us": "en", "kr": "ko"}
@@ -64,7 +65,7 @@ def test_pairs_carry_their_texts(tables: dict[str, pd.DataFrame], tmp_path: Path
 
 def test_a_judged_pair_without_its_product_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     tables["catalog"] = tables["catalog"].iloc[1:]
-    with pytest.raises(InputError, match=r"1 judged ids have no product, for example us p1: add them to catalog"):
+    with pytest.raises(InputError, match=r"1 product ids are not in catalog, for example us p1: add them there"):
         judged_pairs(written(tables, tmp_path), MARKETS)
 
 
@@ -156,6 +157,27 @@ def test_groups_hold_each_pair_once_few_of_a_query_in_random_order(many: JudgedI
     assert by_group.ngroups == 2 * 19 * 3
     pd.testing.assert_frame_equal(groups, again)
     assert groups[key].to_numpy().tolist() != others[key].to_numpy().tolist()
+
+
+def test_groups_depend_neither_on_the_order_of_rows_nor_on_threads(
+    many: JudgedInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups() -> pd.DataFrame:
+        with JudgedPairs(many, MARKETS) as pairs:
+            return pd.concat(pairs.groups("train", 3, seed=0, random_negatives=0.5))
+
+    expected = groups()
+    for path in tmp_path.glob("*.parquet"):
+        pd.read_parquet(path).sample(frac=1, random_state=1).to_parquet(path)
+    monkeypatch.setattr(data, "_NUM_THREADS", 1)
+    pd.testing.assert_frame_equal(groups(), expected)
+
+
+def test_groups_can_be_read_while_others_are(many: JudgedInputs) -> None:
+    with JudgedPairs(many, MARKETS) as pairs:
+        first, second = pairs.groups("train", 3, seed=0), pairs.batches("dev")
+        assert [len(first_batch) + len(second_batch) for first_batch, second_batch in zip(first, second, strict=True)]
+        assert [len(batch) for batch in pairs.batches("dev")] == [14]
 
 
 def test_random_negatives_are_products_of_other_queries_of_the_market(many: JudgedInputs) -> None:

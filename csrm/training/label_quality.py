@@ -1,0 +1,108 @@
+"""How good labels and those who judge them are: with the truth where it is known, and what can be said without it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+NUM_BINS = 10
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs of similar confidence."""
+
+    num_pairs: int
+    confidence: float
+    """Mean probability of their most probable label."""
+    accuracy: float
+    """Share of them whose most probable label is the given one."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether labels of probability 0.8 are the given ones in 80 % of cases."""
+
+    num_pairs: int
+    expected_error: float
+    """Mean |confidence - accuracy| over the bins, weighted by their pairs (Guo et al. 2017, "On Calibration of Modern
+    Neural Networks"). Against labels of which a share is wrong, a perfect model is off by about that share."""
+    bins: tuple[Bin, ...]
+    """Bins of equal width that have pairs, the least confident first."""
+
+
+def calibration(probabilities: np.ndarray, given: np.ndarray) -> Calibration:
+    """Reliability of the most probable labels.
+
+    Args:
+        probabilities, given: shape (num_pairs, num_labels), rows sum to 1; at least one pair.
+    """
+    confidence = probabilities.max(axis=1)
+    is_given = probabilities.argmax(axis=1) == given.argmax(axis=1)
+    places = np.minimum(confidence * NUM_BINS, NUM_BINS - 1).astype(np.int64)
+    inside = [places == place for place in np.unique(places)]
+    bins = tuple(Bin(int(rows.sum()), float(confidence[rows].mean()), float(is_given[rows].mean())) for rows in inside)
+    error = sum(one.num_pairs * abs(one.confidence - one.accuracy) for one in bins) / len(confidence)
+    return Calibration(len(confidence), error, bins)
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Where other labels differ from the given ones: a label is flipped where the most probable one is another."""
+
+    num_pairs: int
+    num_flipped: int
+    transitions: tuple[tuple[int, ...], ...]
+    """Pairs of each given label (row) and most probable other label (column)."""
+    precision: float | None = None
+    """Of the flipped labels whose truth is known: the share that was wrong. None: no truth is known, or no flips."""
+    repaired: float | None = None
+    """Of the given labels that are known to be wrong: the share that is right in the others. None: there are none."""
+
+    @property
+    def share(self) -> float:
+        """Of all given labels."""
+        return self.num_flipped / self.num_pairs
+
+
+def count_flips(given: np.ndarray, others: np.ndarray, true_labels: np.ndarray | None = None) -> Flips:
+    """Compare given labels with others, what teachers think or the soft labels.
+
+    Args:
+        given, others: shape (num_pairs, num_labels).
+        true_labels: number of each pair's right label, -1 where it is not known, shape (num_pairs,).
+    """
+    num_labels = given.shape[1]
+    before, after = given.argmax(axis=1), others.argmax(axis=1)
+    transitions = np.bincount(before * num_labels + after, minlength=num_labels**2).reshape(num_labels, num_labels)
+    flipped = before != after
+    precision = repaired = None
+    if true_labels is not None:
+        known = true_labels >= 0
+        wrong = known & (before != true_labels)
+        precision = float(wrong[known & flipped].mean()) if (known & flipped).any() else None
+        repaired = float((after == true_labels)[wrong].mean()) if wrong.any() else None
+    return Flips(
+        len(given), int(flipped.sum()), tuple(map(tuple, transitions.tolist())), precision=precision, repaired=repaired
+    )
+
+
+def fold_agreement(scores: Sequence[np.ndarray], relevant: Sequence[np.ndarray]) -> float:
+    """How well teachers rank the given labels of the fold that each did not see: mean ROC-AUC, weighted by pairs.
+
+    The labels are noisy, but where the noise does not depend on the text, the AUC against them is 0.5 plus a constant
+    times (the AUC against the true ones - 0.5), and orders models alike (Menon et al. 2015, "Learning from Corrupted
+    Binary Labels via Class-Probability Estimation"). One AUC for each fold: two models' scores are not on one scale.
+
+    Args:
+        scores: of each fold's pairs, by the teacher that did not see them.
+        relevant: whether their given label is the most relevant one.
+
+    Returns:
+        In [0, 1]; NaN where no fold has both kinds.
+    """
+    folds = [(s, r) for s, r in zip(scores, relevant, strict=True) if 0 < r.sum() < len(r)]
+    if not folds:
+        return float("nan")
+    return float(np.average([roc_auc_score(r, s) for s, r in folds], weights=[len(r) for _, r in folds]))
