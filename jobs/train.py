@@ -1,4 +1,7 @@
-"""Train a multilingual language model to judge relevance: translation, judgments of source markets, repaired labels."""
+"""Train a multilingual language model to judge relevance: translation, judgments of source markets, repaired labels.
+
+On several devices: torchrun --nproc-per-node 2 jobs/train.py ...
+"""
 
 import logging
 import shutil
@@ -30,8 +33,17 @@ from csrm.training.packs import (
     with_translations,
 )
 from csrm.training.phrasebook import Phrasebook, with_switched_languages
+from csrm.training.processes import across_processes
 from csrm.training.soft_labels import label_issues
-from csrm.training.stage import KIND, Tuning, load_trained, one_hot_targets, start_tokenizer_json, train_stage
+from csrm.training.stage import (
+    KIND,
+    Tuning,
+    load_trained,
+    one_hot_targets,
+    smoothed_targets,
+    start_tokenizer_json,
+    train_stage,
+)
 from csrm.training.translation import ParallelText, translation_quality
 
 logger = logging.getLogger(__name__)
@@ -305,7 +317,8 @@ def _train(
 
 def _with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
     """Pairs with the distribution to learn, the soft label, else the given one, times their weight."""
-    given = one_hot_targets(batch["grade"], config.labels, config.grade_labels)
+    one_hot = one_hot_targets(batch["grade"], config.labels, config.grade_labels)
+    given = smoothed_targets(one_hot, config.tuning.label_smoothing)
     rows = zip(given, batch["soft_label"], batch["weight"], strict=True)
     return batch.assign(target=[weight * (own if soft is None else soft) for own, soft, weight in rows])
 
@@ -327,4 +340,4 @@ def _evaluate(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) 
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main))
+    sys.exit(run_job(across_processes(main)))

@@ -14,6 +14,9 @@ from csrm.scoring import PackScorer
 from csrm.tokenization import Budgets
 from csrm.training.base_model import sliding_window
 
+TASKS = ("relevance", "translation")
+"""What a step can learn; losses and their totals come in this order."""
+
 
 class PackedRelevanceModel(nn.Module):
     """Logits of the label tokens at each pair's last token, for packs (see csrm.packing)."""
@@ -43,6 +46,7 @@ class PackedRelevanceModel(nn.Module):
         last_index: torch.Tensor,
         targets: torch.Tensor | None = None,
         is_translation: torch.Tensor | None = None,
+        totals: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Label logits, and the loss where targets are given.
 
@@ -52,10 +56,13 @@ class PackedRelevanceModel(nn.Module):
             targets: each pair's distribution over the labels times its weight, shape (packs, pairs, labels), float; 0
                 for absent pairs.
             is_translation: whether a token is to be learnt as text, shape (packs, tokens), bool.
+            totals: task_totals of the whole step where this batch is one part of it: the losses of the parts then sum
+                up to that of the step.
 
         Returns:
-            logits, shape (packs, pairs, labels); loss, a scalar: cross-entropy, the weighted mean over the pairs, plus
-            translation_weight times the mean over the translation's tokens.
+            logits, shape (packs, pairs, labels); losses, of each task, shape (tasks,): cross-entropy, the weighted mean
+            over the pairs, and the mean over the translation's tokens; loss, a scalar: their sum, translation times
+            translation_weight.
         """
         hidden = self.language_model.get_decoder()(
             input_ids=input_ids,
@@ -67,19 +74,25 @@ class PackedRelevanceModel(nn.Module):
         logits = self._soft_capped((last_hidden @ self.label_rows().T).float())
         if targets is None:
             return {"logits": logits}
-        loss = -(targets * logits.log_softmax(-1)).sum() / targets.sum().clamp(min=torch.finfo(targets.dtype).tiny)
-        if is_translation is not None and bool(is_translation.any()):
-            weight = self.translation_weight if bool(targets.any()) else 1.0
-            loss = loss + weight * self._translation_loss(hidden, input_ids, is_translation)
-        return {"loss": loss, "logits": logits}
+        if is_translation is None:
+            is_translation = torch.zeros_like(input_ids, dtype=torch.bool)
+        if totals is None:
+            totals = task_totals(targets, is_translation)
+        relevance = -(targets * logits.log_softmax(-1)).sum()
+        translation = self._translation_loss(hidden, input_ids, is_translation)
+        losses = torch.stack([relevance, translation]) / totals.clamp(min=torch.finfo(totals.dtype).tiny)
+        loss = losses[0] + torch.where(totals[0] > 0, self.translation_weight, 1.0) * losses[1]
+        return {"loss": loss, "losses": losses, "logits": logits}
 
     def _translation_loss(
         self, hidden: torch.Tensor, input_ids: torch.Tensor, is_translation: torch.Tensor
     ) -> torch.Tensor:
-        """Mean cross-entropy of the marked tokens, each from the token before it."""
+        """Summed cross-entropy of the marked tokens, each from the token before it."""
+        if not bool(is_translation.any()):
+            return torch.zeros((), device=hidden.device)
         before = hidden[:, :-1][is_translation[:, 1:]]
         logits = self._soft_capped(self.language_model.get_output_embeddings()(before).float())
-        return nn.functional.cross_entropy(logits, input_ids[:, 1:][is_translation[:, 1:]])
+        return nn.functional.cross_entropy(logits, input_ids[:, 1:][is_translation[:, 1:]], reduction="sum")
 
     def _soft_capped(self, logits: torch.Tensor) -> torch.Tensor:
         soft_cap = getattr(self.config, "final_logit_softcapping", None)
@@ -89,6 +102,11 @@ class PackedRelevanceModel(nn.Module):
         """Rows of the output embeddings that belong to the labels, shape (labels, hidden)."""
         rows: torch.Tensor = self.language_model.get_output_embeddings().weight[self.label_ids]
         return rows
+
+
+def task_totals(targets: torch.Tensor, is_translation: torch.Tensor) -> torch.Tensor:
+    """What the tasks' losses are divided by: the weight of all pairs, the number of translated tokens; shape (tasks,)."""
+    return torch.stack([targets.sum(), is_translation.sum().to(targets.dtype)])
 
 
 def attention_bias(group_ids: torch.Tensor, segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

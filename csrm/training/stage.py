@@ -6,21 +6,25 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from torch.utils.data import SequentialSampler, Subset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError, InputError
@@ -29,8 +33,9 @@ from csrm.manifest import check_replaceable, file_digest, replace_folder, verify
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.model import PackedRelevanceModel, check_window, torch_pack_scorer
+from csrm.training.model import TASKS, PackedRelevanceModel, check_window, task_totals, torch_pack_scorer
 from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
+from csrm.training.processes import num_processes, run_everywhere
 
 KIND = "model"
 _WEIGHTS = "changed.safetensors"
@@ -40,10 +45,15 @@ logger = logging.getLogger(__name__)
 class Tuning(Settings):
     """How the weights are changed."""
 
-    method: Literal["lora", "full"] = "lora"
-    """lora: low-rank adapters on every linear layer (Hu et al. 2021); full: all weights, for tiny models."""
+    method: Literal["lora", "rslora", "dora", "full"] = "lora"
+    """lora: low-rank adapters on every linear layer of the decoder (Hu et al. 2021). rslora: scaled by
+    lora_alpha / sqrt(lora_rank) instead of lora_alpha / lora_rank, so that a high rank still learns (Kalajdzievski
+    2023). dora: learns each column's length apart from its direction (Liu et al. 2024); slower, sometimes better at a
+    low rank. full: all weights, for tiny models."""
     lora_rank: int = Field(default=16, ge=1)
+    """Rank of the adapters' matrices; more learns more, and takes more memory."""
     lora_alpha: int = Field(default=32, ge=1)
+    """Scale of the adapters' output; see method."""
     learning_rate: float = Field(default=2.0e-4, gt=0)
     """Peak, after a linear warm-up over the first tenth of the steps; then linear decay to 0."""
     epochs: float = Field(default=1.0, gt=0)
@@ -51,7 +61,15 @@ class Tuning(Settings):
     max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; replaces epochs where given."""
     packs_per_step: int = Field(default=4, ge=1)
-    """Packs whose gradients are averaged for one optimiser step."""
+    """Packs of one optimiser step, over all processes. A multiple of their number times accumulation_steps."""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Parts of a step that a process runs one after the other: the same gradients in less memory."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: the same gradients in much less memory,
+    about a third slower."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each given label that is spread evenly over all labels (Szegedy et al. 2016), which makes wrong labels
+    count less. Soft labels stay as they are."""
     pairs_per_prefix: int = Field(default=8, ge=1)
     """Pairs of one query that share a prefix; more go elsewhere behind the same prefix. Many cost less, but a step then
     sees few queries and learns how often each has relevant products instead of which products are relevant."""
@@ -84,10 +102,20 @@ class ModelCard:
     num_packs: int
     """Packs that were trained on."""
     loss: float
-    """Mean training loss of the stage, nats."""
+    """Mean training loss of the stage's steps, nats."""
     fingerprint: str
     """Digest of all that the weights follow from: packs, start and tuning."""
     versions: dict[str, str]
+
+
+class StagePaths(NamedTuple):
+    """Files of a stage while it is trained."""
+
+    packs: Path
+    checkpoints: Path
+    logs: Path
+    """Folder of the TensorBoard files."""
+    last_checkpoint: Path | None
 
 
 def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Mapping[str, str] | None) -> np.ndarray:
@@ -114,6 +142,12 @@ def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Ma
     return one_hot
 
 
+def smoothed_targets(targets: np.ndarray, label_smoothing: float) -> np.ndarray:
+    """Distributions with a share of each spread evenly over the labels; shape (num_pairs, num_labels), as given."""
+    smoothed: np.ndarray = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
+    return smoothed.astype(targets.dtype)
+
+
 def train_stage(
     packs: Iterable[TrainingPack],
     start: BaseModel | Path,
@@ -126,7 +160,12 @@ def train_stage(
     """Train on packs and write the trained folder, in one piece, when all is done.
 
     A training that was stopped goes on from its last checkpoint, to the weights that it would have had. One that has
-    ended is not run again while its packs, start and tuning stay the same.
+    ended is not run again while its packs, start and tuning stay the same. Under csrm.training.processes all processes
+    train, and this one alone writes files.
+
+    The folder has history.json, a list in the order of steps: step, loss, learning_rate, and relevance_loss and
+    translation_loss where these were learnt, each the mean over the steps since the entry before.
+    `<output_dir>.logs` beside it has the same as TensorBoard files.
 
     Args:
         packs: see csrm.training.packs; made with the tokenizer that `start` has.
@@ -137,9 +176,16 @@ def train_stage(
         Scorer of the trained model, in torch.
 
     Raises:
-        ConfigError: the loss is not a number, output_dir holds something else, or the start is not where it should be.
+        ConfigError: the loss is not a number, output_dir holds something else, the start is not where it should be, or
+            the packs of a step cannot be shared evenly among the processes.
     """
     check_replaceable(output_dir, KIND)
+    num_parts = num_processes() * tuning.accumulation_steps
+    if tuning.packs_per_step % num_parts:
+        raise ConfigError(
+            f"tuning.packs_per_step: expected a multiple of {num_parts}, that is {num_processes()} processes times "
+            f"{tuning.accumulation_steps} accumulation_steps, got {tuning.packs_per_step}."
+        )
     unfinished = output_dir.with_name(output_dir.name + ".unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     pack_file = unfinished / "packs.arrow"
@@ -155,43 +201,19 @@ def train_stage(
     for other in (unfinished / "checkpoints").glob("*"):
         if other != checkpoints:
             shutil.rmtree(other)
+    paths = StagePaths(
+        packs=pack_file,
+        checkpoints=checkpoints,
+        logs=output_dir.with_name(output_dir.name + ".logs"),
+        last_checkpoint=_last_checkpoint(checkpoints),
+    )
+    if paths.last_checkpoint is None:
+        shutil.rmtree(paths.logs, ignore_errors=True)
 
-    set_seed(tuning.seed)
     tokenizer_json = start_tokenizer_json(start)
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
-    language_model, base_model = _load_start(start, tuning)
-    check_window(language_model.config, budgets)
-    model = PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(labels), tuning.translation_weight)
-    steps = tuning.max_steps or math.ceil(tuning.epochs * num_packs / tuning.packs_per_step)
-    last_checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
-    logger.info(
-        "training on %d packs, %d steps%s", num_packs, steps, f", from {last_checkpoint}" if last_checkpoint else ""
-    )
-    trainer = _StageTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=steps,
-            per_device_train_batch_size=tuning.packs_per_step,
-            learning_rate=tuning.learning_rate,
-            warmup_steps=steps // 10,
-            logging_steps=max(1, steps // 20),
-            logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
-            save_strategy="steps",
-            save_steps=tuning.checkpoint_steps,
-            save_total_limit=1,
-            report_to=[],
-            remove_unused_columns=False,
-            label_names=["targets"],
-            seed=tuning.seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=tuning.precision == "bf16",
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=PackFile(pack_file),
-        data_collator=partial(collate, num_labels=len(labels)),
-    )
-    loss = trainer.train(resume_from_checkpoint=last_checkpoint).training_loss
+    label_ids = tuple(prompt_tokenizer.label_ids(labels))
+    model, history = run_everywhere(partial(_trained_model, paths, start, tuning, label_ids, budgets))
 
     finished = unfinished / "finished"
     shutil.rmtree(finished, ignore_errors=True)
@@ -199,17 +221,18 @@ def train_stage(
     model.language_model.save_pretrained(finished / "weights")  # of an adapted model: the adapter alone
     (finished / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     card = ModelCard(
-        base_model=base_model.model_dump(),
+        base_model=_first_base_model(start).model_dump(),
         tuning=tuning.model_dump(),
         labels=tuple(labels),
         budgets=budgets,
         pack_tokens=pack_tokens,
         num_packs=num_packs,
-        loss=loss,
+        loss=_mean_loss(history),
         fingerprint=fingerprint,
         versions={package: version(package) for package in ("csrm", "torch", "transformers", "peft")},
     )
     (finished / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
+    (finished / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
     write_manifest(finished, KIND)
     replace_folder(finished, output_dir, KIND)
     shutil.rmtree(unfinished)
@@ -244,20 +267,174 @@ def start_tokenizer_json(start: BaseModel | Path) -> str:
     return text
 
 
-class _StageTrainer(Trainer):
-    """Checkpoints hold the weights that are trained; a loss that is not a number ends the training."""
+def _trained_model(
+    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int], budgets: Budgets
+) -> tuple[PackedRelevanceModel, list[dict[str, float]]]:
+    """Train, in this process or in all at once; returns the model and its history (see train_stage)."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    set_seed(tuning.seed)
+    language_model = _load_start(start, tuning)
+    check_window(language_model.config, budgets)
+    if tuning.gradient_checkpointing:
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
+    packs = PackFile(paths.packs)
+    steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
+    args = TrainingArguments(
+        output_dir=str(paths.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=tuning.packs_per_step // (num_processes() * tuning.accumulation_steps),
+        gradient_accumulation_steps=tuning.accumulation_steps,
+        learning_rate=tuning.learning_rate,
+        warmup_steps=steps // 10,
+        logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
+        save_strategy="steps",
+        save_steps=tuning.checkpoint_steps,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["targets"],
+        seed=tuning.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=tuning.precision == "bf16",
+        dataloader_pin_memory=False,
+    )
+    args._n_gpu = 1  # else a single process would train on all devices, with packs_per_step on each
+    order: Any = _pack_order(len(packs), steps * tuning.packs_per_step, tuning.seed)
+    trainer = _StageTrainer(
+        model=model,
+        args=args,
+        train_dataset=Subset(packs, order),
+        data_collator=partial(collate, num_labels=len(label_ids)),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress())
+    first_step = int(paths.last_checkpoint.name.partition("-")[2]) if paths.last_checkpoint else 0
+    if not trainer.is_world_process_zero():
+        trainer.train(resume_from_checkpoint=_text(paths.last_checkpoint))
+    else:
+        resumed = f", from {paths.last_checkpoint}" if paths.last_checkpoint else ""
+        logger.info("training on %d packs, %d steps%s", len(packs), steps, resumed)
+        with SummaryWriter(str(paths.logs), purge_step=first_step + 1) as writer:
+            trainer.add_callback(TensorBoardCallback(writer))
+            trainer.train(resume_from_checkpoint=_text(paths.last_checkpoint))
+    names = ("step", "loss", *(f"{task}_loss" for task in TASKS), "learning_rate")
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return model, [{name: entry[name] for name in names if name in entry} for entry in entries]
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _pack_order(num_packs: int, num_drawn: int, seed: int) -> np.ndarray:
+    """Numbers of the packs in the order of training, shape (num_drawn,): permutations, one after the other.
+
+    Every step so has the same number of packs, and a step's packs are the same for any number of processes.
+    """
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(num_packs) for _ in range(math.ceil(num_drawn / num_packs))])[:num_drawn]
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: trainer_state.json is its last file."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def _mean_loss(history: Sequence[Mapping[str, float]]) -> float:
+    """Mean over the steps, of entries that are means over the steps since the one before."""
+    steps = [entry["step"] for entry in history]
+    return float(np.average([entry["loss"] for entry in history], weights=np.diff(steps, prepend=0)))
+
+
+class _Progress(TrainerCallback):
+    """A line on the console for each log entry; an entry before each checkpoint, so that nothing is lost between."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step, self._first_time = state.global_step, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        pace = (time.monotonic() - self._first_time) / max(1, state.global_step - self._first_step)
+        tasks = "".join(f", {task} {logs[f'{task}_loss']:.4f}" for task in TASKS if f"{task}_loss" in logs)
+        logger.info(
+            "step %d of %d: loss %.4f%s, learning rate %.2e, %s left",
+            state.global_step,
+            state.max_steps,
+            logs["loss"],
+            tasks,
+            logs["learning_rate"],
+            tqdm.format_interval(pace * (state.max_steps - state.global_step)),
+        )
+
+
+class _StageTrainer(Trainer):
+    """The loss is normalised over a whole step, whatever parts and processes it is run in, and logged by task.
+
+    Checkpoints hold the weights that are trained; a loss that is not a number ends the training.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss gets the totals, and its parts are summed, not averaged
+        self._forget_losses()
+
+    def get_train_dataloader(self) -> Any:
+        self._train_batch_size = self.args.train_batch_size  # a checkpoint may be of another number of processes
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """A step's batches in this process, and task_totals over all processes."""
+        batches, _ = super().get_batch_samples(*args)
+        own = torch.stack([task_totals(batch["targets"], batch["is_translation"]) for batch in batches]).sum(0)
+        totals = self.accelerator.reduce(own.to(self.args.device), "sum")
+        self._num_steps += np.array([1, *(totals > 0).tolist()])
+        return batches, totals
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         keys = inputs.pop("keys")
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss):
+        outputs = model(**inputs, totals=num_items_in_batch)
+        own = torch.stack([outputs["loss"], *outputs["losses"]]).detach()
+        losses = np.array(self.accelerator.reduce(own, "sum").tolist())
+        if not np.isfinite(losses).all():
+            keys = gather_object(keys)
             shown = "; ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             raise ConfigError(
-                f"training: the loss is {loss.item()} at step {self.state.global_step}, over {shown}. Checkpoints are "
+                f"training: the loss is {losses[0]} at step {self.state.global_step}, over {shown}. Checkpoints are "
                 f"kept in {self.args.output_dir}. Lower tuning.learning_rate ({self.args.learning_rate})."
             )
-        return result
+        self._losses += losses
+        loss = outputs["loss"] * self.args.world_size  # the gradients of processes are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        if "loss" in logs:
+            for name, loss, count in zip(
+                ("loss", *(f"{task}_loss" for task in TASKS)), self._losses, self._num_steps, strict=True
+            ):
+                if count:
+                    logs[name] = float(loss / count)
+            self._forget_losses()
+        super().log(logs, *args)
+
+    def _forget_losses(self) -> None:
+        self._losses = np.zeros(1 + len(TASKS))
+        """Sums over the steps since the last log entry: of the loss, and of each task's."""
+        self._num_steps = np.zeros(1 + len(TASKS), dtype=np.int64)
+        """Number of these steps: all, and those that learnt each task."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -289,7 +466,7 @@ def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, label
     parts = {
         "packs": file_digest(pack_file),
         "start": origin,
-        "tuning": tuning.model_dump(exclude={"checkpoint_steps"}),
+        "tuning": tuning.model_dump(exclude={"checkpoint_steps", "accumulation_steps", "gradient_checkpointing"}),
         "labels": [dataclasses.asdict(label) for label in labels],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -316,31 +493,42 @@ def _read_card(folder: Path) -> ModelCard:
         ) from error
 
 
-def _load_start(start: BaseModel | Path, tuning: Tuning) -> tuple[PreTrainedModel, BaseModel]:
-    """The model to train, ready for it, and the base model that it goes back to."""
+def _first_base_model(start: BaseModel | Path) -> BaseModel:
+    """What the first stage started from."""
+    return start if isinstance(start, BaseModel) else BaseModel(**_read_card(start).base_model)
+
+
+def _load_start(start: BaseModel | Path, tuning: Tuning) -> PreTrainedModel:
+    """The model to train, ready for it."""
     if isinstance(start, BaseModel):
         language_model = load_language_model(start)
-        if tuning.method == "full":
-            return language_model, start
-        config = LoraConfig(
-            r=tuning.lora_rank, lora_alpha=tuning.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        adapted: Any = get_peft_model(language_model, config)
-        return adapted, start
+        return language_model if tuning.method == "full" else with_adapters(language_model, tuning)
     card = _read_card(start)
-    base_model = BaseModel(**card.base_model)
-    shape = ("method", "lora_rank", "lora_alpha") if tuning.method == "lora" else ("method",)
+    shape = ("method",) if tuning.method == "full" else ("method", "lora_rank", "lora_alpha")
     if different := [name for name in shape if card.tuning[name] != getattr(tuning, name)]:
         raise ConfigError(
             f"tuning: expected {different} as in the stage before, {str(start)!r}: "
             f"{[card.tuning[name] for name in different]}, got {[getattr(tuning, name) for name in different]}."
         )
     if tuning.method == "full":
-        return load_language_model(BaseModel(folder=str(start / "weights"))), base_model
-    trainable: Any = PeftModel.from_pretrained(
-        load_language_model(base_model), str(start / "weights"), is_trainable=True
+        return load_language_model(BaseModel(folder=str(start / "weights")))
+    base = load_language_model(BaseModel(**card.base_model))
+    trainable: Any = PeftModel.from_pretrained(base, str(start / "weights"), is_trainable=True)
+    return trainable
+
+
+def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:
+    """The model with adapters, which alone are trained, on each linear layer but the output embeddings."""
+    config = LoraConfig(
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,
+        use_rslora=tuning.method == "rslora",
+        use_dora=tuning.method == "dora",
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
-    return trainable, base_model
+    adapted: Any = get_peft_model(language_model, config)
+    return adapted
 
 
 def _scorer(model: PackedRelevanceModel, tokenizer: PromptTokenizer, card: ModelCard) -> PairScorer:

@@ -5,13 +5,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from csrm.errors import BundleError, ConfigError, InputError
 from csrm.labels import BINARY_LABELS, ESCI_LABELS
 from csrm.manifest import write_manifest
+from csrm.prompts import Translation
 from csrm.scoring import PairScorer
+from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.training import stage
 from csrm.training.base_model import BaseModel
-from csrm.training.stage import KIND, load_trained, one_hot_targets
+from csrm.training.packs import TrainingPack, judged_packs, translation_packs
+from csrm.training.stage import (
+    KIND,
+    Tuning,
+    load_trained,
+    one_hot_targets,
+    smoothed_targets,
+    start_tokenizer_json,
+    with_adapters,
+)
 
 Train = Callable[..., PairScorer]
 
@@ -82,6 +104,158 @@ def test_a_stage_goes_on_from_the_weights_of_the_stage_before(
     np.testing.assert_allclose(reloaded.logits(pairs), first, atol=1e-4)
 
 
+@pytest.fixture
+def mixed_packs(pairs: pd.DataFrame, base: BaseModel) -> list[TrainingPack]:
+    """Seven packs of unequal lengths: five of judged pairs, two of translations."""
+    tokenizer = PromptTokenizer.from_json(start_tokenizer_json(base), Budgets())
+    judged = pairs.assign(group_number=pairs.groupby("query").ngroup(), query_id=pairs["query"], product_id="p")
+    judged = judged.assign(target=list(one_hot_targets(judged["grade"], ESCI_LABELS, None)))
+    texts = [Translation("ko", "en", "무선 마우스", "wireless mouse"), Translation("en", "ko", "towel", "수건")]
+    translations = translation_packs([texts[:1], texts], tokenizer, 512, 16)
+    packs = [*judged_packs([judged.sort_values("group_number", kind="stable")], tokenizer, 512)][:5]
+    assert len({pack.pack.input_ids.shape for pack in packs}) >= 4
+    return [*packs, *translations]
+
+
+def train_mixed(packs: list[TrainingPack], base: BaseModel, model_dir: Path, **settings: object) -> PairScorer:
+    return stage.train_stage(packs, base, Tuning(**settings), ESCI_LABELS, Budgets(), 512, model_dir)
+
+
+def weights_of(model_dir: Path) -> dict[str, torch.Tensor]:
+    (path,) = (model_dir / "weights").glob("*.safetensors")
+    return load_file(path)
+
+
+def history_of(model_dir: Path) -> pd.DataFrame:
+    return pd.DataFrame(json.loads((model_dir / "history.json").read_text()))
+
+
+def test_losses_by_task_are_kept_shown_and_written_for_tensorboard(
+    mixed_packs: list[TrainingPack], base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = {"max_steps": 4, "packs_per_step": 7, "learning_rate": 1e-4, "translation_weight": 0.25}
+    train_mixed(mixed_packs, base, tmp_path / "model", **settings)
+    history = history_of(tmp_path / "model")
+    assert history.columns.to_list() == ["step", "loss", "relevance_loss", "translation_loss", "learning_rate"]
+    assert history["step"].to_list() == [1, 2, 3, 4]
+    np.testing.assert_allclose(history["loss"], history["relevance_loss"] + 0.25 * history["translation_loss"])
+    assert load_trained(tmp_path / "model")[2].loss == pytest.approx(history["loss"].mean())
+    assert "step 3 of 4: loss " in caplog.text
+    assert ", translation " in caplog.text
+    assert "left" in caplog.text
+    events = EventAccumulator(str(tmp_path / "model.logs")).Reload()
+    written = [event.value for event in events.Scalars("train/translation_loss")]
+    np.testing.assert_allclose(written, history["translation_loss"], rtol=1e-6)
+
+
+def test_only_what_was_learnt_has_a_loss(train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path) -> None:
+    train_on(pairs, base, tmp_path / "model", max_steps=1)
+    assert "translation_loss" not in history_of(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [{"accumulation_steps": 3}, {"gradient_checkpointing": True}], ids=str)
+def test_a_step_in_less_memory_is_the_same_step(
+    change: dict[str, object], mixed_packs: list[TrainingPack], base: BaseModel, tmp_path: Path
+) -> None:
+    settings = {"method": "full", "max_steps": 3, "packs_per_step": 3, "learning_rate": 1e-4}
+    train_mixed(mixed_packs, base, tmp_path / "whole", **settings)
+    train_mixed(mixed_packs, base, tmp_path / "parts", **settings, **change)
+    pd.testing.assert_frame_equal(history_of(tmp_path / "parts"), history_of(tmp_path / "whole"), rtol=1e-5)
+    for name, tensor in weights_of(tmp_path / "whole").items():
+        torch.testing.assert_close(weights_of(tmp_path / "parts")[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "rslora"}, {"method": "dora"}, {"gradient_checkpointing": True}, {"accumulation_steps": 2}],
+    ids=str,
+)
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights_and_history(
+    change: dict[str, object],
+    mixed_packs: list[TrainingPack],
+    base: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a step is run in parts, it goes on with whole steps: a checkpoint fits another number of parts."""
+    settings = {"max_steps": 4, "packs_per_step": 2, "checkpoint_steps": 2, "learning_rate": 1e-4, **change}
+    train_mixed(mixed_packs, base, tmp_path / "whole", **settings)
+
+    class Stopped(Exception):
+        pass
+
+    save = stage._StageTrainer._save_checkpoint
+
+    def save_and_stop(*args: object) -> None:
+        save(*args)
+        raise Stopped
+
+    monkeypatch.setattr(stage._StageTrainer, "_save_checkpoint", save_and_stop)
+    with pytest.raises(Stopped):
+        train_mixed(mixed_packs, base, tmp_path / "stopped", **settings)
+    monkeypatch.undo()
+    (checkpoint,) = (tmp_path / "stopped.unfinished" / "checkpoints").glob("*/checkpoint-*")
+    assert checkpoint.name == "checkpoint-2"
+    checkpoint.with_name("checkpoint-3").mkdir()  # one that was not written to its end
+    train_mixed(mixed_packs, base, tmp_path / "stopped", **{**settings, "accumulation_steps": 1})
+    exact = change != {"accumulation_steps": 2}
+    pd.testing.assert_frame_equal(
+        history_of(tmp_path / "stopped"), history_of(tmp_path / "whole"), check_exact=exact, rtol=1e-5
+    )
+    for name, tensor in weights_of(tmp_path / "whole").items():
+        atol = 0.0 if exact else 1e-5
+        torch.testing.assert_close(weights_of(tmp_path / "stopped")[name], tensor, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", ["rslora", "dora"])
+def test_every_kind_of_adapter_learns_and_reloads_the_same(
+    method: str, train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
+) -> None:
+    trained = train_on(pairs, base, tmp_path / "model", method=method, max_steps=3, learning_rate=1e-3)
+    plain = train_on(pairs, base, tmp_path / "plain", method="lora", max_steps=3, learning_rate=1e-3)
+    logits = trained.logits(pairs)
+    assert np.abs(logits - plain.logits(pairs)).max() > 1e-4
+    np.testing.assert_allclose(load_trained(tmp_path / "model")[1].logits(pairs), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("config_class", [Qwen2Config, LlamaConfig, Gemma3TextConfig])
+def test_adapters_are_on_all_linear_layers_but_the_output_embeddings(
+    config_class: type[PretrainedConfig], tied: bool
+) -> None:
+    config = config_class(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    model = with_adapters(AutoModelForCausalLM.from_config(config), Tuning())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[-4] for name in trained} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert all("lora_" in name for name in trained)
+
+
+def test_smoothed_labels_keep_their_order_and_sum() -> None:
+    smoothed = smoothed_targets(np.eye(4, dtype=np.float32)[[0, 3]], 0.2)
+    np.testing.assert_allclose(smoothed, [[0.85, 0.05, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]], rtol=1e-6)
+    assert smoothed.dtype == np.float32
+
+
+def test_a_step_that_cannot_be_shared_is_refused(
+    train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"expected a multiple of 3, that is 1 processes times 3 .*, got 4"):
+        train_on(pairs, base, tmp_path / "model", packs_per_step=4, accumulation_steps=3)
+
+
 def test_a_stage_of_another_shape_than_the_one_before_is_refused(
     train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
 ) -> None:
@@ -129,7 +303,7 @@ def test_a_grade_without_a_label_is_named() -> None:
 def test_a_loss_that_is_not_finite_stops_with_its_pairs_and_without_a_model(
     train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"the loss is nan at step \d+, over kr .* more\. .* Lower tuning\.learning"):
+    with pytest.raises(ConfigError, match=r"the loss is nan at step \d+, over \w\w .* more\. .* Lower tuning\.l"):
         train_on(pairs, base, tmp_path / "model", method="full", max_steps=12, learning_rate=1e38)
     assert not (tmp_path / "model").exists()
 
