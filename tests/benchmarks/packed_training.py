@@ -6,6 +6,7 @@ A pair is a query with three retrieved titles and a product's title, twelve pair
 optimiser steps: same weights and adapters, same pairs in each step, fp32, as many tokens in each forward pass. The
 padded one sends one prompt a pair through the decoder as it is; it too computes the labels' logits at the last token
 only, not those of the whole vocabulary. Each runs in a process of its own, which gives its memory, and they take turns.
+Where the machine is busy, seconds of processor say more than seconds.
 Their losses must agree in the first step, or the run is void.
 """
 
@@ -36,6 +37,7 @@ PAIRS_PER_QUERY = 12
 TITLES_PER_QUERY = 3
 TOLERANCE = 1e-4
 CONTENDERS = ("packs", "padded batches")
+SECONDS = ("seconds", "cpu_seconds")
 
 Losses = Callable[[Sequence[Group], torch.Tensor], Iterator[torch.Tensor]]
 """Of groups and their one-hot targets, in order of their pairs: each forward pass's part of the mean loss."""
@@ -135,16 +137,21 @@ def take_steps(args: argparse.Namespace) -> None:
     for step, _ in enumerate(sys.stdin):
         first = step * args.queries
         pairs = slice(first * PAIRS_PER_QUERY, (first + args.queries) * PAIRS_PER_QUERY)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         total = 0.0
         for loss in losses(groups[first : first + args.queries], targets[pairs]):
             loss.backward()
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"loss": total, "seconds": seconds, "before_mib": before, "peak_mib": peak}), flush=True)
+        cost = {
+            "loss": total,
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - start_cpu,
+            "before_mib": before,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(json.dumps(cost), flush=True)
 
 
 def main() -> None:
@@ -154,7 +161,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="optimiser steps of each contender")
     parser.add_argument("--queries", type=int, default=2, help=f"queries a step, {PAIRS_PER_QUERY} pairs each")
     parser.add_argument("--pack-tokens", type=int, default=512)
-    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a forward pass, with padding")
+    parser.add_argument("--batch-tokens", type=int, default=512, help="tokens of a forward pass, with padding")
     parser.add_argument("--contender", choices=CONTENDERS, help="take steps as this one, for each line of input")
     args = parser.parse_args()
     if args.contender:
@@ -175,7 +182,11 @@ def main() -> None:
                 print(file=process.stdin, flush=True)
                 costs[name] = json.loads(process.stdout.readline())
             steps.append(costs)
-            print("; ".join(f"{name} {cost['seconds']:.1f} s, loss {cost['loss']:.6f}" for name, cost in costs.items()))
+            shown = (
+                f"{name} {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} s of processor), loss {cost['loss']:.6f}"
+                for name, cost in costs.items()
+            )
+            print("; ".join(shown), flush=True)
             packs, padded = (cost["loss"] for cost in costs.values())
             if len(steps) == 1 and abs(packs - padded) > TOLERANCE * abs(padded):
                 raise SystemExit(f"void: losses of the first step are {packs} and {padded}")
@@ -185,14 +196,17 @@ def main() -> None:
     num_pairs = args.queries * PAIRS_PER_QUERY
     print(f"{num_pairs} pairs a step, medians of {args.repeats} steps, {torch.get_num_threads()} threads")
     for name in CONTENDERS:
-        seconds = statistics.median(costs[name]["seconds"] for costs in steps)
+        seconds, cpu_seconds = (statistics.median(costs[name][key] for costs in steps) for key in SECONDS)
         last = steps[-1][name]
         print(
-            f"{name}: {num_pairs / seconds:.2f} pairs/s, peak {last['peak_mib']:,.0f} MiB "
-            f"({last['before_mib']:,.0f} MiB with the model loaded)"
+            f"{name}: {num_pairs / seconds:.2f} pairs/s, {num_pairs / cpu_seconds:.2f} a second of processor; "
+            f"peak {last['peak_mib']:,.0f} MiB ({last['before_mib']:,.0f} MiB with the model loaded)"
         )
-    ratios = [costs[CONTENDERS[1]]["seconds"] / costs[CONTENDERS[0]]["seconds"] for costs in steps]
-    print(f"ratio {statistics.median(ratios):.2f} (median of the steps' own, {min(ratios):.2f} to {max(ratios):.2f})")
+    for key in SECONDS:
+        ratios = [costs[CONTENDERS[1]][key] / costs[CONTENDERS[0]][key] for costs in steps]
+        print(
+            f"ratio by {key}: {statistics.median(ratios):.2f} (median of steps, {min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":
