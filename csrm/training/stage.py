@@ -29,7 +29,7 @@ from csrm.manifest import check_replaceable, file_digest, replace_folder, verify
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.model import PackedRelevanceModel, check_window, torch_pack_scorer
+from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
 
 KIND = "model"
@@ -160,7 +160,6 @@ def train_stage(
     tokenizer_json = start_tokenizer_json(start)
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
     language_model, base_model = _load_start(start, tuning)
-    check_window(language_model.config, budgets)
     model = PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(labels), tuning.translation_weight)
     steps = tuning.max_steps or math.ceil(tuning.epochs * num_packs / tuning.packs_per_step)
     last_checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
