@@ -88,7 +88,7 @@ def _rope_types(config: Any) -> set[str]:
     """Rotary scalings of all layers; transformers 5 has one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    return {kind.get("rope_type", kind.get("type", "default")) for kind in kinds}
+    return {str(kind.get("rope_type", kind.get("type", "default"))) for kind in kinds}
 
 
 def _supported() -> str:

@@ -180,7 +180,7 @@ def test_a_translation_is_learnt_as_in_plain_text(
 
 @pytest.mark.parametrize("window", [64, 12])
 def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(window: int) -> None:
-    """Gemma 3: two rotary bases, sliding and full layers, one key and value head; prompts within the window and longer."""
+    """Gemma 3: two rotary bases, sliding and full layers, one key and value head; short and long prompts."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
