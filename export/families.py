@@ -6,7 +6,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from csrm.errors import ConfigError
-from csrm.tokenization import Budgets
 from csrm.training.base_model import BaseModel
 
 FAMILIES = {
@@ -24,8 +23,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def check_model(base_model: BaseModel, budgets: Budgets) -> None:
+def check_model(base_model: BaseModel, prompt_tokens: int) -> None:
     """Refuse a model that would not be exported right, from its configuration alone.
+
+    Args:
+        prompt_tokens: most tokens of a prompt.
 
     Raises:
         ConfigError: another family, or a setting of it that packs do not honour; weights in a pickle only.
@@ -39,14 +41,15 @@ def check_model(base_model: BaseModel, budgets: Budgets) -> None:
         raise ConfigError(
             f"model {base_model.name!r}: {_supported()} Its configuration cannot be read: {error}"
         ) from error
-    check_config(config, budgets)
+    check_config(config, prompt_tokens)
 
 
-def check_config(config: Any, budgets: Budgets) -> None:
+def check_config(config: Any, prompt_tokens: int) -> None:
     """Refuse a configuration of another family, or with a setting that packs do not honour.
 
     Args:
         config: of transformers.
+        prompt_tokens: most tokens of a prompt.
 
     Raises:
         ConfigError: says what is wrong, and what is supported.
@@ -60,10 +63,9 @@ def check_config(config: Any, budgets: Budgets) -> None:
         problems.append("use_bidirectional_attention is on: expected a causal model")
     if unknown := sorted(_rope_types(config) - set(ROPE_TYPES)):
         problems.append(f"rotary scaling {', '.join(unknown)}, expected one of {', '.join(ROPE_TYPES)}")
-    longest = budgets.prefix + budgets.suffix
-    if longest > config.max_position_embeddings:
+    if prompt_tokens > config.max_position_embeddings:
         problems.append(
-            f"a prompt may take {longest} tokens, but the model was made for {config.max_position_embeddings}"
+            f"a prompt may take {prompt_tokens} tokens, but the model was made for {config.max_position_embeddings}"
         )
     if problems:
         raise ConfigError(f"model of type {config.model_type!r} cannot be exported: {'; '.join(problems)}.")

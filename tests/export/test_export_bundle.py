@@ -1,5 +1,4 @@
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from csrm.bundle import load_scorer
+from csrm.bundle import load_bundle, load_scorer
 from csrm.errors import ConfigError, ParityError
 from csrm.labels import ESCI_LABELS
 from csrm.onnx_backend import load_pack_scorer
@@ -83,10 +82,10 @@ def test_only_the_label_rows_of_an_untied_head_are_exported(
 
 
 def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
-    parity = json.loads((tiny_bundle / "parity.json").read_text())
-    assert parity["num_pairs"] == 30
-    assert parity["logit_margin_std"] >= 1
-    assert parity["largest_score_difference"] <= 1e-5
+    parity = load_bundle(tiny_bundle).settings.parity
+    assert parity.num_pairs == 30
+    assert parity.logit_margin_std >= 1
+    assert parity.largest_score_difference <= 1e-5
 
 
 def test_another_model_fails_parity(

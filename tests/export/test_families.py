@@ -15,7 +15,6 @@ from csrm.labels import ESCI_LABELS, expected_gain
 from csrm.onnx_backend import load_pack_scorer
 from csrm.packing import Group, PackBatch, build_packs
 from csrm.scoring import PackScorer
-from csrm.tokenization import Budgets
 from csrm.training.base_model import BaseModel
 from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
 from export.families import check_config, check_model
@@ -192,7 +191,7 @@ def test_a_window_that_is_ignored_is_seen(name: str, monkeypatch: pytest.MonkeyP
     assert np.abs(actual - expected).max() >= 100 * TOLERANCE * np.ptp(expected)
 
 
-BUDGETS = Budgets()
+PROMPT_TOKENS = 352
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ BUDGETS = Budgets()
 def test_other_models_are_refused_with_the_list_of_what_is_supported(config: transformers.PretrainedConfig) -> None:
     expected = r"model of type '\w+': supported are Qwen2 and Qwen2\.5 \(qwen2\), Qwen3 .* Gemma 3 \(text\)"
     with pytest.raises(ConfigError, match=expected):
-        check_config(config, BUDGETS)
+        check_config(config, PROMPT_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_other_models_are_refused_with_the_list_of_what_is_supported(config: tra
 )
 def test_settings_that_packs_do_not_honour_are_refused(config: transformers.PretrainedConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_config(config, BUDGETS)
+        check_config(config, PROMPT_TOKENS)
 
 
 def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(tmp_path: 
     config = {"model_type": "own", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="supported are Qwen2"):
-        check_model(BaseModel(folder=str(tmp_path)), BUDGETS)
+        check_model(BaseModel(folder=str(tmp_path)), PROMPT_TOKENS)
     assert not (tmp_path / "ran").exists()
 
 
@@ -244,6 +243,6 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     transformers.Qwen2Config().save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"got pickles \['pytorch_model\.bin'\].* call save_pretrained"):
-        check_model(BaseModel(folder=str(tmp_path)), BUDGETS)
+        check_model(BaseModel(folder=str(tmp_path)), PROMPT_TOKENS)
     (tmp_path / "model.safetensors").touch()
-    check_model(BaseModel(folder=str(tmp_path)), BUDGETS)
+    check_model(BaseModel(folder=str(tmp_path)), PROMPT_TOKENS)
