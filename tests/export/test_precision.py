@@ -40,7 +40,7 @@ def scores_of(path: Path, tokenizer: PromptTokenizer, pairs: pd.DataFrame) -> np
     ("recipe", "largest_shift", "largest_spread", "operator"),
     [
         (Recipe("fp16", bits=16), 0.01, 0.005, "Cast"),
-        (Recipe("int8", bits=8), 0.1, 1e-5, "MatMulNBits"),
+        (Recipe("int8", bits=8), 0.1, 0.01, "MatMulNBits"),
         (Recipe("int8", bits=8, float_activations=True), 0.05, 1e-5, "MatMulNBits"),
         (Recipe("int4", bits=4), 0.7, 0.02, "MatMulNBits"),
     ],
