@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from peft import PeftModel
 from pydantic import Field
+from tokenizers import Tokenizer
 
 from csrm.bundle import (
     GOLDEN_NAME,
@@ -143,8 +144,8 @@ def export_bundle(
         with _step("model in torch, adapters merged"):
             model, torch_scorer, card = load_trained(model_dir)
             if card.tuning["method"] == "lora":
-                _check_merge(model_dir, card, torch_scorer, pairs.iloc[:_MERGE_PAIRS])
-        tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_NAME, card.budgets)
+                check_merge(model_dir, card, torch_scorer, pairs.iloc[:_MERGE_PAIRS])
+        tokenizer = _matching_tokenizer(folder / TOKENIZER_NAME, card, model)
         with _step(f"scores of {len(pairs)} pairs in torch"):
             torch_logits = torch_scorer.logits(pairs)
         with _step("fp32 graph"):
@@ -357,7 +358,7 @@ def _check_source(model_dir: Path) -> None:
     check_model(base_model, card["budgets"]["prefix"] + card["budgets"]["suffix"])
 
 
-def _check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.DataFrame) -> None:
+def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.DataFrame) -> None:
     """Adapters inside of the weights must score as adapters beside them.
 
     Raises:
@@ -369,6 +370,20 @@ def _check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(card.labels))
     scorer = PairScorer(tokenizer, card.labels, torch_pack_scorer(model), card.pack_tokens, provider="adapters")
     check_parity(pairs, scorer, merged, SCORE_TOLERANCE)
+
+
+def _matching_tokenizer(path: Path, card: ModelCard, model: PackedRelevanceModel) -> PromptTokenizer:
+    """Raises:
+    ConfigError: the tokenizer knows tokens that the model has no embedding for.
+    """
+    num_tokens = Tokenizer.from_file(str(path)).get_vocab_size()
+    num_embeddings = model.language_model.get_input_embeddings().weight.shape[0]
+    if num_tokens > num_embeddings:
+        raise ConfigError(
+            f"model {card.base_model}: the tokenizer has {num_tokens} tokens, but the model has embeddings of "
+            f"{num_embeddings}. Is it another model's tokenizer? Train the model again."
+        )
+    return PromptTokenizer.from_file(path, card.budgets)
 
 
 def _settings(

@@ -111,6 +111,7 @@ def plot_precisions(reports: list[PrecisionReport], path: Path) -> None:
         axes.set_ylabel(label)
     for axes in (top, middle, bottom):
         axes.set_xticks(places, names)
+        axes.set_xlim(-0.5, len(measured) - 0.5)
     figure.savefig(path, dpi=110)
 
 
