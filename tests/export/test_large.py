@@ -58,6 +58,7 @@ def export(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_model_above_2_gb_has_its_weights_beside_the_graph(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
