@@ -43,7 +43,7 @@ from csrm.bundle import (
 )
 from csrm.cli import job_parser, run_job
 from csrm.config import Settings, load_config
-from csrm.errors import ConfigError, InputError, ParityError
+from csrm.errors import BundleError, ConfigError, InputError, ParityError
 from csrm.golden import GoldenPairs, choose_golden_pairs
 from csrm.labels import Label, expected_gain
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
@@ -350,12 +350,16 @@ def _wanted_precisions(precision: str, device: str, has_labels: bool) -> list[Pr
 
 def _check_source(model_dir: Path) -> None:
     """Refuse what is not supported before any weight is read."""
-    card = json.loads((model_dir / "model.json").read_text(encoding="utf-8"))
     check_weights(model_dir / "weights")
-    base_model = BaseModel(**card["base_model"])
-    if card["tuning"]["method"] == "full":
-        base_model = BaseModel(folder=str(model_dir / "weights"))
-    check_model(base_model, card["budgets"]["prefix"] + card["budgets"]["suffix"])
+    try:
+        card = json.loads((model_dir / "model.json").read_text(encoding="utf-8"))
+        method, prompt_tokens = card["tuning"]["method"], card["budgets"]["prefix"] + card["budgets"]["suffix"]
+        base_model = BaseModel(**card["base_model"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(
+            f"model {str(model_dir)!r}: model.json cannot be read ({error!r}). Train it again."
+        ) from error
+    check_model(BaseModel(folder=str(model_dir / "weights")) if method == "full" else base_model, prompt_tokens)
 
 
 def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.DataFrame) -> None:
