@@ -3,13 +3,40 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationError
+
+from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""Version 1 had no `about`; it is read as before."""
+
+
+class FileEntry(Settings):
+    """One file of an artefact."""
+
+    sha256: str
+    """In hexadecimal."""
+    bytes: int
+
+
+class Manifest(Settings):
+    """What `manifest.json` holds."""
+
+    manifest_version: int
+    kind: str
+    """What the folder is, for example bundle."""
+    digest: str
+    """sha256 over the sorted names and digests of the files, and over `about` where there is one."""
+    files: dict[str, FileEntry]
+    """Every file of the folder but the manifest; names are relative, with / between their parts."""
+    about: dict[str, Any] = Field(default_factory=dict)
+    """What the artefact says about itself."""
 
 
 def file_digest(path: Path) -> str:
@@ -18,24 +45,27 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, kind: str) -> str:
+def write_manifest(folder: Path, kind: str, about: Mapping[str, Any] | None = None) -> str:
     """Describe every file of a finished folder.
 
     Args:
         folder: the artefact; its files may lie in sub-folders.
         kind: what the folder is, for example bundle.
+        about: what the artefact says about itself, as JSON has it.
 
     Returns:
-        The digest of the whole: sha256 over the sorted names and digests of its files.
+        The digest of the whole.
     """
     files = {
-        path.relative_to(folder).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        path.relative_to(folder).as_posix(): FileEntry(sha256=file_digest(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }
-    digest = _whole_digest(files)
-    manifest = {"manifest_version": MANIFEST_VERSION, "kind": kind, "digest": digest, "files": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    about = dict(about or {})
+    digest = _whole_digest(files, about)
+    manifest = Manifest(manifest_version=MANIFEST_VERSION, kind=kind, digest=digest, files=files, about=about)
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
     return digest
 
 
@@ -69,11 +99,43 @@ def replace_folder(finished: Path, folder: Path, kind: str) -> None:
     finished.rename(folder)
 
 
-def verify_manifest(folder: str | Path, kind: str) -> str:
-    """Check every file of a folder against its manifest.
+def parse_manifest(text: str, where: str, kind: str) -> Manifest:
+    """A manifest from its text.
 
-    Returns:
-        The digest of the whole.
+    Args:
+        where: of the artefact, for messages.
+
+    Raises:
+        BundleError: not a manifest, or one of another kind or version.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where}: {MANIFEST_NAME} is not JSON ({error}). Make the {kind} again.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
+        raise BundleError(f"{where}: {MANIFEST_NAME} has no list of files. Make the {kind} again.")
+    if values.get("kind") != kind:
+        raise BundleError(f"{where}: is a {values.get('kind')!r}, expected a {kind!r}.")
+    if values.get("manifest_version") not in (1, MANIFEST_VERSION):
+        raise BundleError(
+            f"{where}: has manifest version {values.get('manifest_version')!r}, this CSRM reads {MANIFEST_VERSION}. "
+            f"Make the {kind} again, or use the CSRM that made it."
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        raise BundleError(f"{where}: {MANIFEST_NAME} was edited: {error}. Copy or make it again.") from error
+    if outside := [name for name in manifest.files if name.startswith("/") or ".." in name.split("/")]:
+        raise BundleError(f"{where}: {MANIFEST_NAME} names files outside of the folder: {outside}.")
+    if manifest.digest != _whole_digest(manifest.files, manifest.about):
+        raise BundleError(
+            f"{where}: {MANIFEST_NAME} was edited: its digest is not that of its files. Copy or make it again."
+        )
+    return manifest
+
+
+def load_manifest(folder: str | Path, kind: str) -> Manifest:
+    """Check every file of a folder against its manifest.
 
     Raises:
         BundleError: no folder or manifest, another kind or version, or files that are missing, changed or not listed.
@@ -81,41 +143,37 @@ def verify_manifest(folder: str | Path, kind: str) -> str:
     folder = Path(folder)
     where = f"{kind} {str(folder)!r}"
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
     except OSError as error:
         raise BundleError(f"{where}: {MANIFEST_NAME} cannot be read ({error.strerror}). Is the path right?") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise BundleError(f"{where}: {MANIFEST_NAME} is not JSON ({error}). Make the {kind} again.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise BundleError(f"{where}: {MANIFEST_NAME} has no list of files. Make the {kind} again.")
-    if manifest.get("kind") != kind:
-        raise BundleError(f"{where}: is a {manifest.get('kind')!r}, expected a {kind!r}.")
-    if manifest.get("manifest_version") != MANIFEST_VERSION:
-        raise BundleError(
-            f"{where}: has manifest version {manifest.get('manifest_version')!r}, this CSRM reads {MANIFEST_VERSION}. "
-            f"Make the {kind} again, or use the CSRM that made it."
-        )
-    problems = _changed_files(folder, manifest["files"])
-    if not problems and manifest.get("digest") != _whole_digest(manifest["files"]):
-        problems = [f"{MANIFEST_NAME} was edited: its digest is not that of its files"]
-    if problems:
+    manifest = parse_manifest(text, where, kind)
+    if problems := _changed_files(folder, manifest.files):
         raise BundleError(f"{where}: is not as it was made: {'; '.join(problems)}. Copy or make it again.")
-    return str(manifest["digest"])
+    return manifest
 
 
-def _changed_files(folder: Path, files: dict[str, Any]) -> list[str]:
+def verify_manifest(folder: str | Path, kind: str) -> str:
+    """The digest of a folder whose files are as they were made; raises as load_manifest does."""
+    return load_manifest(folder, kind).digest
+
+
+def _changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST_NAME}
     problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
     for name in sorted(files.keys() & present):
         size = (folder / name).stat().st_size
-        if size != files[name]["bytes"]:
-            problems.append(f"{name} has {size} bytes, expected {files[name]['bytes']}")
-        elif file_digest(folder / name) != files[name]["sha256"]:
+        if size != files[name].bytes:
+            problems.append(f"{name} has {size} bytes, expected {files[name].bytes}")
+        elif file_digest(folder / name) != files[name].sha256:
             problems.append(f"{name} has another content (sha256)")
     return problems
 
 
-def _whole_digest(files: dict[str, Any]) -> str:
-    canonical = json.dumps({name: files[name]["sha256"] for name in sorted(files)}, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _whole_digest(files: Mapping[str, FileEntry], about: Mapping[str, Any]) -> str:
+    parts: dict[str, Any] = {name: entry.sha256 for name, entry in files.items()}
+    if about:
+        parts[MANIFEST_NAME] = about
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

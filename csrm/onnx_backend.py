@@ -1,6 +1,8 @@
 """ONNX Runtime: a packed graph on a device that was asked for by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,18 +26,11 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
     Raises:
         ConfigError: an unknown device, or two builds of ONNX Runtime are installed.
         DeviceError: the device is not there. ONNX Runtime itself would go on with the CPU.
-        BundleError: the graph cannot be read.
+        BundleError: the graph cannot be read, or is not a packed graph.
     """
-    require_one_onnxruntime()
-    import onnxruntime  # where both of its packages or neither is installed, the line above says so
+    provider, options = require_device(device)
+    import onnxruntime
 
-    provider, options = _provider(device)
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        raise DeviceError(
-            f"device {device!r}: needs {provider}, but onnxruntime {onnxruntime.__version__} here has {available}. "
-            "Install csrm[gpu] on a machine with a GPU, or ask for device cpu."
-        )
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = 3
     if threads is not None:
@@ -53,11 +48,53 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
             f"Does the CUDA version fit onnxruntime {onnxruntime.__version__}?"
         )
 
+    expected = set(PackBatch._fields) - {"pair_index"}
+    if {tensor.name for tensor in session.get_inputs()} != expected or "logits" not in _names(session.get_outputs()):
+        raise BundleError(
+            f"model {str(model_path)!r}: expected inputs {sorted(expected)} and output logits, got inputs "
+            f"{_names(session.get_inputs())} and outputs {_names(session.get_outputs())}. Is it another model's graph?"
+        )
+
     def score(batch: PackBatch) -> np.ndarray:
         (logits,) = session.run(["logits"], batch.model_inputs())
         return np.asarray(logits)
 
     return score, provider
+
+
+def require_device(device: str) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's provider for a device, and its options.
+
+    Raises:
+        ConfigError, DeviceError: see load_pack_scorer.
+    """
+    require_one_onnxruntime()
+    import onnxruntime  # where both of its packages or neither is installed, the line above says so
+
+    provider, options = _provider(device)
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise DeviceError(
+            f"device {device!r}: needs {provider}, but onnxruntime {onnxruntime.__version__} here has {available}. "
+            "Install csrm[gpu] on a machine with a GPU, or ask for device cpu."
+        )
+    return provider, options
+
+
+def graph_tensors(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs and outputs of a graph: name to (type, shape), where named dimensions may have any size."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
+    inputs, outputs = (
+        {tensor.name: (tensor.type, tuple(tensor.shape)) for tensor in tensors}
+        for tensors in (session.get_inputs(), session.get_outputs())
+    )
+    return inputs, outputs
+
+
+def _names(tensors: Sequence[Any]) -> list[str]:
+    return sorted(tensor.name for tensor in tensors)
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:

@@ -1,31 +1,17 @@
-"""Proof that two scorers of one model agree."""
-
-import dataclasses
-from dataclasses import dataclass
+"""Proof that two scorers of one model agree, and that a score does not depend on the pack that it is computed in."""
 
 import numpy as np
 import pandas as pd
 
+from csrm.bundle import Parity
 from csrm.errors import ParityError
-from csrm.labels import expected_gain
-from csrm.scoring import PairScorer
+from csrm.labels import Label, expected_gain
+from csrm.scoring import PackScorer, PairScorer
+from csrm.tokenization import PromptTokenizer
 
 SCORE_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far two scorers are apart on the same pairs."""
-
-    num_pairs: int
-    largest_score_difference: float
-    largest_logit_difference: float
-    logit_margin_std: float
-    """Standard deviation over the pairs of the last label's logit minus the first's: near 0, any two models agree."""
-    tolerance: float
-
-    def to_dict(self) -> dict[str, float]:
-        return dataclasses.asdict(self)
+"""Largest difference of a score between torch and the fp32 graph, and between adapters beside and inside of weights."""
+NUM_PACKINGS = 20
 
 
 def check_parity(pairs: pd.DataFrame, expected: PairScorer, actual: PairScorer, tolerance: float) -> Parity:
@@ -39,16 +25,28 @@ def check_parity(pairs: pd.DataFrame, expected: PairScorer, actual: PairScorer, 
         ParityError: a score differs by more (the message shows the worst pair), or is not finite.
     """
     logits = [scorer.logits(pairs) for scorer in (expected, actual)]
-    if not all(np.isfinite(values).all() for values in logits):
+    return compare_logits(pairs, logits[0], logits[1], expected.labels, (expected.provider, actual.provider), tolerance)
+
+
+def compare_logits(
+    pairs: pd.DataFrame,
+    expected: np.ndarray,
+    actual: np.ndarray,
+    labels: tuple[Label, ...],
+    names: tuple[str, str],
+    tolerance: float,
+) -> Parity:
+    """What check_parity does, for logits that are there already, each of shape (num_pairs, num_labels)."""
+    if not (np.isfinite(expected).all() and np.isfinite(actual).all()):
         raise ParityError("parity: a logit is not a finite number. The bundle was not written.")
-    gains = np.array([label.gain for label in expected.labels])
-    scores = [expected_gain(values, gains) for values in logits]
+    gains = np.array([label.gain for label in labels])
+    scores = [expected_gain(logits, gains) for logits in (expected, actual)]
     differences = np.abs(scores[0] - scores[1])
-    margins = logits[0][:, -1] - logits[0][:, 0]
+    margins = expected[:, -1] - expected[:, 0]
     parity = Parity(
         num_pairs=len(pairs),
         largest_score_difference=float(differences.max()),
-        largest_logit_difference=float(np.abs(logits[0] - logits[1]).max()),
+        largest_logit_difference=float(np.abs(expected - actual).max()),
         logit_margin_std=float(margins.std()),
         tolerance=tolerance,
     )
@@ -57,7 +55,31 @@ def check_parity(pairs: pd.DataFrame, expected: PairScorer, actual: PairScorer, 
         pair = pairs.iloc[worst]
         raise ParityError(
             f"parity: pair {worst} of {len(pairs)} (query {pair['query']!r}, product {pair['title']!r}) scores "
-            f"{scores[0][worst]:.6f} with {expected.provider} and {scores[1][worst]:.6f} with {actual.provider}; "
+            f"{scores[0][worst]:.6f} with {names[0]} and {scores[1][worst]:.6f} with {names[1]}; "
             f"allowed difference {tolerance}. The bundle was not written."
         )
     return parity
+
+
+def pack_spread(
+    pairs: pd.DataFrame,
+    tokenizer: PromptTokenizer,
+    labels: tuple[Label, ...],
+    pack_scorer: PackScorer,
+    pack_tokens: int,
+    num_packings: int = NUM_PACKINGS,
+) -> float:
+    """Largest difference of one pair's score over packs of other sizes with other pairs in another order.
+
+    Args:
+        pairs: see csrm.scoring.PAIR_COLUMNS; every one is scored in every packing.
+        pack_tokens: most tokens of a pack; packings have that many, down to one prefix with one suffix.
+    """
+    rng = np.random.default_rng(0)
+    longest = tokenizer.budgets.prefix + tokenizer.budgets.suffix
+    scores = np.empty((num_packings, len(pairs)))
+    for row in scores:
+        order = rng.permutation(len(pairs))
+        scorer = PairScorer(tokenizer, labels, pack_scorer, int(rng.integers(longest, pack_tokens + 1)))
+        row[order] = scorer.score(pairs.iloc[order])["relevance_score"]
+    return float(np.ptp(scores, axis=0).max())

@@ -72,7 +72,9 @@ class ScoringConfig(Settings):
     tables: str
     """Folder that holds the tables that CSRM writes, any URI."""
     bundle: str
-    """Folder of the bundle, the same path on every machine."""
+    """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
+    bundle_digest: str | None = None
+    """Digest that the bundle must have, or its first characters; default: any."""
     device: str = "cpu"
     """cpu, cuda, or cuda:<number>."""
     use_retrieved_titles: bool = True
@@ -101,10 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not re.fullmatch(r"[\w.:-]+", run_id):
         raise ConfigError(f"--run-id {run_id!r}: expected letters, digits and . : _ - only.")
 
+    bundle_digest = load_bundle(config.bundle, config.bundle_digest).digest
+
     spark = build_session("csrm-score-catalog")
     earlier = find_published_run(spark, config.tables, run_id)
     if earlier is not None:
-        check_same_run(earlier, config.markets, load_bundle(config.bundle).digest)
+        check_same_run(earlier, config.markets, bundle_digest)
         print(f"run {run_id} was published before: relevance_scores version {earlier['published_version']}.")
         return 0
     scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from csrm.errors import BundleError
-from csrm.manifest import verify_manifest, write_manifest
+from csrm.manifest import load_manifest, verify_manifest, write_manifest
 
 
 @pytest.fixture
@@ -76,3 +76,32 @@ def test_another_manifest_is_refused(tmp_path: Path, text: str, message: str) ->
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"nowhere.*Is the path right"):
         verify_manifest(tmp_path / "nowhere", "bundle")
+
+
+def test_what_a_folder_says_about_itself_is_part_of_its_digest(folder: Path) -> None:
+    digests = {write_manifest(folder, "bundle", about) for about in (None, {"gain": 1}, {"gain": 0.5}, {"other": 1})}
+    assert len(digests) == 4
+    manifest = load_manifest(folder, "bundle")
+    assert manifest.about == {"other": 1}
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"other": 1', '"other": 2'))
+    with pytest.raises(BundleError, match="was edited"):
+        load_manifest(folder, "bundle")
+
+
+def test_a_manifest_of_the_first_version_is_read(folder: Path) -> None:
+    digest = write_manifest(folder, "model")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["about"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_version": 1}))
+    assert verify_manifest(folder, "model") == digest
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "/a.txt", "inner/../../a.txt"])
+def test_files_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+    write_manifest(folder, "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("a.txt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="names files outside of the folder"):
+        verify_manifest(folder, "bundle")

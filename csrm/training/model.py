@@ -8,10 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from csrm.errors import ConfigError
 from csrm.packing import PackBatch
 from csrm.scoring import PackScorer
-from csrm.tokenization import Budgets
 from csrm.training.base_model import sliding_window
 
 TASKS = ("relevance", "translation")
@@ -66,7 +64,7 @@ class PackedRelevanceModel(nn.Module):
         """
         hidden = self.language_model.get_decoder()(
             input_ids=input_ids,
-            attention_mask=attention_bias(group_ids, segment_ids, self.language_model.dtype),
+            attention_mask=self._attention_biases(position_ids, group_ids, segment_ids),
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
@@ -83,6 +81,19 @@ class PackedRelevanceModel(nn.Module):
         losses = torch.stack([relevance, translation]) / totals.clamp(min=torch.finfo(totals.dtype).tiny)
         loss = losses[0] + torch.where(totals[0] > 0, self.translation_weight, 1.0) * losses[1]
         return {"loss": loss, "losses": losses, "logits": logits}
+
+    def _attention_biases(
+        self, position_ids: torch.Tensor, group_ids: torch.Tensor, segment_ids: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The bias that all layers share, or one for each kind of layer where some layers slide."""
+        bias = attention_bias(group_ids, segment_ids, self.language_model.dtype)
+        window = sliding_window(self.config)
+        if window is None:
+            return bias
+        sliding_bias = within_window(bias, position_ids, window)
+        if getattr(self.config, "layer_types", None) is None:
+            return sliding_bias
+        return {"full_attention": bias, "sliding_attention": sliding_bias}
 
     def _translation_loss(
         self, hidden: torch.Tensor, input_ids: torch.Tensor, is_translation: torch.Tensor
@@ -126,19 +137,16 @@ def attention_bias(group_ids: torch.Tensor, segment_ids: torch.Tensor, dtype: to
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
-def check_window(config: Any, budgets: Budgets) -> None:
-    """A prompt must lie within the sliding window: packs give every layer the same mask.
+def within_window(bias: torch.Tensor, position_ids: torch.Tensor, window: int) -> torch.Tensor:
+    """The bias of sliding layers: a token sees the last `window` positions of its own prompt, itself among them.
 
-    Raises:
-        ConfigError: the longest prompt is longer than the model's sliding window.
+    Args:
+        bias: see attention_bias.
+        position_ids: shape (packs, tokens), int64; restart after the prefix for each product.
+        window: as transformers counts it.
     """
-    window = sliding_window(config)
-    longest = budgets.prefix + budgets.suffix
-    if window is not None and longest > window:
-        raise ConfigError(
-            f"budgets: prefix and suffix may take {longest} tokens, but layers of {config.model_type} see {window}. "
-            "Lower budgets.prefix or budgets.suffix."
-        )
+    distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
+    return bias.masked_fill(distance >= window, torch.finfo(bias.dtype).min)
 
 
 def torch_pack_scorer(model: PackedRelevanceModel) -> PackScorer:

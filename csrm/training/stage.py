@@ -33,7 +33,7 @@ from csrm.manifest import check_replaceable, file_digest, replace_folder, verify
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.model import TASKS, PackedRelevanceModel, check_window, task_totals, torch_pack_scorer
+from csrm.training.model import TASKS, PackedRelevanceModel, task_totals, torch_pack_scorer
 from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
 from csrm.training.processes import num_processes, run_everywhere
 
@@ -213,7 +213,7 @@ def train_stage(
     tokenizer_json = start_tokenizer_json(start)
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
-    model, history = run_everywhere(partial(_trained_model, paths, start, tuning, label_ids, budgets))
+    model, history = run_everywhere(partial(_trained_model, paths, start, tuning, label_ids))
 
     finished = unfinished / "finished"
     shutil.rmtree(finished, ignore_errors=True)
@@ -268,14 +268,13 @@ def start_tokenizer_json(start: BaseModel | Path) -> str:
 
 
 def _trained_model(
-    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int], budgets: Budgets
+    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int]
 ) -> tuple[PackedRelevanceModel, list[dict[str, float]]]:
     """Train, in this process or in all at once; returns the model and its history (see train_stage)."""
     from torch.utils.tensorboard import SummaryWriter
 
     set_seed(tuning.seed)
     language_model = _load_start(start, tuning)
-    check_window(language_model.config, budgets)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)

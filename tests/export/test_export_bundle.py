@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer
+from transformers import GPT2Config
 
-from csrm.bundle import load_scorer
+from csrm.bundle import load_bundle, load_scorer
 from csrm.errors import ConfigError, ParityError
 from csrm.labels import ESCI_LABELS
+from csrm.manifest import write_manifest
 from csrm.onnx_backend import load_pack_scorer
 from csrm.packing import PackBatch, build_packs
 from csrm.scoring import PairScorer, pair_groups
@@ -83,10 +87,10 @@ def test_only_the_label_rows_of_an_untied_head_are_exported(
 
 
 def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
-    parity = json.loads((tiny_bundle / "parity.json").read_text())
-    assert parity["num_pairs"] == 30
-    assert parity["logit_margin_std"] >= 1
-    assert parity["largest_score_difference"] <= 1e-5
+    parity = load_bundle(tiny_bundle).settings.parity
+    assert parity.num_pairs == 30
+    assert parity.logit_margin_std >= 1
+    assert parity.largest_score_difference <= 1e-5
 
 
 def test_another_model_fails_parity(
@@ -119,6 +123,69 @@ def test_merged_adapters_score_as_the_adapted_model(tiny_bundle: Path, pairs_pdf
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(ESCI_LABELS))
     scorer = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512)
     np.testing.assert_allclose(merged.logits(pairs_pdf), scorer.logits(pairs_pdf), atol=1e-4)
+
+
+def test_adapters_that_were_not_merged_are_seen(
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer
+) -> None:
+    """Negative control: the base model alone, in place of the merged model."""
+    model_dir = tiny_bundle.parent / "model"
+    _, merged, card = load_trained(model_dir)
+    export_module.check_merge(model_dir, card, merged, pairs_pdf)
+    base = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512, provider="base")
+    with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with adapters and .* with base"):
+        export_module.check_merge(model_dir, card, base, pairs_pdf)
+
+
+def changed_model(tiny_bundle: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    """A trained folder that was changed, with a manifest that is right for it."""
+    shutil.copytree(tiny_bundle.parent / "model", folder)
+    change(folder)
+    write_manifest(folder, "model")
+    return folder
+
+
+def pickled_adapters(folder: Path) -> None:
+    (folder / "weights" / "adapter_model.safetensors").rename(folder / "weights" / "adapter_model.bin")
+
+
+def labels_of_several_tokens(folder: Path) -> None:
+    card = json.loads((folder / "model.json").read_text())
+    card["labels"][0]["token"] = " certainly not"
+    (folder / "model.json").write_text(json.dumps(card))
+
+
+def another_family(folder: Path) -> None:
+    base = folder.parent / "gpt2"
+    GPT2Config().save_pretrained(base)
+    card = json.loads((folder / "model.json").read_text())
+    card["base_model"]["folder"] = str(base)
+    (folder / "model.json").write_text(json.dumps(card))
+
+
+def other_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows more tokens than the model."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["texttoken"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pickled_adapters, r"expected safetensors, got pickles \['adapter_model\.bin'\]"),
+        (labels_of_several_tokens, r"each must be one token of the tokenizer; ' certainly not' is \d tokens"),
+        (another_family, r"model of type 'gpt2': supported are Qwen2"),
+        (other_tokenizer, r"the tokenizer has \d+ tokens, but the model has embeddings of \d+"),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_one_clear_error_and_leaves_nothing(
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    model_dir = changed_model(tiny_bundle, tmp_path / "model", change)
+    with pytest.raises(ConfigError, match=message):
+        export_module.export_bundle(model_dir, tmp_path / "out" / "bundle", pairs_pdf)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from csrm.config import load_config
-from csrm.errors import AuditError, ConfigError
+from csrm.errors import AuditError, BundleError, ConfigError
 from jobs.score_catalog import ScoringConfig, main
 
 deltalake = pytest.importorskip("deltalake")
@@ -209,3 +209,8 @@ def test_spark_submit_without_delta_names_the_flag(config: Path) -> None:
 
     assert failed.returncode == 2
     assert f"--packages io.delta:delta-spark_4.2_2.13:{version('delta-spark')}" in failed.stdout
+
+
+def test_another_bundle_than_the_pinned_one_is_refused_before_spark_starts(config: Path) -> None:
+    with pytest.raises(BundleError, match=r"expected digest 0123456789ab, got [0-9a-f]{64}\. Put the bundle there"):
+        main(["--config", str(config), "--set", "bundle_digest='0123456789ab'"])

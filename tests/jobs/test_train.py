@@ -53,7 +53,7 @@ def test_a_trained_model_becomes_a_bundle_that_scores(
     export_settings = {"inputs": settings["inputs"], "model_dir": settings["model_dir"], "parity_pairs": 40}
     bundle = tmp_path / "bundle"
     assert run_job(export_bundle.main, setting_arguments(**export_settings, bundle_dir=str(bundle))) == 0
-    assert "of torch on 40 pairs" in capsys.readouterr().out
+    assert "of the trained model on 40 pairs" in capsys.readouterr().out
     assert load_scorer(bundle, "cpu", threads=1).score(pairs_pdf)["relevance_score"].between(0, 1).all()
 
 

@@ -1,8 +1,8 @@
 """Scoring inside Spark: the same scores as the core gives, however the pairs are laid out."""
 
+import dataclasses
 import io
 import itertools
-import json
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.bundle import KIND, SETTINGS_NAME, load_scorer
+from csrm.bundle import GOLDEN_NAME, KIND, load_bundle, load_scorer
 from csrm.errors import BundleError, DeviceError
 from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
@@ -203,10 +203,12 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
         return [row["score"] for row in pairs_df(spark, pdf).coalesce(1).select(score.alias("score")).collect()]
 
     earlier_digest, earlier = probe_scorer(spark, str(folder), "cpu", threads=1).digest, scores()
-    settings = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
-    settings["labels"] = [{**label, "gain": 1 - label["gain"]} for label in settings["labels"]]
-    (folder / SETTINGS_NAME).write_text(json.dumps(settings), encoding="utf-8")
-    digest = write_manifest(folder, KIND)
+    bundle = load_bundle(folder)
+    about = bundle.settings.model_dump(mode="json")
+    about["labels"] = [{**label, "gain": 1 - label["gain"]} for label in about["labels"]]
+    golden = bundle.golden_pairs()
+    dataclasses.replace(golden, scores=1 - golden.scores).write(folder / GOLDEN_NAME)
+    digest = write_manifest(folder, KIND, about)
 
     assert digest != earlier_digest
     assert probe_scorer(spark, str(folder), "cpu", threads=1).digest == digest

@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from csrm.errors import ConfigError
 from csrm.labels import ESCI_LABELS
 from csrm.packing import Group, PackBatch, build_packs
 from csrm.prompts import Translation
 from csrm.scoring import PairScorer, pair_groups
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.model import PackedRelevanceModel, check_window, torch_pack_scorer
+from csrm.tokenization import PromptTokenizer
+from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.packs import collate, translation_packs
 
 TOLERANCE = 1e-5
@@ -179,20 +178,9 @@ def test_a_translation_is_learnt_as_in_plain_text(
     torch.testing.assert_close(loss, sums / count)
 
 
-def test_a_prompt_longer_than_the_sliding_window_is_refused() -> None:
-    from transformers import Gemma3TextConfig, Qwen3Config
-
-    gemma = Gemma3TextConfig(
-        sliding_window=300, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2
-    )
-    with pytest.raises(ConfigError, match="may take 352 tokens, but layers of gemma3_text see 300"):
-        check_window(gemma, Budgets())
-    check_window(Gemma3TextConfig(sliding_window=512), Budgets())
-    check_window(Qwen3Config(), Budgets())
-
-
-def test_a_model_with_sliding_layers_scores_packs_as_single_prompts() -> None:
-    """Gemma 3: two rotary bases, sliding and full layers, one key and value head."""
+@pytest.mark.parametrize("window", [64, 12])
+def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(window: int) -> None:
+    """Gemma 3: two rotary bases, sliding and full layers, one key and value head; short and long prompts."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -204,7 +192,7 @@ def test_a_model_with_sliding_layers_scores_packs_as_single_prompts() -> None:
         num_key_value_heads=1,
         head_dim=16,
         intermediate_size=128,
-        sliding_window=64,
+        sliding_window=window,
         layer_types=["sliding_attention", "full_attention"] * 2,
         initializer_range=0.25,
         query_pre_attn_scalar=16,

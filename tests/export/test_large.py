@@ -1,0 +1,72 @@
+"""A model above 2 GB, which no single ONNX file can hold."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAX_MEMORY_GB = 8.0
+
+SCRIPT = "import sys; from pathlib import Path; from tests.export.test_large import export; export(Path(sys.argv[1]))"
+
+
+def export(folder: Path) -> None:
+    """Export 2.2 GB of random weights at fp32 and at 8 bits; print what a test asks about."""
+    import gc
+
+    import numpy as np
+    import torch
+    import transformers
+
+    from csrm.onnx_backend import load_pack_scorer
+    from csrm.packing import build_packs
+    from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
+    from export.packed_onnx import export_packed_graph
+    from export.precision import RECIPES, check_locations, write_precision
+    from tests.export.test_families import LABEL_IDS, random_groups
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=160,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        initializer_range=0.02,
+    )
+    model = PackedRelevanceModel(transformers.LlamaForCausalLM(config), LABEL_IDS).eval()
+    (batch,) = build_packs(random_groups()[:2], pack_tokens=200)
+    expected = torch_pack_scorer(model)(batch)
+    paths = [folder / name / "model.onnx" for name in ("fp32", "int8")]
+    for path in paths:
+        path.parent.mkdir()
+    export_packed_graph(model, paths[0])
+    del model
+    gc.collect()
+    write_precision(paths[0], RECIPES["int8"][0], paths[1])
+    differences = []
+    for path in paths:
+        check_locations(path)
+        actual = load_pack_scorer(path, "cpu")[0](batch)
+        differences.append(float(np.abs(actual - expected).max() / np.ptp(expected)))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    sizes = [{file.name: file.stat().st_size / 1e9 for file in path.parent.iterdir()} for path in paths]
+    print(json.dumps({"memory_gb": memory, "sizes_gb": sizes, "differences": differences}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_model_above_2_gb_has_its_weights_beside_the_graph(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    fp32, int8 = found["sizes_gb"]
+    assert sorted(fp32) == ["model.onnx", "model.onnx_data"]
+    assert fp32["model.onnx_data"] > 2.1
+    assert 0.5 < sum(int8.values()) < 0.8
+    assert found["differences"][0] <= 1e-4
+    assert found["differences"][1] <= 0.2
+    assert found["memory_gb"] < MAX_MEMORY_GB, found
