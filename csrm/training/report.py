@@ -6,7 +6,7 @@ page forbids its reader's browser to run or to fetch anything.
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -154,13 +154,20 @@ def report_html(
         reliability=reliability,
         reliability_plot=_reliability_plot(reliability) if reliability is not None else None,
         num_issues=len(issues),
-        issues=issues.head(MOST_ROWS).to_dict("records"),
-        moves=moves.to_dict("records") if moves is not None else [],
+        issues=_rows(issues.head(MOST_ROWS)),
+        moves=_rows(moves) if moves is not None else [],
     )
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[Hashable, object]]:
+    """Its rows; what is missing is None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def _finalized(value: object) -> object:
     """What the template writes, before it is escaped; markup of our own is as it should be."""
+    if value is None:
+        return ""
     return _seen(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

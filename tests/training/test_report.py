@@ -105,6 +105,16 @@ def test_what_is_not_there_is_left_out() -> None:
         assert absent not in page.text, absent
 
 
+def test_a_missing_text_or_number_is_not_written_as_a_word() -> None:
+    issues, moves = hostile_tables()
+    issues.loc[0, ["title", "grade", "given_probability"]] = None
+    moves.loc[0, ["query", "before"]] = [float("nan"), None]
+    page = Page(report_html("Run", label_issues=issues, moves=moves))
+    assert "None" not in page.text
+    assert "nan" not in page.text
+    assert page.text.count("–") == 2
+
+
 def test_foreign_text_is_only_text() -> None:
     issues, moves = hostile_tables()
     stage = StageRecord(HOSTILE, settings={HOSTILE: HOSTILE}, losses={"\ud800<script>$x$": [(1, 2.0), (2, 1.0)]})
