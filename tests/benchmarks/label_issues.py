@@ -5,7 +5,7 @@
     python tests/benchmarks/label_issues.py --base-model FOLDER --epochs 1    # a pretrained one, with LoRA
 
 For each share of wrong labels: generate a market, train a tiny model from scratch on its given labels, once on all and
-once without each of two folds, and rank the labels by what these think of them. precision@k is the share of wrong
+once without each fold, and rank the labels by what these think of them. precision@k is the share of wrong
 labels among the first k, where k is the number of wrong ones; a random order has the noise itself. `found` is what each
 way would put before a person who does not know k: labels less probable than another one, as
 csrm.training.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
@@ -48,16 +48,23 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=250)
     parser.add_argument("--products", type=int, default=1000)
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--base-model", help="folder of a language model; default: a tiny one with random weights")
     args = parser.parse_args()
     for noise in args.noises:
         with tempfile.TemporaryDirectory(prefix="csrm-issues-") as folder:
-            table = measure(noise, Path(folder), args.queries, args.products, args.epochs, args.base_model)
+            table = measure(noise, Path(folder), args.queries, args.products, args.epochs, args.folds, args.base_model)
         print(table.to_string(index=False, float_format="%.3f"), flush=True)
 
 
 def measure(
-    noise: float, work: Path, num_queries: int, num_products: int, epochs: float, base_folder: str | None
+    noise: float,
+    work: Path,
+    num_queries: int,
+    num_products: int,
+    epochs: float,
+    num_folds: int,
+    base_folder: str | None,
 ) -> pd.DataFrame:
     """One row for each way to find the wrong labels of one market."""
     generate_market.main(
@@ -87,8 +94,8 @@ def measure(
         in_sample = probabilities_of(teacher(judged, base_model, None, tuning, work / "all"), pairs)
         out_of_fold = np.empty_like(in_sample)
         rows_of_pair = pairs.reset_index().set_index(["query_id", "product_id"])["index"]
-        for number in range(2):
-            fold = Fold(number, 2)
+        for number in range(num_folds):
+            fold = Fold(number, num_folds)
             scorer = teacher(judged, base_model, fold, tuning, work / f"fold-{number}")
             for batch in judged.batches("train", fold):
                 rows = rows_of_pair.loc[list(zip(batch["query_id"], batch["product_id"], strict=True))]
