@@ -2,9 +2,10 @@
 
     pip install cleanlab        # only this benchmark needs it
     OMP_NUM_THREADS=1 python tests/benchmarks/label_issues.py
+    python tests/benchmarks/label_issues.py --base-model FOLDER --epochs 1    # a pretrained one, with LoRA
 
 For each share of wrong labels: generate a market, train a tiny model from scratch on its given labels, once on all and
-once without each of two folds, and rank the labels by what these think of them. precision@k is the share of wrong
+once without each fold, and rank the labels by what these think of them. precision@k is the share of wrong
 labels among the first k, where k is the number of wrong ones; a random order has the noise itself. `found` is what each
 way would put before a person who does not know k: labels less probable than another one, as
 csrm.training.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
@@ -47,14 +48,24 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=250)
     parser.add_argument("--products", type=int, default=1000)
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--base-model", help="folder of a language model; default: a tiny one with random weights")
     args = parser.parse_args()
     for noise in args.noises:
         with tempfile.TemporaryDirectory(prefix="csrm-issues-") as folder:
-            table = measure(noise, Path(folder), args.queries, args.products, args.epochs)
+            table = measure(noise, Path(folder), args.queries, args.products, args.epochs, args.folds, args.base_model)
         print(table.to_string(index=False, float_format="%.3f"), flush=True)
 
 
-def measure(noise: float, work: Path, num_queries: int, num_products: int, epochs: float) -> pd.DataFrame:
+def measure(
+    noise: float,
+    work: Path,
+    num_queries: int,
+    num_products: int,
+    epochs: float,
+    num_folds: int,
+    base_folder: str | None,
+) -> pd.DataFrame:
     """One row for each way to find the wrong labels of one market."""
     generate_market.main(
         setting_arguments(
@@ -73,14 +84,19 @@ def measure(noise: float, work: Path, num_queries: int, num_products: int, epoch
     )
     with JudgedPairs(inputs, {"us": "en"}) as judged:
         pairs = judged.with_true_grades(judged.read("train"))
-        tokenizer = train_byte_tokenizer([*pairs["title"], *pairs["query"]], 2000)
-        base_model = BaseModel(folder=str(write_tiny_base_model(work / "base_model", tokenizer)))
-        in_sample = probabilities_of(teacher(judged, base_model, None, epochs, work / "all"), pairs)
+        if base_folder is None:
+            tokenizer = train_byte_tokenizer([*pairs["title"], *pairs["query"]], 2000)
+            base_model = BaseModel(folder=str(write_tiny_base_model(work / "base_model", tokenizer)))
+            tuning = Tuning(method="full", learning_rate=3e-3, epochs=epochs, random_negatives=0.5)
+        else:
+            base_model = BaseModel(folder=base_folder)
+            tuning = Tuning(epochs=epochs, random_negatives=0.5)
+        in_sample = probabilities_of(teacher(judged, base_model, None, tuning, work / "all"), pairs)
         out_of_fold = np.empty_like(in_sample)
         rows_of_pair = pairs.reset_index().set_index(["query_id", "product_id"])["index"]
-        for number in range(2):
-            fold = Fold(number, 2)
-            scorer = teacher(judged, base_model, fold, epochs, work / f"fold-{number}")
+        for number in range(num_folds):
+            fold = Fold(number, num_folds)
+            scorer = teacher(judged, base_model, fold, tuning, work / f"fold-{number}")
             for batch in judged.batches("train", fold):
                 rows = rows_of_pair.loc[list(zip(batch["query_id"], batch["product_id"], strict=True))]
                 out_of_fold[rows] = probabilities_of(scorer, batch)
@@ -103,10 +119,9 @@ def measure(noise: float, work: Path, num_queries: int, num_products: int, epoch
 
 
 def teacher(
-    judged: JudgedPairs, base_model: BaseModel, without: Fold | None, epochs: float, output_dir: Path
+    judged: JudgedPairs, base_model: BaseModel, without: Fold | None, tuning: Tuning, output_dir: Path
 ) -> PairScorer:
     """A model trained on the given labels, but for those of a fold."""
-    tuning = Tuning(method="full", learning_rate=3e-3, epochs=epochs, random_negatives=0.5)
     tokenizer = PromptTokenizer.from_json(start_tokenizer_json(base_model), Budgets())
     groups = judged.groups("train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives, without)
     with_targets = (rows.assign(target=list(one_hot_targets(rows["grade"], ESCI_LABELS, None))) for rows in groups)

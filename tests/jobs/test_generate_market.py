@@ -43,6 +43,14 @@ def test_the_files_have_the_declared_types(tmp_path: Path) -> None:
     assert pq.read_schema(tmp_path / "judgments.parquet").names == JUDGMENTS.column_names
 
 
+def test_the_true_grade_stands_beside_a_wrong_one(tmp_path: Path) -> None:
+    generate(tmp_path / "noisy", "label_noise=1")
+    generate(tmp_path / "right")
+    noisy, right = (pd.read_parquet(tmp_path / name / "judgments.parquet") for name in ("noisy", "right"))
+    assert (noisy["grade"] != noisy["true_grade"]).all()
+    pd.testing.assert_series_equal(noisy["true_grade"], right["grade"], check_names=False)
+
+
 def test_attributes_are_read_back_as_written(tmp_path: Path) -> None:
     generate(tmp_path)
     catalog = pd.read_parquet(tmp_path / "catalog.parquet")
