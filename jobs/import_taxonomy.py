@@ -30,7 +30,7 @@ class TaxonomyConfig(Settings):
     parallel_languages: tuple[str, ...] = ()
     """Languages of the parallel text; empty: those of the markets."""
     label_noise: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a grade of split train is the wrong one; with 0, the same seed gives the true grades."""
+    """Probability that a grade of split train is the wrong one; true_grade beside it stays right."""
     seed: int = Field(default=0, ge=0)
     output: str
     """Local folder for the Parquet files; existing ones are replaced."""

@@ -100,6 +100,7 @@ def test_noise_flips_grades_of_split_train_and_nothing_else(folder: Path, made: 
     noisy = category_markets(folder, FRONTS, ["ko", "en"], label_noise=1.0)
     flipped = made.judgments["grade"] != noisy.judgments["grade"]
     assert list(flipped) == list(made.judgments["split"] == "train")
+    assert list(noisy.judgments["true_grade"]) == list(made.judgments["grade"])
     pd.testing.assert_frame_equal(made.catalog, noisy.catalog)
 
 

@@ -122,7 +122,7 @@ def category_markets(
         names = taxonomy.names[language]
         asked = dict.fromkeys(query for of_market, query, *_ in judgments if of_market == market)
         queries += [(market, query, names[query], language) for query in asked]
-    judged = pd.DataFrame(judgments, columns=JUDGMENTS.column_names)
+    judged = pd.DataFrame(judgments, columns=["market", "query_id", "product_id", "true_grade", "split"])
     return CategoryMarkets(
         catalog=_frame(catalog, ["market", "product_id", "title", "language"], CATALOG.column_names),
         queries=_frame(queries, ["market", "query_id", "query", "language"], QUERIES.column_names),
@@ -229,8 +229,8 @@ def _pairs(
 def _with_noise(judgments: pd.DataFrame, label_noise: float, seed: int) -> pd.DataFrame:
     wrong = np.random.default_rng([seed, 3]).random(len(judgments)) < label_noise
     wrong &= (judgments["split"] == "train").to_numpy()
-    other = judgments["grade"].map({RELEVANT: IRRELEVANT, IRRELEVANT: RELEVANT})
-    return judgments.assign(grade=judgments["grade"].mask(wrong, other))[JUDGMENTS.column_names]
+    other = judgments["true_grade"].map({RELEVANT: IRRELEVANT, IRRELEVANT: RELEVANT})
+    return judgments.assign(grade=judgments["true_grade"].mask(wrong, other))[JUDGMENTS.column_names]
 
 
 def _parallel_text(tables: Mapping[str, pd.DataFrame], languages: Sequence[str]) -> pd.DataFrame:

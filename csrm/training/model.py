@@ -116,7 +116,7 @@ class PackedRelevanceModel(nn.Module):
 
 
 def task_totals(targets: torch.Tensor, is_translation: torch.Tensor) -> torch.Tensor:
-    """What the tasks' losses are divided by, shape (tasks,): the weight of all pairs, the number of translated tokens."""
+    """What the tasks' losses are divided by, shape (tasks,): weight of all pairs, number of translated tokens."""
     return torch.stack([targets.sum(), is_translation.sum().to(targets.dtype)])
 
 
