@@ -3,6 +3,7 @@
 On several devices: torchrun --nproc-per-node 2 jobs/train.py ...
 """
 
+import json
 import logging
 import shutil
 import sys
@@ -25,6 +26,7 @@ from csrm.training.base_model import BaseModel
 from csrm.training.data import Fold, JudgedInputs, JudgedPairs
 from csrm.training.distillation import Distillation, Round, RoundSetup, TrainStudent, best_round, self_distill
 from csrm.training.label_quality import Calibration
+from csrm.training.model import TASKS
 from csrm.training.packs import (
     TrainingPack,
     judged_packs,
@@ -34,6 +36,7 @@ from csrm.training.packs import (
 )
 from csrm.training.phrasebook import Phrasebook, with_switched_languages
 from csrm.training.processes import across_processes
+from csrm.training.report import RoundRecord, StageRecord, largest_moves, reliability, report_html
 from csrm.training.soft_labels import label_issues
 from csrm.training.stage import (
     KIND,
@@ -143,13 +146,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
             return _train(packs, start, config.tuning.model_copy(update=length), config, output_dir)
 
+        rounds: list[Round] = []
+        issues = None
         if config.distillation is None:
             scorer = train(model_dir)
         else:
-            scorer = distill(config, config.distillation, pairs, dev_pairs, train, stages_dir)
+            rounds, issues = distill(config, config.distillation, pairs, dev_pairs, train, stages_dir)
+            scorer = load_trained(model_dir)[1]
         print(f"trained on {splits['train']} pairs: {config.model_dir}")
     if not dev_pairs.empty:
         print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
+    print(f"report: {write_report(config, scorer, dev_pairs, rounds, issues, stages_dir)}")
     return 0
 
 
@@ -227,8 +234,12 @@ def distill(
     dev_pairs: pd.DataFrame,
     train: TrainStudent,
     stages_dir: Path,
-) -> PairScorer:
-    """The rounds of self-distillation; the best one becomes the trained folder. Prints and writes what they found."""
+) -> tuple[list[Round], pd.DataFrame]:
+    """The rounds of self-distillation; the best one becomes the trained folder. Prints and writes what they found.
+
+    Returns:
+        The rounds, and the given labels that look wrong with their texts.
+    """
 
     def targets_of(grades: pd.Series) -> np.ndarray:
         return one_hot_targets(grades, config.labels, config.grade_labels)
@@ -273,7 +284,64 @@ def distill(
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(best.model_dir, copy)
     replace_folder(copy, Path(config.model_dir), KIND)
-    return load_trained(config.model_dir)[1]
+    return rounds, issues
+
+
+def write_report(
+    config: TrainConfig,
+    scorer: PairScorer,
+    dev_pairs: pd.DataFrame,
+    rounds: Sequence[Round],
+    issues: pd.DataFrame | None,
+    stages_dir: Path,
+) -> Path:
+    """Write the one-page report of the run; returns where it is."""
+    model_dir = Path(config.model_dir)
+    translation = [stages_dir / "translation"] if config.translation is not None else []
+    best = best_round(rounds) if rounds else None
+    calibration = moves = None
+    if not dev_pairs.empty:
+        scores = scorer.score(dev_pairs)["relevance_score"].to_numpy()
+        _, relevant, _ = _grade_gains(config)
+        calibration = reliability(scores, dev_pairs["grade"].isin(relevant).to_numpy())
+        if best is not None and best.round_index:
+            before = load_trained(rounds[0].model_dir)[1].score(dev_pairs)["relevance_score"].to_numpy()
+            moves = largest_moves(dev_pairs, before, scores)
+    page = report_html(
+        f"Training of {model_dir.name}",
+        stages=[
+            _stage_record(folder) for folder in (*translation, *([one.model_dir for one in rounds] or [model_dir]))
+        ],
+        rounds=[
+            RoundRecord(
+                one.round_index,
+                is_kept=one is best,
+                ndcg=one.dev_metric,
+                control_ndcg=one.control_metric,
+                flipped_share=one.flips.share if one.flips else None,
+                flips_right=one.flips.precision if one.flips else None,
+            )
+            for one in rounds
+        ],
+        reliability=calibration,
+        label_issues=issues,
+        moves=moves,
+    )
+    stages_dir.mkdir(parents=True, exist_ok=True)
+    path = stages_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _stage_record(folder: Path) -> StageRecord:
+    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    losses = {
+        task: points
+        for task in TASKS
+        if (points := [(entry["step"], entry[f"{task}_loss"]) for entry in history if f"{task}_loss" in entry])
+    }
+    return StageRecord(folder.name, num_packs=card["num_packs"], settings=card["tuning"], losses=losses)
 
 
 def format_rounds(rounds: Sequence[Round], best: Round) -> str:
@@ -324,19 +392,23 @@ def _with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
 
 
 def _evaluate(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) -> Evaluation:
+    gains, relevant, irrelevant = _grade_gains(config)
+    scored = pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1)
+    return evaluate_scores(scored, ["relevance_score"], gains, relevant_grades=relevant, irrelevant_grades=irrelevant)
+
+
+def _grade_gains(config: TrainConfig) -> tuple[dict[str, float], set[str], set[str]]:
+    """Gain of each grade, and the grades that have the largest and the least one."""
     label_gains = {label.name: label.gain for label in config.labels}
     gains = (
         {grade: label_gains[name] for grade, name in config.grade_labels.items()}
         if config.grade_labels
         else label_gains
     )
-    return evaluate_scores(
-        pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1),
-        ["relevance_score"],
-        gains,
-        relevant_grades={grade for grade, gain in gains.items() if gain == max(gains.values())},
-        irrelevant_grades={grade for grade, gain in gains.items() if gain == min(gains.values())},
+    most, least = (
+        {grade for grade, gain in gains.items() if gain == end} for end in (max(gains.values()), min(gains.values()))
     )
+    return gains, most, least
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from csrm import __version__
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError, InputError
 from csrm.labels import Label
@@ -229,7 +230,7 @@ def train_stage(
         num_packs=num_packs,
         loss=_mean_loss(history),
         fingerprint=fingerprint,
-        versions={package: version(package) for package in ("csrm", "torch", "transformers", "peft")},
+        versions={"csrm": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
     )
     (finished / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
     (finished / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")

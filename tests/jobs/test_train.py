@@ -89,11 +89,17 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     assert "given labels look wrong, the clearest first: " in printed
     assert "  kept\n" in printed
     stages = tmp_path / "model.stages"
-    assert {path.name for path in stages.iterdir()} == {
+    assert {path.name for path in stages.iterdir() if path.suffix != ".logs"} == {
         *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),
         *("round-1-teacher-0-beliefs.parquet", "round-1-teacher-1-beliefs.parquet", "round-1-soft_labels.parquet"),
-        *("round-1-control_labels.parquet", "rounds.json", "label_issues.parquet"),
+        *("round-1-control_labels.parquet", "rounds.json", "label_issues.parquet", "report.html"),
     }
+    assert len(list(stages.glob("*.logs/events.out.tfevents.*"))) == 6
+    page = (stages / "report.html").read_text(encoding="utf-8")
+    assert all(
+        word in page
+        for word in ("translation", "round-1", "Calibration on the dev split", "Given labels that look wrong")
+    )
     rounds = json.loads((stages / "rounds.json").read_text())
     best = max(rounds, key=lambda one: (one["dev_metric"], -one["round_index"]))
     assert rounds[1]["num_unlabelled"] == 48
