@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from csrm.packing import PackBatch
 from csrm.scoring import PackScorer
+from csrm.training.attention import by_blocks, uses_block_attention
 from csrm.training.base_model import sliding_window
 
 TASKS = ("relevance", "translation")
@@ -62,11 +63,11 @@ class PackedRelevanceModel(nn.Module):
             over the pairs, and the mean over the translation's tokens; loss, a scalar: their sum, translation times
             translation_weight.
         """
+        attention: dict[str, Any] = {"attention_mask": self._attention_biases(position_ids, group_ids, segment_ids)}
+        if uses_block_attention(self.language_model):
+            attention = by_blocks(attention["attention_mask"])
         hidden = self.language_model.get_decoder()(
-            input_ids=input_ids,
-            attention_mask=self._attention_biases(position_ids, group_ids, segment_ids),
-            position_ids=position_ids,
-            use_cache=False,
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
         ).last_hidden_state
         last_hidden = torch.gather(hidden, 1, last_index[:, :, None].expand(-1, -1, hidden.shape[-1]))
         logits = self._soft_capped((last_hidden @ self.label_rows().T).float())
