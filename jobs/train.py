@@ -297,21 +297,21 @@ def write_report(
 ) -> Path:
     """Write the one-page report of the run; returns where it is."""
     model_dir = Path(config.model_dir)
-    translation = [stages_dir / "translation"] if config.translation is not None else []
     best = best_round(rounds) if rounds else None
+    trained = [one.model_dir for one in rounds if (one.model_dir / "model.json").exists()]  # or teachers alone
+    folders = [stages_dir / "translation"] if config.translation is not None else []
+    folders += trained or [model_dir]
     calibration = moves = None
     if not dev_pairs.empty:
         scores = scorer.score(dev_pairs)["relevance_score"].to_numpy()
         _, relevant, _ = _grade_gains(config)
         calibration = reliability(scores, dev_pairs["grade"].isin(relevant).to_numpy())
-        if best is not None and best.round_index:
+        if best is not None and best.round_index and rounds[0].model_dir in trained:
             before = load_trained(rounds[0].model_dir)[1].score(dev_pairs)["relevance_score"].to_numpy()
             moves = largest_moves(dev_pairs, before, scores)
     page = report_html(
         f"Training of {model_dir.name}",
-        stages=[
-            _stage_record(folder) for folder in (*translation, *([one.model_dir for one in rounds] or [model_dir]))
-        ],
+        stages=[_stage_record(folder) for folder in folders],
         rounds=[
             RoundRecord(
                 one.round_index,
