@@ -64,8 +64,8 @@ class Distillation(Settings):
     """Parts of the queries. More parts give teachers that saw more, and cost more: a round trains one model for each
     part, on all others, and the student. 1 is the cheap way: the round before is the teacher of all pairs, so a round
     trains one model. It has fitted the labels that it judges: the longer it trained, the more it believes wrong
-    ones, so give it few epochs, or teacher_epochs; and what it says of them is no measure of it. Where labels are so few
-    that half of them teach much less, it can still find more than two folds do (tests/benchmarks/label_issues.py)."""
+    ones, so give it few epochs, or teacher_epochs; and what it says of them is no measure of it. Where labels are so
+    few that half of them teach much less, it can find more than two folds do (tests/benchmarks/label_issues.py)."""
     teacher_epochs: float | None = Field(default=None, gt=0)
     """Passes of a teacher over its pairs, fewer than tuning's so that it stops before it knows wrong labels by heart
     (they are learnt last: Liu et al. 2020, "Early-Learning Regularization"); with num_folds 1 it is then a model of its
