@@ -33,7 +33,6 @@ from csrm.labels import Label
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.attention import use_block_attention
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
 from csrm.training.model import TASKS, PackedRelevanceModel, task_totals, torch_pack_scorer
 from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
@@ -279,8 +278,6 @@ def _trained_model(
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not torch.cuda.is_available():
-        use_block_attention(language_model)
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
     packs = PackFile(paths.packs)
     steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
