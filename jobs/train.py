@@ -46,6 +46,7 @@ from csrm.training.stage import (
     smoothed_targets,
     start_tokenizer_json,
     train_stage,
+    trained_scorer,
 )
 from csrm.training.translation import ParallelText, translation_quality
 
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scorer = train(model_dir)
         else:
             rounds, issues = distill(config, config.distillation, pairs, dev_pairs, train, stages_dir)
-            scorer = load_trained(model_dir)[1]
+            scorer = trained_scorer(model_dir, config.tuning.precision)
         print(f"trained on {splits['train']} pairs: {config.model_dir}")
     if not dev_pairs.empty:
         print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
@@ -256,7 +257,7 @@ def distill(
         epochs: float | None = None,
     ) -> PairScorer:
         train(output_dir, soft_labels, without, epochs)
-        scorer = load_trained(output_dir)[1]  # as after a restart: merging adapters changes the last bits of a score
+        scorer = trained_scorer(output_dir, config.tuning.precision)  # as after a restart: merging adapters changes the last bits of a score
         scorer.digest = verify_manifest(output_dir, KIND)
         return scorer
 
@@ -307,7 +308,7 @@ def write_report(
         _, relevant, _ = _grade_gains(config)
         calibration = reliability(scores, dev_pairs["grade"].isin(relevant).to_numpy())
         if best is not None and best.round_index and rounds[0].model_dir in trained:
-            before = load_trained(rounds[0].model_dir)[1].score(dev_pairs)["relevance_score"].to_numpy()
+            before = trained_scorer(rounds[0].model_dir, config.tuning.precision).score(dev_pairs)["relevance_score"].to_numpy()
             moves = largest_moves(dev_pairs, before, scores)
     page = report_html(
         f"Training of {model_dir.name}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -74,6 +75,7 @@ def block_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     key_index: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -83,13 +85,15 @@ def block_attention(
         query: shape (packs, heads, tokens, size).
         key, value: shape (packs, key heads, tokens, size); a key head serves as many heads as stand side by side.
         attention_mask: with key_index, the bias from block_bias.
+        dropout: share of the weights that are dropped.
         key_index: from visible_keys; without it, this is transformers' own sdpa attention.
 
     Returns:
         Shape (packs, tokens, heads, size).
     """
     if key_index is None or attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        options |= {"scaling": scaling, "dropout": dropout}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     packs, heads, tokens, size = query.shape
     num_blocks, num_keys = key_index.shape[1:]
     key_heads = key.shape[1]
@@ -102,6 +106,7 @@ def block_attention(
     scores = (blocks @ keys.transpose(-1, -2)).view(packs, key_heads, num_blocks, -1, BLOCK_TOKENS, num_keys)
     bias = attention_mask.view(packs, 1, num_blocks, 1, BLOCK_TOKENS, num_keys)
     weights = (scores + bias).softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = drop(weights, dropout)
     read = weights.view(packs, key_heads, num_blocks, -1, num_keys) @ values
     read = read.view(packs, key_heads, num_blocks, heads // key_heads, BLOCK_TOKENS, size)
     return read.permute(0, 2, 4, 1, 3, 5).reshape(packs, -1, heads, size)[:, :tokens].contiguous(), None

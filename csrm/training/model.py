@@ -1,7 +1,7 @@
 """The packed relevance model: a causal language model that answers with label logits for every pair of a pack."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from csrm.scoring import PackScorer
 from csrm.training.attention import by_blocks, uses_block_attention
 from csrm.training.base_model import sliding_window
 
+Precision = Literal["fp32", "bf16"]
 TASKS = ("relevance", "translation")
 """What a step can learn; losses and their totals come in this order."""
 
@@ -70,7 +71,8 @@ class PackedRelevanceModel(nn.Module):
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
         ).last_hidden_state
         last_hidden = torch.gather(hidden, 1, last_index[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        logits = self._soft_capped((last_hidden @ self.label_rows().T).float())
+        with torch.autocast(hidden.device.type, enabled=False):  # two logits of bf16 are often equal
+            logits = self._soft_capped(last_hidden.float() @ self.label_rows().float().T)
         if targets is None:
             return {"logits": logits}
         if is_translation is None:
@@ -150,13 +152,13 @@ def within_window(bias: torch.Tensor, position_ids: torch.Tensor, window: int) -
     return bias.masked_fill(distance >= window, torch.finfo(bias.dtype).min)
 
 
-def torch_pack_scorer(model: PackedRelevanceModel) -> PackScorer:
-    """Pack scorer that runs the torch model where its weights are."""
+def torch_pack_scorer(model: PackedRelevanceModel, precision: Precision = "fp32") -> PackScorer:
+    """Pack scorer that runs the torch model where its weights are; bf16: as in training, by autocast."""
     device = next(model.parameters()).device
 
     def score(batch: PackBatch) -> np.ndarray:
         inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.model_inputs().items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits: np.ndarray = model(**inputs)["logits"].cpu().numpy()
         return logits
 

@@ -33,8 +33,9 @@ from csrm.labels import Label
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.training.attention import use_block_attention
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.model import TASKS, PackedRelevanceModel, task_totals, torch_pack_scorer
+from csrm.training.model import TASKS, PackedRelevanceModel, Precision, task_totals, torch_pack_scorer
 from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
 from csrm.training.processes import num_processes, run_everywhere
 
@@ -81,7 +82,7 @@ class Tuning(Settings):
     """Share of queries that are learnt without their retrieved titles, so that a query that has none still works."""
     drop_title: float = Field(default=0.1, ge=0, le=1)
     """Probability that one retrieved title of another query is left out."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
     translation_weight: float = Field(default=0.25, gt=0)
     """Factor of the translation loss in steps that also judge relevance: a token of text has a larger loss."""
@@ -197,7 +198,7 @@ def train_stage(
     if _has_ended(output_dir, fingerprint):
         shutil.rmtree(unfinished)
         logger.info("%s: has ended before with the same inputs and settings, not trained again", output_dir)
-        return load_trained(output_dir)[1]
+        return trained_scorer(output_dir, tuning.precision)
     checkpoints = unfinished / "checkpoints" / fingerprint
     for other in (unfinished / "checkpoints").glob("*"):
         if other != checkpoints:
@@ -237,7 +238,7 @@ def train_stage(
     write_manifest(finished, KIND)
     replace_folder(finished, output_dir, KIND)
     shutil.rmtree(unfinished)
-    return _scorer(model, prompt_tokenizer, card)
+    return _scorer(model, prompt_tokenizer, card, tuning.precision)
 
 
 def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScorer, ModelCard]:
@@ -257,7 +258,20 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
         language_model = PeftModel.from_pretrained(base, str(folder / "weights")).merge_and_unload()
     prompt_tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(labels)).eval()
-    return model, _scorer(model, prompt_tokenizer, card), card
+    return model, _scorer(model, prompt_tokenizer, card, "fp32"), card
+
+
+def trained_scorer(model_dir: str | Path, precision: Precision) -> PairScorer:
+    """The scorer of a trained folder, in a precision and with attention as in training.
+
+    Raises:
+        BundleError, ConfigError: see load_trained.
+    """
+    model, _, card = load_trained(model_dir)
+    if not torch.cuda.is_available():
+        use_block_attention(model.language_model)
+    tokenizer = PromptTokenizer.from_file(Path(model_dir) / "tokenizer.json", card.budgets)
+    return _scorer(model, tokenizer, card, precision)
 
 
 def start_tokenizer_json(start: BaseModel | Path) -> str:
@@ -278,6 +292,8 @@ def _trained_model(
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not torch.cuda.is_available():
+        use_block_attention(language_model)
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
     packs = PackFile(paths.packs)
     steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
@@ -531,5 +547,7 @@ def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrained
     return adapted
 
 
-def _scorer(model: PackedRelevanceModel, tokenizer: PromptTokenizer, card: ModelCard) -> PairScorer:
-    return PairScorer(tokenizer, card.labels, torch_pack_scorer(model), card.pack_tokens, provider="torch")
+def _scorer(
+    model: PackedRelevanceModel, tokenizer: PromptTokenizer, card: ModelCard, precision: Precision
+) -> PairScorer:
+    return PairScorer(tokenizer, card.labels, torch_pack_scorer(model, precision), card.pack_tokens, provider="torch")

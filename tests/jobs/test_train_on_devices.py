@@ -46,7 +46,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {
         "inputs": inputs,
         "base_model": {"folder": str(base_model)},
-        "tuning": {"method": "lora", "max_steps": 6, "packs_per_step": 4, "learning_rate": 1e-3},
+        "tuning": {"method": "lora", "max_steps": 6, "packs_per_step": 4, "learning_rate": 1e-4},
         "translation": {"parallel_text": parallel_text, "max_steps": 3, "mixed_share": 0.5},
     }
 
