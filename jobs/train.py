@@ -257,7 +257,8 @@ def distill(
         epochs: float | None = None,
     ) -> PairScorer:
         train(output_dir, soft_labels, without, epochs)
-        scorer = trained_scorer(output_dir, config.tuning.precision)  # as after a restart: merging adapters changes the last bits of a score
+        # as after a restart: merging adapters changes the last bits of a score
+        scorer = trained_scorer(output_dir, config.tuning.precision)
         scorer.digest = verify_manifest(output_dir, KIND)
         return scorer
 
@@ -308,7 +309,8 @@ def write_report(
         _, relevant, _ = _grade_gains(config)
         calibration = reliability(scores, dev_pairs["grade"].isin(relevant).to_numpy())
         if best is not None and best.round_index and rounds[0].model_dir in trained:
-            before = trained_scorer(rounds[0].model_dir, config.tuning.precision).score(dev_pairs)["relevance_score"].to_numpy()
+            first_scorer = trained_scorer(rounds[0].model_dir, config.tuning.precision)
+            before = first_scorer.score(dev_pairs)["relevance_score"].to_numpy()
             moves = largest_moves(dev_pairs, before, scores)
     page = report_html(
         f"Training of {model_dir.name}",

@@ -35,7 +35,7 @@ from csrm.cli import setting_arguments
 from csrm.manifest import file_digest
 from csrm.scoring import PairScorer
 from csrm.training.data import JudgedInputs, JudgedPairs
-from csrm.training.stage import load_trained
+from csrm.training.stage import trained_scorer
 
 REPOSITORY = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results"
@@ -215,7 +215,7 @@ class Study:
         trained = time.monotonic()
         if (stages / "translation").exists():
             shutil.copytree(stages / "translation", translation, dirs_exist_ok=True)
-        _, scorer, _ = load_trained(folder / "model")
+        scorer = trained_scorer(folder / "model", "bf16")
         has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
         rounds = stages / "rounds.json"
         result = {
