@@ -53,6 +53,9 @@ class JudgedInputs(Settings):
     judgments: InputSpec
     retrieval_table: InputSpec | None = None
     """Titles that augment the queries; without it, queries are not augmented."""
+    labels_from_behaviour: bool = False
+    """Grades were made of clicks or purchases. Titles that were retrieved by behaviour must then come from another time
+    or source: one of a product that is judged for its query would tell the label, so it is refused."""
 
 
 class UnlabelledInputs(Settings):
@@ -105,7 +108,7 @@ class JudgedPairs:
 
         Raises:
             InputError: inputs cannot be read or have problems (all problems of an input in one message), a market has
-                no judgment, or judged queries or products are missing.
+                no judgment, judged queries or products are missing, or retrieved titles tell labels.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
         self._database = open_database(self._folder.name)
@@ -117,6 +120,8 @@ class JudgedPairs:
                 database.execute("CREATE TEMP TABLE added AS FROM judgments")
                 _add_texts(database, inputs, markets)
                 _add_keys(database, JUDGMENTS, inputs.judgments)
+                if inputs.labels_from_behaviour and inputs.retrieval_table is not None:
+                    _check_titles(database, inputs.retrieval_table)
                 database.execute("CREATE TABLE true_grades AS FROM judgments WHERE true_grade IS NOT NULL")
         except BaseException:
             self.close()
@@ -324,6 +329,21 @@ def _check_markets(
     found = {row[0] for row in database.execute(f"SELECT DISTINCT market FROM {table.name}").fetchall()}
     if empty := sorted(set(markets) - found):
         raise InputError(f"{table.name} {spec.path!r}: no rows for markets {empty}.")
+
+
+def _check_titles(database: duckdb.DuckDBPyConnection, spec: InputSpec) -> None:
+    """Refuse titles of behaviour that was used as a label; see JudgedInputs.labels_from_behaviour."""
+    shared = database.execute(
+        """SELECT count(*) OVER (), market, query_id, product_id
+        FROM retrieval_table SEMI JOIN judgments USING (market, query_id, product_id) WHERE source = 'behaviour'
+        ORDER BY market, query_id, product_id LIMIT 1"""
+    ).fetchall()
+    for num_titles, *example in shared:
+        raise InputError(
+            f"retrieval_table {spec.path!r}: {num_titles} titles were retrieved by behaviour for a query that their "
+            f"product is judged for, for example {', '.join(example)}. As labels come from behaviour, build it from "
+            "behaviour of another time or source, or without behaviour."
+        )
 
 
 def _add_texts(

@@ -69,6 +69,22 @@ def test_a_judged_pair_without_its_product_is_named(tables: dict[str, pd.DataFra
         judged_pairs(written(tables, tmp_path), MARKETS)
 
 
+def test_a_title_that_tells_a_label_is_refused_where_both_come_from_behaviour(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    tables["retrieval_table"] = tables["retrieval_table"].assign(product_id=["p1", "p2"], source="behaviour")
+    inputs = written(tables, tmp_path)
+    assert len(judged_pairs(inputs, MARKETS)) == 2
+    with pytest.raises(InputError, match=r"1 titles were retrieved by behaviour .* example us, q1, p1\. .*build it"):
+        judged_pairs(inputs.model_copy(update={"labels_from_behaviour": True}), MARKETS)
+
+
+def test_a_judged_product_may_be_found_by_its_words(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["retrieval_table"] = tables["retrieval_table"].assign(product_id=["p1", "p2"])
+    inputs = written(tables, tmp_path).model_copy(update={"labels_from_behaviour": True})
+    assert len(judged_pairs(inputs, MARKETS)) == 2
+
+
 def test_a_market_without_judgments_is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no rows for markets \['jp'\]"):
         judged_pairs(written(tables, tmp_path), {**MARKETS, "jp": "ja"})
