@@ -23,6 +23,11 @@ setup-dev:
 demo: setup-demo  ## Generate three markets, score them, publish to Delta, evaluate (DEMO_ARGS="...")
 	@$(run) SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m" python jobs/demo.py $(DEMO_ARGS)
 
+.PHONY: demo-train
+demo-train: setup-dev  ## After make demo: train a tiny model on its market, from Korean labels alone
+	@$(run) python -m csrm.training.tiny build/demo/inputs build/demo/base_model
+	@$(run) python jobs/train.py
+
 .PHONY: demo-bundle
 demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores with
 	@$(run) python jobs/demo_bundle.py

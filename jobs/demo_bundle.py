@@ -1,16 +1,17 @@
-"""Make the demo's bundle: a tiny model, trained and exported by the real jobs on a generated market of another seed."""
+"""Make the demo's bundle: a tiny model, trained from Korean labels alone and exported by the real jobs.
+
+It learns on generated markets of another seed than the demo's; those of Taiwan and the USA give it no label.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from csrm.cli import job_parser, run_job, setting_arguments
 from csrm.config import Settings, load_config
-from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.training.tiny import write_base_model_of_market
 from export import export_bundle
-from jobs import build_retrieval_table, generate_market, train
+from jobs import build_candidates, build_retrieval_table, generate_market, train
 
 
 class DemoBundleConfig(Settings):
@@ -28,6 +29,9 @@ class DemoBundleConfig(Settings):
     """Tokens of the tokenizer."""
     hidden_size: int
     num_layers: int
+    translation_steps: int
+    epochs: float
+    """Of the relevance stage; these two replace those of conf/train.yaml, which are for the demo's smaller market."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(config.work)
     inputs = {
         name: {"path": work / "inputs" / f"{name}.parquet", "format": "parquet"}
-        for name in ("catalog", "queries", "behaviour", "judgments")
+        for name in ("catalog", "queries", "behaviour", "candidates", "judgments", "parallel_text")
     }
     generate_market.main(
         setting_arguments(
@@ -46,14 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             output=work / "inputs",
         )
     )
-    build_retrieval_table.main(setting_arguments(inputs=inputs, tables=work / "tables"))
-    titles = pd.read_parquet(work / "inputs" / "catalog.parquet")["title"].dropna()
-    queries = pd.read_parquet(work / "inputs" / "queries.parquet")["query"]
-    tokenizer = train_byte_tokenizer([*titles, *queries], config.vocab_size)
-    base_model = write_tiny_base_model(work / "base_model", tokenizer, config.hidden_size, config.num_layers)
-    judged = {name: inputs[name] for name in ("catalog", "queries", "judgments")}
-    judged["retrieval_table"] = {"path": work / "tables" / "retrieval_table"}
-    train.main(setting_arguments(inputs=judged, base_model={"folder": base_model}, model_dir=work / "model"))
+    texts = {name: inputs[name] for name in ("catalog", "queries")}
+    tables = work / "tables"
+    behaviour = {**texts, "behaviour": inputs["behaviour"], "judgments": inputs["judgments"]}
+    build_retrieval_table.main(setting_arguments(inputs=behaviour, tables=tables))
+    build_candidates.main(setting_arguments(inputs={**texts, "candidates": inputs["candidates"]}, tables=tables))
+    base_model = write_base_model_of_market(
+        work / "inputs", work / "base_model", config.vocab_size, config.hidden_size, config.num_layers
+    )
+    texts["retrieval_table"] = {"path": tables / "retrieval_table"}
+    judged = {**texts, "judgments": inputs["judgments"]}
+    settings = {
+        "inputs": judged,
+        "base_model": {"folder": base_model},
+        "translation.parallel_text": inputs["parallel_text"],
+        "translation.max_steps": config.translation_steps,
+        "tuning.epochs": config.epochs,
+        "distillation.unlabelled.inputs": {**texts, "candidates": {"path": tables / "candidates"}},
+        "model_dir": work / "model",
+    }
+    train.main(setting_arguments(**settings))
     return export_bundle.main(setting_arguments(inputs=judged, model_dir=work / "model", bundle_dir=config.bundle_dir))
 
 

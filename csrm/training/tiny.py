@@ -1,8 +1,13 @@
-"""Tiny base models, made on the spot: for the demo's bundle and for tests. Real classes and files, random weights."""
+"""Tiny base models, made on the spot: for the demo and for tests. Real classes and files, random weights.
 
+python -m csrm.training.tiny build/demo/inputs build/demo/base_model
+"""
+
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -68,3 +73,29 @@ def write_tiny_base_model(
     Qwen3ForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+def write_base_model_of_market(
+    inputs: Path, folder: Path, vocab_size: int = 4000, hidden_size: int = 96, num_layers: int = 3
+) -> Path:
+    """A tiny model for the texts of a market that jobs/generate_market.py made; see write_tiny_base_model.
+
+    Args:
+        inputs: folder with catalog.parquet and queries.parquet.
+    """
+    titles = pd.read_parquet(inputs / "catalog.parquet", columns=["title"])["title"].dropna()
+    queries = pd.read_parquet(inputs / "queries.parquet", columns=["query"])["query"]
+    tokenizer = train_byte_tokenizer([*titles, *queries], vocab_size)
+    return write_tiny_base_model(folder, tokenizer, hidden_size, num_layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", type=Path, help="folder with catalog.parquet and queries.parquet")
+    parser.add_argument("output", type=Path, help="where the model goes; replaced")
+    args = parser.parse_args()
+    print(f"wrote {write_base_model_of_market(args.inputs, args.output)}")
+
+
+if __name__ == "__main__":
+    main()
