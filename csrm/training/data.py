@@ -239,6 +239,16 @@ class JudgedPairs:
         ((digest,),) = self._database.execute(sql).fetchall()
         return str(digest)
 
+    def num_queries(self, split: str, fold: "Fold | None" = None) -> int:
+        """Distinct queries of a split; of one fold, where that is given."""
+        inside = "true" if fold is None else fold.sql()
+        ((num_queries,),) = self._database.execute(
+            f"""SELECT count(DISTINCT query_number) FROM keys JOIN query_texts USING (query_number)
+            WHERE split = $split AND {inside}""",
+            {"split": split},
+        ).fetchall()
+        return int(num_queries)
+
     def batches(self, split: str, fold: "Fold | None" = None) -> Iterator[pd.DataFrame]:
         """Pairs of a split with their texts, by query; of one fold, where that is given. Columns as of `read`."""
         inside = "true" if fold is None else fold.sql()

@@ -179,8 +179,12 @@ def self_distill(setup: RoundSetup) -> list[Round]:
 
     Returns:
         The rounds, in order; the folder of the best one is there.
+
+    Raises:
+        InputError: a fold has no query.
     """
     settings = setup.settings
+    _check_folds(setup)
     digest = setup.pairs.digest()
     one = Round(0, setup.work_dir / "round-0", None)
     rounds: list[Round] = []
@@ -198,6 +202,18 @@ def self_distill(setup: RoundSetup) -> list[Round]:
             setup.train(best.model_dir, best.soft_labels)
             return rounds
         one = _next_round(one, beliefs, setup)
+
+
+def _check_folds(setup: RoundSetup) -> None:
+    num_folds = setup.settings.num_folds
+    if setup.settings.teacher_scores is not None or num_folds == 1:
+        return
+    sizes = [setup.pairs.num_queries(TRAIN, Fold(number, num_folds, setup.seed)) for number in range(num_folds)]
+    if 0 in sizes:
+        raise InputError(
+            f"judgments: distillation.num_folds is {num_folds}, but fold {sizes.index(0)} has none of the {sum(sizes)} "
+            f"queries of split {TRAIN}. Bring more judged queries, or lower num_folds."
+        )
 
 
 def best_round(rounds: Sequence[Round]) -> Round:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from csrm.config import InputSpec
+from csrm.errors import InputError
 from csrm.labels import BINARY_LABELS
 from csrm.training.data import Fold, JudgedInputs, JudgedPairs, UnlabelledInputs
 from csrm.training.distillation import Distillation, Round, RoundSetup, best_round, self_distill
@@ -201,6 +202,13 @@ def test_issues_are_the_wrong_labels_the_clearest_first(
         told = pairs.with_texts(issues)
     assert told["query"].tolist() == issues["query_id"].tolist()
     assert told["title"].tolist() == issues["product_id"].tolist()
+
+
+def test_a_fold_without_queries_is_named(run: Run) -> None:
+    with pytest.raises(
+        InputError, match=r"num_folds is 200, but fold \d+ has none of the 30 queries .* lower"
+    ):
+        run([0.5], num_folds=200)
 
 
 def test_with_one_fold_the_round_before_is_the_teacher(run: Run) -> None:
