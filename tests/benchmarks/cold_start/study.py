@@ -206,9 +206,10 @@ class Study:
             judgments = without_issues(judgments, self.soft_labels(judge))
         judgments.to_parquet(folder / "judgments.parquet")
         translation = self.work / "translation" / f"{cell.leg.name}-{cell.seed}"
-        for found, place in ((translation, "translation"), (self.folder(first) / "model", "round-0")):
-            if found.exists() and first is not cell:
-                shutil.copytree(found, stages / place, dirs_exist_ok=True)  # the same fingerprint: not trained again
+        found = {"translation": translation} | ({} if first is cell else {"round-0": self.folder(first) / "model"})
+        for place, trained_before in found.items():
+            if trained_before.exists():
+                shutil.copytree(trained_before, stages / place, dirs_exist_ok=True)  # not trained again
         started = time.monotonic()
         command = ["jobs/train.py", "--config", CONFIG, *setting_arguments(**self.settings(cell))]
         run(command, folder / "train.log")
