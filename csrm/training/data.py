@@ -17,7 +17,7 @@ from csrm.config import InputSpec, Settings
 from csrm.errors import InputError, MissingDependencyError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
 
-MEMORY_LIMIT = "512MB"
+MEMORY_LIMIT = "256MB"
 """Of the joins and sorts; what does not fit goes to a temporary folder."""
 _NUM_THREADS = 4
 """At most; each takes its part of MEMORY_LIMIT, and preparing text for the model takes longer than joining it."""
