@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ MEMORY_LIMIT = "256MB"
 _NUM_THREADS = 4
 """At most; each takes its part of MEMORY_LIMIT, and preparing text for the model takes longer than joining it."""
 _ROWS_AT_ONCE = 8_192
+_PAIRS_AT_ONCE = 100_000
+"""About so many are joined with their texts at a time, on the right side of each join: within MEMORY_LIMIT."""
 
 _TABLES = """
     CREATE TABLE query_texts (
@@ -283,48 +286,62 @@ class JudgedPairs:
             rows of a group stand side by side.
         """
         outside = "true" if without is None else f"NOT {without.sql()}"
-        labelled = (
-            f"""LEFT JOIN (
+        labels = (
+            f"""(
                 SELECT market, query_id, product_id, soft_label, weight FROM read_parquet({_literal(soft_labels)})
-            ) USING (market, query_id, product_id)"""
+            ) RIGHT JOIN rows USING (market, query_id, product_id)"""
             if soft_labels
-            else ", (SELECT NULL::FLOAT[] AS soft_label, 1::FLOAT AS weight)"
+            else "rows, (SELECT NULL::FLOAT[] AS soft_label, 1::FLOAT AS weight)"
         )
-        negatives = f"""UNION ALL
-            SELECT DISTINCT a.query_number, b.product_number, NULL, a.split
-            FROM shuffled AS a JOIN shuffled AS b ON b.market = a.market AND b.number = a.number % a.num_pairs + 1
-            ANTI JOIN keys ON keys.query_number = a.query_number AND keys.product_number = b.product_number
-            WHERE a.number <= {random_negatives} * a.num_pairs"""
-        if not random_negatives:
-            negatives = ""
         pair_order = f"{_random(seed, 'query_number', 'product_number')}, query_number, product_number"
-        group_order = f"{_random(seed, 'query_number', 'part')}, query_number, part"
-        query = f"""
-            WITH chosen AS (
+        with self._database.cursor() as database:
+            database.execute(
+                f"""CREATE TEMP TABLE chosen AS
                 SELECT query_number, product_number, grade, split, market
                 FROM keys JOIN query_texts USING (query_number)
-                WHERE split IN ($split{", 'unlabelled'" if soft_labels else ""}) AND {outside}
-            ),
-            shuffled AS (
-                SELECT query_number, product_number, split, market, count(*) OVER (PARTITION BY market) AS num_pairs,
-                    row_number() OVER (PARTITION BY market ORDER BY {pair_order}) AS number
-                FROM chosen
-            ),
-            placed AS (
-                SELECT *, (row_number() OVER (PARTITION BY query_number ORDER BY {pair_order}) - 1)
-                    // {pairs_per_group} AS part
-                FROM (SELECT query_number, product_number, grade, split FROM chosen {negatives})
-            ),
-            numbered AS (
-                SELECT query_number, part, row_number() OVER (ORDER BY {group_order}) AS group_number
-                FROM (SELECT DISTINCT query_number, part FROM placed)
+                WHERE split IN ($split{", 'unlabelled'" if soft_labels else ""}) AND {outside}""",
+                {"split": split},
             )
-            SELECT {_COLUMNS}, soft_label, coalesce(weight, 1) AS weight, group_number
-            FROM placed JOIN numbered USING (query_number, part)
-            JOIN query_texts USING (query_number) JOIN product_texts USING (product_number) {labelled}
-            ORDER BY group_number, product_number
-        """
-        yield from self._stream(query, split)
+            if random_negatives:
+                database.execute(
+                    f"""CREATE TEMP TABLE shuffled AS FROM chosen ORDER BY market, {pair_order};
+                    INSERT INTO chosen
+                    WITH markets AS (
+                        SELECT market, min(rowid) AS start, count(*) AS num_pairs FROM shuffled GROUP BY market
+                    )
+                    SELECT DISTINCT a.query_number, b.product_number, NULL, a.split, a.market
+                    FROM (
+                        SELECT *, start + (shuffled.rowid - start + 1) % num_pairs AS next
+                        FROM shuffled JOIN markets USING (market)
+                        WHERE shuffled.rowid - start < {random_negatives} * num_pairs
+                    ) AS a JOIN shuffled AS b ON b.rowid = a.next
+                    ANTI JOIN keys ON keys.query_number = a.query_number AND keys.product_number = b.product_number"""
+                )
+            ((num_pairs,),) = database.execute(
+                f"""CREATE TEMP TABLE placed AS
+                SELECT *, {_random(seed, "query_number", "part")} AS place
+                FROM (
+                    SELECT query_number, product_number, grade, split,
+                        (row_number() OVER (PARTITION BY query_number ORDER BY {pair_order}) - 1) // {pairs_per_group}
+                            AS part
+                    FROM chosen
+                )"""
+            ).fetchall()
+            num_ranges = num_pairs // _PAIRS_AT_ONCE + 1
+            bounds = [place * 2**64 // num_ranges for place in range(num_ranges + 1)]
+            num_groups = 0
+            for start, end in pairwise(bounds):
+                rows = database.sql(
+                    f"""WITH placed_here AS (FROM placed WHERE place >= {start} AND place < {end}),
+                    asked AS (FROM query_texts JOIN placed_here USING (query_number)),
+                    rows AS (FROM product_texts JOIN asked USING (product_number))
+                    SELECT {_COLUMNS}, soft_label, coalesce(weight, 1) AS weight,
+                        {num_groups} + dense_rank() OVER (ORDER BY place, query_number, part) AS group_number
+                    FROM {labels} ORDER BY group_number, product_number"""
+                )
+                for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
+                    num_groups = batch["group_number"][-1].as_py()
+                    yield _as_frame(pa.Table.from_batches([batch]))
 
     def _stream(self, query: str, split: str) -> Iterator[pd.DataFrame]:
         with self._database.cursor() as database:

@@ -62,7 +62,11 @@ def write_tables(folder: Path, num_pairs: int) -> None:
                 "similarity": 1.0,
                 "source": "lexical",
             },
-            "soft_labels": {**keys, "soft_label": list(rng.dirichlet(np.ones(4), len(ids)).astype(np.float32))},
+            "soft_labels": {
+                **keys,
+                "soft_label": list(rng.dirichlet(np.ones(4), len(ids)).astype(np.float32)),
+                "weight": 1.0,
+            },
         }
         for name, columns in tables.items():
             table = pa.Table.from_pandas(pd.DataFrame({"market": "kr", **columns}), preserve_index=False)

@@ -205,9 +205,7 @@ def test_issues_are_the_wrong_labels_the_clearest_first(
 
 
 def test_a_fold_without_queries_is_named(run: Run) -> None:
-    with pytest.raises(
-        InputError, match=r"num_folds is 200, but fold \d+ has none of the 30 queries .* lower"
-    ):
+    with pytest.raises(InputError, match=r"num_folds is 200, but fold \d+ has none of the 30 queries .* lower"):
         run([0.5], num_folds=200)
 
 
