@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ from csrm.training.stage import (
     train_stage,
     trained_scorer,
 )
+from csrm.training.title_pairs import TitlePairs, title_pairs
 from csrm.training.translation import ParallelText, translation_quality
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ class TrainConfig(Settings):
     """Judgments of this split measure the model; those without a split, and of split train, train it."""
     translation: TranslationSettings | None = None
     """Learn to translate first; without it, this stage is left out."""
+    title_pairs: TitlePairs | None = None
+    """Learn from titles that name their query too, in markets that have no labels; without it, only judged pairs."""
     distillation: Distillation | None = None
     """Repair the labels in rounds; without it, the given labels are learnt once."""
     model_dir: str
@@ -130,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs.check_apart("train", config.dev_split)
         add_unlabelled(pairs, config)
         dev_pairs = pairs.read(config.dev_split)
+        measured = set(dev_pairs["query"].str.strip().str.lower())
         tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
         warn_of_unknown_scripts(pairs, tokenizer)
         start: BaseModel | Path = config.base_model
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             without: Fold | None = None,
             epochs: float | None = None,
         ) -> PairScorer:
-            packs = relevance_packs(pairs, config, tokenizer, soft_labels, without)
+            packs = relevance_packs(pairs, config, tokenizer, soft_labels, without, measured)
             length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
             return _train(packs, start, config.tuning.model_copy(update=length), config, output_dir)
 
@@ -208,19 +213,36 @@ def learn_translation(
 
 
 def relevance_packs(
-    pairs: JudgedPairs, config: TrainConfig, tokenizer: PromptTokenizer, soft_labels: Path | None, without: Fold | None
+    pairs: JudgedPairs,
+    config: TrainConfig,
+    tokenizer: PromptTokenizer,
+    soft_labels: Path | None,
+    without: Fold | None,
+    measured: Collection[str],
 ) -> Iterator[TrainingPack]:
-    """Packs of the training pairs with their targets, and of translations among them where these are configured."""
-    tuning = config.tuning
-    groups = pairs.groups(
+    """Packs of the training pairs with their targets; title pairs and translations too, where these are configured.
+
+    Args:
+        measured: query texts that measure the model, in lower case; no title pair has them.
+    """
+    tuning, translation = config.tuning, config.translation
+    judged = pairs.groups(
         "train", tuning.pairs_per_prefix, tuning.seed, tuning.random_negatives, without=without, soft_labels=soft_labels
     )
-    groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
-    translation = config.translation
-    if translation is not None and translation.switched_share:
+    sources = [judged]
+    if config.title_pairs is not None:
+        sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, measured))
+    switched_share = translation.switched_share if translation is not None else 0.0
+    if translation is not None and switched_share:
         phrasebook = Phrasebook(ParallelText(translation.parallel_text).translations("train", tuning.seed))
-        groups = with_switched_languages(groups, phrasebook, translation.switched_share, tuning.seed)
-    packs = judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
+
+    def packed(groups: Iterator[pd.DataFrame]) -> Iterator[TrainingPack]:
+        groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
+        if switched_share:
+            groups = with_switched_languages(groups, phrasebook, switched_share, tuning.seed)
+        return judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
+
+    packs = chain.from_iterable(map(packed, sources))
     if translation is None or not translation.mixed_share:
         return packs
     texts = ParallelText(translation.parallel_text).translations("train", tuning.seed + 1, repeat=True)

@@ -81,7 +81,7 @@ class Fold(NamedTuple):
 
     def sql(self) -> str:
         """Condition that a row of `pairs` is in this part."""
-        return f"{_random(self.seed, 'lower(trim(query))')} % {self.num_folds} = {self.number}"
+        return f"{random_number(self.seed, 'lower(trim(query))')} % {self.num_folds} = {self.number}"
 
 
 def open_database(folder: str) -> duckdb.DuckDBPyConnection:
@@ -91,7 +91,7 @@ def open_database(folder: str) -> duckdb.DuckDBPyConnection:
     """
     database = duckdb.connect(str(Path(folder, "csrm.duckdb")))
     database.execute(
-        f"""SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = {_literal(folder)};
+        f"""SET memory_limit = '{MEMORY_LIMIT}'; SET temp_directory = {literal(folder)};
         SET threads = {min(_NUM_THREADS, os.cpu_count() or 1)}; SET preserve_insertion_order = false;
         SET disabled_optimizers = 'join_order,build_side_probe_side'"""
     )
@@ -157,7 +157,7 @@ class JudgedPairs:
         Raises:
             InputError: as for judged pairs.
         """
-        place = _random(seed, "market", "query_id", "product_id")
+        place = random_number(seed, "market", "query_id", "product_id")
         with self._database.cursor() as database:
             add_table(database, CANDIDATES, inputs.candidates, markets)
             _check_markets(database, CANDIDATES, inputs.candidates, markets)
@@ -209,7 +209,7 @@ class JudgedPairs:
         """
         chosen = "SELECT * FROM pairs" + (" WHERE split = $split" if split is not None else "")
         if num_pairs is not None:
-            chosen += f" ORDER BY {_random(0, 'query_number', 'product_number')} LIMIT {num_pairs}"
+            chosen += f" ORDER BY {random_number(0, 'query_number', 'product_number')} LIMIT {num_pairs}"
         query = f"SELECT {_COLUMNS} FROM ({chosen}) ORDER BY market, query_id, product_id"
         result = self._database.sql(query, params={"split": split} if split is not None else None)
         return _as_frame(result.to_arrow_table())
@@ -288,12 +288,12 @@ class JudgedPairs:
         outside = "true" if without is None else f"NOT {without.sql()}"
         labels = (
             f"""(
-                SELECT market, query_id, product_id, soft_label, weight FROM read_parquet({_literal(soft_labels)})
+                SELECT market, query_id, product_id, soft_label, weight FROM read_parquet({literal(soft_labels)})
             ) RIGHT JOIN rows USING (market, query_id, product_id)"""
             if soft_labels
             else "rows, (SELECT NULL::FLOAT[] AS soft_label, 1::FLOAT AS weight)"
         )
-        pair_order = f"{_random(seed, 'query_number', 'product_number')}, query_number, product_number"
+        pair_order = f"{random_number(seed, 'query_number', 'product_number')}, query_number, product_number"
         with self._database.cursor() as database:
             database.execute(
                 f"""CREATE TEMP TABLE chosen AS
@@ -319,7 +319,7 @@ class JudgedPairs:
                 )
             ((num_pairs,),) = database.execute(
                 f"""CREATE TEMP TABLE placed AS
-                SELECT *, {_random(seed, "query_number", "part")} AS place
+                SELECT *, {random_number(seed, "query_number", "part")} AS place
                 FROM (
                     SELECT query_number, product_number, grade, split,
                         (row_number() OVER (PARTITION BY query_number ORDER BY {pair_order}) - 1) // {pairs_per_group}
@@ -386,7 +386,7 @@ def _add_texts(
             SELECT query_number, list(title ORDER BY rank) AS titles
             FROM retrieval_table JOIN added_queries USING (market, query_id) GROUP BY query_number
         )"""
-    language = " ".join(f"WHEN {_literal(market)} THEN {_literal(language)}" for market, language in markets.items())
+    language = " ".join(f"WHEN {literal(market)} THEN {literal(language)}" for market, language in markets.items())
     database.execute(
         f"""
         CREATE TEMP TABLE added_queries AS
@@ -470,7 +470,7 @@ def add_table(
         tests.append(f"count_if({source} IS NOT NULL AND TRY_CAST({source} AS {type_}) IS NULL)")
         tests.append(f"count_if({source} IS NULL)" if column.required else "0")
     market = _name(there["market"]) if "market" in there else ""
-    kept = f"{market} IS NULL OR {market} IN ({', '.join(map(_literal, markets))})" if markets and market else "true"
+    kept = f"{market} IS NULL OR {market} IN ({', '.join(map(literal, markets))})" if markets and market else "true"
     source = f"(SELECT * FROM {table.name}_source WHERE {kept})"
     database.execute(f"CREATE TEMP VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
     problems = []
@@ -530,8 +530,8 @@ def _as_frame(rows: pa.Table) -> pd.DataFrame:
     return frame
 
 
-def _random(seed: int, *values: str) -> str:
-    """A random number for these values, always the same for a seed."""
+def random_number(seed: int, *values: str) -> str:
+    """SQL of a random number in [0, 2^64) for these values, always the same for a seed."""
     return f"md5_number_lower(concat_ws(' ', {seed}, {', '.join(values)}))"
 
 
@@ -543,7 +543,8 @@ def _name(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def _literal(text: Any) -> str:
+def literal(text: Any) -> str:
+    """A text in SQL."""
     return "'" + str(text).replace("'", "''") + "'"
 
 

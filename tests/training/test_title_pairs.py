@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from csrm.config import InputSpec
+from csrm.errors import InputError
+from csrm.labels import ESCI_LABELS
+from csrm.text import search_terms
+from csrm.training.title_pairs import TitlePairs, title_pairs
+
+TITLES = {
+    "jeans": ["Jeans, bootcut blue", "Black jeans slim fit", "Denim jacket"],
+    "hiking shoes": ["Ridge hiking shoes 42", "Hiking socks"],
+    "running shoes": ["Running shoes for women", "Shoes, running: track"],
+    "towel": ["Bath towel"],
+    "sofa": ["Corner couch"],
+}
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, pd.DataFrame]:
+    """Two markets with the same queries and titles."""
+    rows = [
+        (market, query, rank + 1, f"{query} {rank}", title)
+        for market in ("us", "uk")
+        for query, titles in TITLES.items()
+        for rank, title in enumerate(titles)
+    ]
+    titles = pd.DataFrame(rows, columns=["market", "query_id", "rank", "product_id", "title"])
+    queries = titles[["market", "query_id"]].drop_duplicates()
+    return {
+        "queries": queries.assign(query=queries["query_id"]),
+        "retrieval_table": titles.assign(similarity=1.0, source="lexical"),
+    }
+
+
+def pairs(tables: dict[str, pd.DataFrame], folder: Path, **settings: object) -> pd.DataFrame:
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet")
+    specs = {name: InputSpec(path=str(folder / f"{name}.parquet"), format="parquet") for name in tables}
+    without = settings.pop("without", ())
+    made = title_pairs(
+        TitlePairs.model_validate({"markets": {"us": "en"}, **specs, **settings}), ESCI_LABELS, 0, without
+    )
+    return pd.concat(made, ignore_index=True).assign(
+        is_relevant=lambda rows: [label.argmax() == 3 for label in rows["soft_label"]]
+    )
+
+
+def test_a_title_that_names_its_query_is_relevant_without_the_query(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    made = pairs(tables, tmp_path)
+    said = {
+        "jeans": {"bootcut blue", "Black slim fit"},
+        "hiking shoes": {"Ridge 42"},
+        "running shoes": {"for women"},
+        "towel": {"Bath"},
+    }
+    relevant = made[made["is_relevant"]].set_index("query")
+    assert set(relevant.index) == set(said)
+    assert all(row.title in said[query] for query, row in relevant.iterrows())
+    assert set(made["market"]) == {"us"}
+    assert set(made["language"]) == {"en"}
+    assert made["grade"].isna().all()
+
+
+def test_the_title_to_judge_is_not_in_its_prompt(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    made = pairs(tables, tmp_path).query("is_relevant").set_index("query")
+    assert made["retrieved_titles"]["towel"] == ()
+    assert made["retrieved_titles"]["hiking shoes"] == ("Hiking socks",)
+    left_out = {"bootcut blue": "Jeans, bootcut blue", "Black slim fit": "Black jeans slim fit"}[made["title"]["jeans"]]
+    assert made["retrieved_titles"]["jeans"] == tuple(title for title in TITLES["jeans"] if title != left_out)
+
+
+def test_titles_of_other_queries_are_irrelevant_and_share_no_term_with_the_query(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    made = pairs(tables, tmp_path, irrelevant_per_query=2, weight=0.5)
+    irrelevant = made[~made["is_relevant"]]
+    assert irrelevant.groupby("query").size().between(1, 2).all()
+    assert all(
+        set(search_terms(row.query)).isdisjoint(search_terms(row.title)) for row in irrelevant.itertuples(index=False)
+    )
+    assert (made["weight"] == 0.5).all()
+    assert [np.flatnonzero(label).tolist() for label in irrelevant["soft_label"]] == [[0]] * len(irrelevant)
+
+
+def test_groups_stand_side_by_side_and_are_always_the_same(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    made = pairs(tables, tmp_path, markets={"us": "en", "uk": "en"})
+    assert made["group_number"].is_monotonic_increasing
+    assert made.groupby("group_number")["is_relevant"].sum().tolist() == [1] * 8
+    assert (made.groupby("group_number")[["market", "query_id"]].nunique() == 1).all(axis=None)
+    tables = {name: table.sample(frac=1, random_state=1) for name, table in tables.items()}
+    pd.testing.assert_frame_equal(made, pairs(tables, tmp_path, markets={"us": "en", "uk": "en"}))
+
+
+def test_as_many_queries_as_asked_and_none_that_measures(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    assert pairs(tables, tmp_path, max_queries=2)["query"].nunique() == 2
+    assert "towel" not in set(pairs(tables, tmp_path, without={"towel"})["query"])
+
+
+def test_titles_that_name_no_query_are_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["retrieval_table"]["title"] = "Couch"
+    with pytest.raises(InputError, match=r"no title of markets \['us'\] names its query.*Leave title_pairs out"):
+        pairs(tables, tmp_path)
