@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ MINUTES = 9.0
 
 OFF: Mapping[str, Mapping[str, Any]] = {
     "translation": {"translation": None},
-    "titles": {"inputs.retrieval_table": None},
+    "titles": {"inputs.retrieval_table": None, "tuning.drop_all_titles": 1.0},
+    "title pairs": {"title_pairs": None},
     "distillation": {"distillation": None},
 }
 
@@ -61,29 +62,25 @@ def without(*techniques: str) -> dict[str, Any]:
     return {key: value for technique in techniques for key, value in OFF[technique].items()}
 
 
-PLAIN = without("translation", "titles", "distillation")
+def only(*techniques: str) -> dict[str, Any]:
+    """Settings that switch all other techniques off."""
+    return without(*(technique for technique in OFF if technique not in techniques))
+
+
 ROWS: Mapping[str, Mapping[str, Any]] = {
-    "labels only": PLAIN,
-    "+ translation": without("titles", "distillation"),
-    "+ titles": without("translation", "distillation"),
-    "+ distillation": without("translation", "titles"),
-    "all but distillation": without("distillation"),
-    "all but titles": without("titles"),
-    "all but translation": without("translation"),
+    "labels only": only(),
+    **{f"+ {technique}": only(technique) for technique in OFF},
+    **{f"all but {technique}": without(technique) for technique in reversed(OFF)},
     "all": {},
-    "translated labels": {**without("titles", "distillation"), "translation.switched_share": 1.0},
-    "+ label smoothing": {**PLAIN, "tuning.label_smoothing": 0.2},
-    "+ pruning by cleanlab": PLAIN,
-    "labels of the target": PLAIN,
+    "translated labels": {**only("translation"), "translation.switched_share": 1.0},
+    "+ label smoothing": {**only(), "tuning.label_smoothing": 0.2},
+    "+ pruning by cleanlab": only(),
+    "labels of the target": only(),
+    "labels of the target + titles": only("titles"),
 }
-AFTER = {
-    "labels only": ("+ distillation",),
-    "+ translation": ("all but titles",),
-    "+ titles": ("all but translation",),
-    "all but distillation": ("all",),
-}
-"""Row to the rows whose round 0 it is."""
 PRUNED, TARGET = "+ pruning by cleanlab", "labels of the target"
+AFTER = ("all", "+ distillation")
+"""Rows whose round 0 is the first cell of their group."""
 E5_ROW = "multilingual-e5-small"
 """Made by e5.py."""
 
@@ -105,21 +102,34 @@ class Cell:
 
     @property
     def minutes(self) -> float:
-        trainings = 2.0 if any(self.row in after for after in AFTER.values()) else 1.0  # two teachers see half each
-        return MINUTES * trainings * (2.0 if self.leg is REAL_NOISE else self.num_queries / FEW)
+        """Of one thread, as a rule, without what an earlier cell of its group has trained."""
+        row = ROWS[self.row]
+        share = 1.0 + 0.7 * ("title_pairs" not in row)
+        trainings = 1 + ("distillation" not in row and self.row not in AFTER)
+        return MINUTES * trainings * share * (1.3 if self.leg is REAL_NOISE else self.num_queries / FEW)
 
 
 def grid() -> Iterator[list[Cell]]:
     """Cells in groups; the later ones of a group use what the first one trained."""
     for seed in SEEDS:
         for noise in (0.0, NOISE):
-            for row, after in AFTER.items():
-                yield [Cell(GENERATED, name, FEW, noise, seed) for name in (row, *after)]
-        for row, noise in (("translated labels", 0.0), (TARGET, 0.0), ("+ label smoothing", NOISE), (PRUNED, NOISE)):
-            yield [Cell(GENERATED, row, FEW, noise, seed)]
+            for rows in (
+                ("all but distillation", "all"),
+                ("labels only", "+ distillation"),
+                ("+ title pairs",),
+                ("+ titles",),
+                ("+ translation",),
+                *((("+ label smoothing",), (PRUNED,)) if noise else ((f"{TARGET} + titles",), (TARGET,))),
+            ):
+                yield [Cell(GENERATED, row, FEW, noise, seed) for row in rows]
     for seed in SEEDS:
-        for row in ("labels only", "+ translation", "all but distillation"):
+        for noise in (0.0, NOISE):
+            for row in ("all but title pairs", "all but titles", "all but translation"):
+                yield [Cell(GENERATED, row, FEW, noise, seed)]
+        yield [Cell(GENERATED, "translated labels", FEW, 0.0, seed)]
+        for row in ("labels only", "+ translation"):
             yield [Cell(GENERATED, row, ALL, 0.0, seed)]
+        yield [Cell(GENERATED, row, ALL, 0.0, seed) for row in ("all but distillation", "all")]
         for noise in (0.0, NOISE):
             yield [Cell(REAL_NOISE, row, ESCI_QUERIES, noise, seed) for row in ("labels only", "+ distillation")]
         for row in ("+ label smoothing", PRUNED):
@@ -143,21 +153,27 @@ class Study:
             markets = {**GENERATED.learnt, **GENERATED.measured}
             settings = setting_arguments(markets=markets, inputs=texts, tables=inputs.parent / "tables", num_titles=3)
             run(["jobs/build_retrieval_table.py", *settings], self.work / "retrieval.log")
+        learnt_queries = self.learnt_queries(inputs)
+        if not learnt_queries.exists():
+            judged = pd.read_parquet(inputs / "judgments.parquet").drop_duplicates(["market", "query_id"])
+            queries = pd.read_parquet(inputs / "queries.parquet")
+            train = judged.loc[judged["split"] == "train", ["market", "query_id"]]
+            queries.merge(train).to_parquet(learnt_queries)
         if not (self.inputs(REAL_NOISE) / "judgments.parquet").exists():
             write_esci(self.data / "esci_us", self.inputs(REAL_NOISE))
 
     def inputs(self, leg: Leg) -> Path:
         return self.work / leg.name / "inputs"
 
+    def learnt_queries(self, inputs: Path) -> Path:
+        """The queries of split train: only their titles are learnt."""
+        return inputs / "train_queries.parquet"
+
     def titles(self, leg: Leg) -> Path:
         return self.work / leg.name / "tables" / "retrieval_table"
 
     def folder(self, cell: Cell) -> Path:
         return self.work / "cells" / cell.name
-
-    def soft_labels(self, cell: Cell) -> Path:
-        """What the teachers of a cell's first round said."""
-        return self.folder(cell) / "model.stages" / "round-1-soft_labels.parquet"
 
     def recipe(self, cell: Cell) -> str:
         """Digest of all that a cell's result follows from, but for the code."""
@@ -177,14 +193,19 @@ class Study:
         if "inputs.retrieval_table" not in row:
             tables["retrieval_table"] = {"path": str(self.titles(cell.leg))}
         parallel = {"translation.parallel_text": parquet(inputs / "parallel_text.parquet")}
+        title_pairs = {
+            "title_pairs.queries": parquet(self.learnt_queries(inputs)),
+            "title_pairs.retrieval_table": {"path": str(self.titles(cell.leg))},
+        }
         distillation = {"distillation.choose_by": "agreement"} if cell.leg is REAL_NOISE else {}
         return {
-            "markets": cell.leg.measured if cell.row == TARGET else cell.leg.learnt,
+            "markets": cell.leg.measured if cell.row.startswith(TARGET) else cell.leg.learnt,
             "inputs": tables,
             "base_model": {"folder": str(self.base_model)},
             "tuning.seed": cell.seed,
             "model_dir": str(folder / "model"),
             **(parallel if "translation" not in row else {}),
+            **(title_pairs if "title_pairs" not in row else {}),
             **(distillation if "distillation" not in row else {}),
             **cell.leg.settings,
             **{key: value for key, value in row.items() if not key.startswith("inputs.")},
@@ -200,10 +221,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         judgments = self.judgments(cell)
         if cell.row == PRUNED:
-            judge = replace(cell, row="+ distillation")
-            if not self.soft_labels(judge).exists():
-                self.run_cell(judge, judge)
-            judgments = without_issues(judgments, self.soft_labels(judge))
+            judgments = self.pruned(cell, judgments)
         judgments.to_parquet(folder / "judgments.parquet")
         translation = self.work / "translation" / f"{cell.leg.name}-{cell.seed}"
         found = {"translation": translation} | ({} if first is cell else {"round-0": self.folder(first) / "model"})
@@ -218,7 +236,7 @@ class Study:
             shutil.copytree(stages / "translation", translation, dirs_exist_ok=True)
         scorer = trained_scorer(folder / "model", "bf16")
         has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
-        rounds = stages / "rounds.json"
+        rounds = json.loads(path.read_text(encoding="utf-8")) if (path := stages / "rounds.json").exists() else []
         result = {
             "leg": cell.leg.name,
             "row": cell.row,
@@ -229,13 +247,15 @@ class Study:
             "training_seconds": round(trained - started),
             "scores": [round(float(score), 4) for score in scorer.score(self.measured(cell))["relevance_score"]],
             "english": self.english(scorer, has_titles) if cell.num_queries == ALL else None,
-            "rounds": json.loads(rounds.read_text(encoding="utf-8")) if rounds.exists() else None,
+            "rounds": [
+                {name: one[name] for name in ("dev_metric", "doubts", "flips", "calibration")} for one in rounds
+            ],
         }
         write(RESULTS / f"{cell.name}.json", json.dumps(result, indent=1))
 
     def judgments(self, cell: Cell) -> pd.DataFrame:
         """A sample of the judged training pairs with wrong labels, and split dev."""
-        (market,) = cell.leg.measured if cell.row == TARGET else cell.leg.learnt
+        (market,) = cell.leg.measured if cell.row.startswith(TARGET) else cell.leg.learnt
         judged = pd.read_parquet(self.inputs(cell.leg) / "judgments.parquet")
         judged = judged[judged["market"] == market]
         train = judged[judged["split"] == "train"]
@@ -246,6 +266,32 @@ class Study:
         wrong = np.random.default_rng(cell.seed).random(len(train)) < cell.noise
         noisy = train["grade"].mask(wrong, train["grade"].map({"yes": "no", "no": "yes"}))
         return pd.concat([train.assign(grade=noisy, true_grade=train["grade"]), judged[judged["split"] == "dev"]])
+
+    def pruned(self, cell: Cell, judgments: pd.DataFrame) -> pd.DataFrame:
+        """Judgments without the labels that cleanlab finds wrong by models of the other half of the queries."""
+        from cleanlab.filter import find_label_issues
+
+        train, dev = (judgments[judgments["split"] == split] for split in ("train", "dev"))
+        is_second = train["query_id"].isin(train["query_id"].unique()[1::2])
+        probabilities = pd.Series(index=train.index, dtype=float)
+        for number, is_learnt in enumerate((is_second, ~is_second)):
+            folder = self.folder(cell) / f"half-{number}"
+            folder.mkdir(exist_ok=True)
+            pd.concat([train[is_learnt], dev]).to_parquet(folder / "judgments.parquet")
+            settings = self.settings(cell) | {"model_dir": str(folder / "model")}
+            settings["inputs"] = {**settings["inputs"], "judgments": parquet(folder / "judgments.parquet")}
+            run(["jobs/train.py", "--config", CONFIG, *setting_arguments(**settings)], folder / "train.log")
+            train[~is_learnt].to_parquet(folder / "others.parquet")
+            inputs = {**settings["inputs"], "judgments": parquet(folder / "others.parquet")}
+            with JudgedPairs(JudgedInputs.model_validate(inputs), settings["markets"]) as pairs:
+                others = pairs.read("train")
+            scores = trained_scorer(folder / "model", "bf16").score(others)["relevance_score"].to_numpy()
+            keyed = pd.Series(scores, index=pd.MultiIndex.from_frame(others[["query_id", "product_id"]]))
+            keys = pd.MultiIndex.from_frame(train.loc[~is_learnt, ["query_id", "product_id"]])
+            probabilities[~is_learnt] = keyed.loc[keys].to_numpy()
+        given = (train["grade"] == "yes").to_numpy().astype(int)
+        issues = find_label_issues(given, np.stack([1 - probabilities, probabilities], axis=1))
+        return pd.concat([train[~issues], dev])
 
     def measured(self, cell: Cell) -> pd.DataFrame:
         """The test pairs with their texts, as the cell's model sees them."""
@@ -267,17 +313,6 @@ class Study:
         for name, judged in read_english(self.data, has_titles).items():
             measured[name] = ndcg(judged, scorer.score(judged)["relevance_score"].to_numpy())
         return measured
-
-
-def without_issues(judgments: pd.DataFrame, soft_labels: Path) -> pd.DataFrame:
-    """Judgments without the labels that cleanlab finds wrong by the teachers' out-of-fold probabilities."""
-    from cleanlab.filter import find_label_issues
-
-    labels = pd.read_parquet(soft_labels)
-    given = np.stack(labels["given"].to_numpy()).argmax(axis=1)
-    issues = labels[find_label_issues(given, np.stack(labels["teacher"].to_numpy()))]
-    key = ["query_id", "product_id"]
-    return judgments[~judgments.set_index(key).index.isin(issues.set_index(key).index)]
 
 
 def parquet(path: Path) -> dict[str, str]:
