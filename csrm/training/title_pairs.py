@@ -7,7 +7,6 @@ in a market without labels as in one whose labels are wrong.
 """
 
 import logging
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import regex
 from pydantic import Field
 
 from csrm.config import InputSpec, Settings
@@ -29,6 +29,9 @@ QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
 NEAR_SHARE = 0.6
 """Of the irrelevant titles, those whose query shares a search term with this one, where there are such."""
+_SPACED = regex.compile(r"(?V1)[\w--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]")
+"""Letters whose words end where a space or mark stands; others run together, or have particles behind them."""
+_MARKS = " ,;:/|-"
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +176,12 @@ def _query(market: str, query_id: str, language: str, query: str, product_ids: l
 
 
 def _without(title: str, query: str) -> str:
-    """The title without the query, case ignored; without the marks and spaces that then stand at its ends."""
-    if not query.strip():
-        return title
-    shorter = re.sub(re.escape(query.strip()), " ", title, flags=re.IGNORECASE)
-    return title if shorter == title else " ".join(shorter.split()).strip(" ,;:/|-")
+    """The title without the query's words, and the marks between them; as it was where it does not have all of them."""
+    shorter = title
+    for word in query.split():
+        start, end = (r"\b" if _SPACED.match(letter) else "" for letter in (word[0], word[-1]))
+        said = shorter
+        shorter = regex.sub(start + regex.escape(word, literal_spaces=True) + end, " ", said, flags=regex.IGNORECASE)
+        if shorter == said:
+            return title
+    return " ".join(regex.sub(r"(?<=\s|^)[\p{P}\s]+(?=\s|$)", " ", shorter).split()).strip(_MARKS)

@@ -56,7 +56,7 @@ def test_a_title_that_names_its_query_is_relevant_without_the_query(
     said = {
         "jeans": {"bootcut blue", "Black slim fit"},
         "hiking shoes": {"Ridge 42"},
-        "running shoes": {"for women"},
+        "running shoes": {"for women", "track"},
         "towel": {"Bath"},
     }
     relevant = made[made["is_relevant"]].set_index("query")
@@ -65,6 +65,24 @@ def test_a_title_that_names_its_query_is_relevant_without_the_query(
     assert set(made["market"]) == {"us"}
     assert set(made["language"]) == {"en"}
     assert made["grade"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("query", "title", "said"),
+    [
+        ("의류 액세서리", "하트 의류/액세서리 가발", {"하트 가발"}),
+        ("毛巾", "純棉毛巾 大號", {"純棉 大號"}),
+        ("pen", "Open air grill", set()),
+        ("pen (blue)", "Pen, fine (blue)", {"fine"}),
+    ],
+)
+def test_words_of_the_query_leave_a_title_wherever_they_stand(
+    tables: dict[str, pd.DataFrame], tmp_path: Path, query: str, title: str, said: set[str]
+) -> None:
+    tables["queries"].loc[tables["queries"]["query_id"] == "towel", "query"] = query
+    tables["retrieval_table"].loc[tables["retrieval_table"]["query_id"] == "towel", "title"] = title
+    made = pairs(tables, tmp_path).query("is_relevant")
+    assert set(made.loc[made["query_id"] == "towel", "title"]) == said
 
 
 def test_the_title_to_judge_is_not_in_its_prompt(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
