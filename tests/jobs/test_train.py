@@ -36,9 +36,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     titles = pd.read_parquet(folder / "inputs" / "catalog.parquet")["title"].dropna()
     base_model = write_tiny_base_model(folder / "base", train_byte_tokenizer(titles, 800))
     return {
+        "markets": {"kr": "ko", "tw": "zh-TW", "us": "en"},
         "inputs": inputs,
         "base_model": {"folder": str(base_model)},
+        "translation": None,
         "tuning": {"method": "full", "max_steps": 3, "learning_rate": 1e-3},
+        "distillation": None,
         "model_dir": str(folder / "model"),
     }
 
@@ -75,8 +78,19 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     texts_of_us = {name: settings["inputs"][name] for name in ("catalog", "queries")}
     candidates = {"path": settings["inputs"]["judgments"]["path"], "format": "parquet"}  # the pairs, not the grades
     unlabelled = {"inputs": {**texts_of_us, "candidates": candidates}, "markets": {"us": "en"}, "pairs_per_query": 4}
+    queries = pd.read_parquet(settings["inputs"]["queries"]["path"])
+    titles = queries["query"] + " of " + queries["query_id"]
+    named = queries.assign(rank=1, product_id="t", title=titles, similarity=1.0, source="lexical")
+    named.to_parquet(tmp_path / "titles.parquet")
+    title_pairs = {
+        "markets": {"us": "en"},
+        "queries": settings["inputs"]["queries"],
+        "retrieval_table": {"path": str(tmp_path / "titles.parquet"), "format": "parquet"},
+        "max_queries": 3,
+    }
     changes = {
         "translation": translation,
+        "title_pairs": title_pairs,
         "distillation": {"rounds": 1, "num_folds": 2, "control": True, "unlabelled": unlabelled},
         "markets": {"kr": "ko", "tw": "zh-TW"},
         "tuning": {"method": method, "max_steps": 2, "random_negatives": 0.5},
@@ -88,6 +102,7 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     assert "translation: 20 pairs of texts learnt, left out: 1 copy; 2 held-out texts: loss " in printed
     assert "given labels look wrong, the clearest first: " in printed
     assert "  kept\n" in printed
+    assert "3 queries have a title that names them" in caplog.text
     stages = tmp_path / "model.stages"
     assert {path.name for path in stages.iterdir() if path.suffix != ".logs"} == {
         *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),

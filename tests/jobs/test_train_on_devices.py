@@ -44,10 +44,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     base_model = write_tiny_base_model(folder / "base", train_byte_tokenizer(titles, 800))
     parallel_text = {"path": str(folder / "parallel.parquet"), "format": "parquet"}
     return {
+        "markets": {"kr": "ko", "tw": "zh-TW", "us": "en"},
         "inputs": inputs,
         "base_model": {"folder": str(base_model)},
         "tuning": {"method": "lora", "max_steps": 6, "packs_per_step": 4, "learning_rate": 1e-4},
         "translation": {"parallel_text": parallel_text, "max_steps": 3, "mixed_share": 0.5},
+        "distillation": None,
     }
 
 
