@@ -167,7 +167,7 @@ def main() -> None:
         "english": english,
         "rounds": None,
     }
-    write(RESULTS / f"{GENERATED.name}.{E5_ROW}.json", json.dumps(result, indent=1))
+    write(RESULTS / f"{GENERATED.name}.{E5_ROW}.json", json.dumps(result))
     print({name: round(float(np.mean(values)), 3) for name, values in english.items()})
 
 

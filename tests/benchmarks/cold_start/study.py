@@ -251,7 +251,7 @@ class Study:
                 {name: one[name] for name in ("dev_metric", "doubts", "flips", "calibration")} for one in rounds
             ],
         }
-        write(RESULTS / f"{cell.name}.json", json.dumps(result, indent=1))
+        write(RESULTS / f"{cell.name}.json", json.dumps(result))
 
     def judgments(self, cell: Cell) -> pd.DataFrame:
         """A sample of the judged training pairs with wrong labels, and split dev."""
