@@ -18,7 +18,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def stages(data: Path, gguf: Path, work: Path) -> dict[str, list[str]]:
+def stages(data: Path, gguf: Path, work: Path, steps: int) -> dict[str, list[str]]:
     """Command line of each stage, in order, without the interpreter."""
     tables = {name: f"{{path: {work}/inputs/{name}}}" for name in ("catalog", "queries", "judgments")}
     texts = f"{{catalog: {tables['catalog']}, queries: {tables['queries']}}}"
@@ -48,6 +48,7 @@ def stages(data: Path, gguf: Path, work: Path) -> dict[str, list[str]]:
             inputs=f"{judged}, retrieval_table: {retrieval}}}",
             base_model=f"{{folder: {gguf.parent}, gguf_file: {gguf.name}}}",
             model_dir=f"{work}/model",
+            tuning__max_steps=steps,
         ),
         "export": [
             *job("export/export_bundle.py", "export_bundle", inputs=f"{judged}, retrieval_table: {retrieval}}}"),
@@ -85,13 +86,14 @@ def run_stage(name: str, command: list[str], work: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with judgments.tsv.gz and products.parquet")
-    parser.add_argument("--gguf", type=Path, required=True, help="gemma-3-270m-q4_k_m.gguf")
+    parser.add_argument("--gguf", type=Path, required=True, help="the base model, for example gemma-3-270m-q4_k_m.gguf")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "esci_real_input", help="work folder")
+    parser.add_argument("--steps", type=int, default=220, help="optimiser steps of the training")
     parser.add_argument("--until", help="last stage to run")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     work = args.work.resolve()
-    for name, command in stages(args.data.resolve(), args.gguf.resolve(), work).items():
+    for name, command in stages(args.data.resolve(), args.gguf.resolve(), work, args.steps).items():
         print(f"{name}: {run_stage(name, command, work):.0f} s", flush=True)
         if name == args.until:
             return
