@@ -3,12 +3,14 @@
 On several devices: torchrun --nproc-per-node 2 jobs/train.py ...
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
 from csrm.manifest import check_replaceable, replace_folder, verify_manifest
 from csrm.metrics import QUERY_METRICS, Evaluation, evaluate_scores, format_evaluation
+from csrm.prompts import Translation
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
@@ -50,7 +53,7 @@ from csrm.training.stage import (
     trained_scorer,
 )
 from csrm.training.title_pairs import TitlePairs, title_pairs
-from csrm.training.translation import ParallelText, translation_quality
+from csrm.training.translation import ParallelText, TranslationQuality, translation_quality
 
 logger = logging.getLogger(__name__)
 
@@ -197,19 +200,40 @@ def learn_translation(
     """The translation stage; returns its report."""
     parallel = ParallelText(settings.parallel_text)
     texts = parallel.translations("train", config.tuning.seed)
-    packs = translation_packs(texts, tokenizer, config.pack_tokens, settings.text_tokens)
+    packs: Iterator[TrainingPack] = translation_packs(texts, tokenizer, config.pack_tokens, settings.text_tokens)
     changes = {"max_steps": settings.max_steps, "epochs": settings.epochs, "learning_rate": settings.learning_rate}
     tuning = config.tuning.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    if tuning.max_steps is not None:
+        packs = islice(packs, tuning.max_steps * tuning.packs_per_step)  # the texts are in random order
     _train(packs, config.base_model, tuning, config, output_dir)
+    for _ in texts:  # so that all are counted
+        pass
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(parallel.num_left_out.items())) or "none"
     report = f"translation: {parallel.num_kept:,} pairs of texts learnt, left out: {left_out}"
     held_out = next(parallel.translations(settings.held_out_split, config.tuning.seed))[: settings.num_held_out]
-    model, _, _ = load_trained(output_dir)
-    quality = translation_quality(model, tokenizer, held_out, settings.text_tokens)
+    quality = _measured_translation(held_out, settings, tokenizer, output_dir)
     return (
         f"{report}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "
         f"({quality.loss_without_source:.2f} without the source), chrF {quality.chrf:.1f}"
     )
+
+
+def _measured_translation(
+    held_out: Sequence[Translation], settings: TranslationSettings, tokenizer: PromptTokenizer, output_dir: Path
+) -> TranslationQuality:
+    """How well the stage translates; a file beside it keeps it, for translating takes minutes on a CPU."""
+    path = output_dir.with_name(output_dir.name + "_quality.json")
+    follows_from = [verify_manifest(output_dir, KIND), settings.text_tokens, held_out]
+    fingerprint = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["fingerprint"] == fingerprint:
+            return TranslationQuality(**known["quality"])
+    model, _, _ = load_trained(output_dir)
+    quality = translation_quality(model, tokenizer, held_out, settings.text_tokens)
+    text = json.dumps({"fingerprint": fingerprint, "quality": asdict(quality)}, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return quality
 
 
 def relevance_packs(

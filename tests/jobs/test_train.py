@@ -108,6 +108,7 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
         *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),
         *("round-1-teacher-0-beliefs.parquet", "round-1-teacher-1-beliefs.parquet", "round-1-soft_labels.parquet"),
         *("round-1-control_labels.parquet", "rounds.json", "label_issues.parquet", "report.html"),
+        "translation_quality.json",
     }
     assert len(list(stages.glob("*.logs/events.out.tfevents.*"))) == 6
     page = (stages / "report.html").read_text(encoding="utf-8")

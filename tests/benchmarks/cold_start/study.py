@@ -192,7 +192,10 @@ class Study:
         tables["judgments"] = parquet(folder / "judgments.parquet")
         if "inputs.retrieval_table" not in row:
             tables["retrieval_table"] = {"path": str(self.titles(cell.leg))}
-        parallel = {"translation.parallel_text": parquet(inputs / "parallel_text.parquet")}
+        parallel = {
+            "translation.parallel_text": parquet(inputs / "parallel_text.parquet"),
+            "translation.num_held_out": 20,
+        }
         title_pairs = {
             "title_pairs.queries": parquet(self.learnt_queries(inputs)),
             "title_pairs.retrieval_table": {"path": str(self.titles(cell.leg))},
