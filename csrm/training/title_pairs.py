@@ -154,7 +154,7 @@ def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
                 f"""FROM (
                     SELECT market, query_id, coalesce(language, CASE market {language} END) AS language, query,
                         list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
-                    FROM retrieval_table JOIN queries USING (market, query_id)
+                    FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL
                     GROUP BY market, query_id, language, query
                 ) ORDER BY {random_number(seed, "market", "query_id")}, market, query_id"""
             )
@@ -170,7 +170,7 @@ def _query(market: str, query_id: str, language: str, query: str, product_ids: l
     named = [
         _Title(product_id, title, words)
         for product_id, title, words in zip(product_ids, titles, said, strict=True)
-        if words != title and (rest := search_terms(words)) and terms.isdisjoint(rest)
+        if terms and words != title and (rest := search_terms(words)) and terms.isdisjoint(rest)
     ]
     return _Query(market, query_id, language, query, terms, tuple(titles), tuple(named))
 

@@ -74,10 +74,13 @@ def test_a_title_that_names_its_query_is_relevant_without_the_query(
         ("毛巾", "純棉毛巾 大號", {"純棉 大號"}),
         ("pen", "Open air grill", set()),
         ("pen (blue)", "Pen, fine (blue)", {"fine"}),
+        ("", "Pen  fine", set()),
+        (" !! ", "Pen !!  fine", set()),
+        (None, "Pen", set()),
     ],
 )
 def test_words_of_the_query_leave_a_title_wherever_they_stand(
-    tables: dict[str, pd.DataFrame], tmp_path: Path, query: str, title: str, said: set[str]
+    tables: dict[str, pd.DataFrame], tmp_path: Path, query: str | None, title: str, said: set[str]
 ) -> None:
     tables["queries"].loc[tables["queries"]["query_id"] == "towel", "query"] = query
     tables["retrieval_table"].loc[tables["retrieval_table"]["query_id"] == "towel", "title"] = title
