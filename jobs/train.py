@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs.check_apart("train", config.dev_split)
         add_unlabelled(pairs, config)
         dev_pairs = pairs.read(config.dev_split)
-        measured = set(dev_pairs["query"].str.strip().str.lower())
+        measured = pairs.measured_queries()
         tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
         warn_of_unknown_scripts(pairs, tokenizer)
         start: BaseModel | Path = config.base_model

@@ -176,6 +176,14 @@ class JudgedPairs:
         rows = self._database.execute("SELECT split, count(*) FROM keys GROUP BY split ORDER BY split").fetchall()
         return dict(rows)
 
+    def measured_queries(self) -> set[str]:
+        """Texts of the queries that are not learnt from, those of all splits but train, in lower case."""
+        rows = self._database.execute(
+            """SELECT DISTINCT lower(trim(query)) FROM keys JOIN query_texts USING (query_number)
+            WHERE split NOT IN ('train', 'unlabelled')"""
+        ).fetchall()
+        return {text for (text,) in rows}
+
     def check_apart(self, split: str, other: str) -> None:
         """No query text, case ignored, may be in two splits: a model would be measured by what it was trained on.
 

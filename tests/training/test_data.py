@@ -217,6 +217,13 @@ def test_a_query_text_in_two_splits_is_named(tables: dict[str, pd.DataFrame], tm
             pairs.check_apart("train", "dev")
 
 
+def test_queries_of_other_splits_than_train_measure(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["judgments"]["split"] = ["test", None]
+    tables["queries"]["query"] = [" Mouse", "마우스"]
+    with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
+        assert pairs.measured_queries() == {"mouse"}
+
+
 def test_a_sample_is_always_the_same(many: JudgedInputs) -> None:
     with JudgedPairs(many, MARKETS) as pairs:
         first, second = pairs.read(num_pairs=9), pairs.read(num_pairs=9)
