@@ -347,15 +347,13 @@ class JudgedPairs:
                         {num_groups} + dense_rank() OVER (ORDER BY place, query_number, part) AS group_number
                     FROM {labels} ORDER BY group_number, product_number"""
                 )
-                for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
-                    num_groups = batch["group_number"][-1].as_py()
-                    yield _as_frame(pa.Table.from_batches([batch]))
+                for frame in _frames(rows):
+                    num_groups = int(frame["group_number"].iloc[-1])
+                    yield frame
 
     def _stream(self, query: str, split: str) -> Iterator[pd.DataFrame]:
         with self._database.cursor() as database:
-            result = database.sql(query, params={"split": split})
-            for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
-                yield _as_frame(pa.Table.from_batches([batch]))
+            yield from _frames(database.sql(query, params={"split": split}))
 
 
 def _check_markets(
@@ -394,7 +392,6 @@ def _add_texts(
             SELECT query_number, list(title ORDER BY rank) AS titles
             FROM retrieval_table JOIN added_queries USING (market, query_id) GROUP BY query_number
         )"""
-    language = " ".join(f"WHEN {literal(market)} THEN {literal(language)}" for market, language in markets.items())
     database.execute(
         f"""
         CREATE TEMP TABLE added_queries AS
@@ -405,7 +402,7 @@ def _add_texts(
                 AS product_number
             FROM (SELECT DISTINCT market, product_id FROM added);
         INSERT INTO query_texts
-            SELECT query_number, market, query_id, coalesce(language, CASE market {language} END), query,
+            SELECT query_number, market, query_id, {language_of_query(markets)}, query,
                 coalesce(titles, [])
             FROM queries JOIN added_queries USING (market, query_id) LEFT JOIN {titles} USING (query_number);
         INSERT INTO product_texts
@@ -531,11 +528,22 @@ def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
         raise InputError(f"{where}: cannot be read: {error}. Is the path right?") from error
 
 
+def _frames(rows: duckdb.DuckDBPyRelation) -> Iterator[pd.DataFrame]:
+    for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
+        yield _as_frame(pa.Table.from_batches([batch]))
+
+
 def _as_frame(rows: pa.Table) -> pd.DataFrame:
     """Titles as tuples, attributes as lists of (name, value) or None."""
     frame: pd.DataFrame = rows.to_pandas()
     frame["retrieved_titles"] = [tuple(titles) for titles in frame["retrieved_titles"]]
     return frame
+
+
+def language_of_query(markets: Mapping[str, str]) -> str:
+    """SQL of a query's language, from columns language and market: its own, else its market's."""
+    cases = " ".join(f"WHEN {literal(market)} THEN {literal(language)}" for market, language in markets.items())
+    return f"coalesce(language, CASE market {cases} END)"
 
 
 def random_number(seed: int, *values: str) -> str:

@@ -248,17 +248,8 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
         BundleError: a file of the folder is missing or changed.
         ConfigError: the base model is not where it was.
     """
-    folder = Path(model_dir)
-    card = _read_card(folder)
-    labels = card.labels
-    if card.tuning["method"] == "full":
-        language_model = load_language_model(BaseModel(folder=str(folder / "weights")))
-    else:
-        base = load_language_model(BaseModel(**card.base_model))
-        language_model = PeftModel.from_pretrained(base, str(folder / "weights")).merge_and_unload()
-    prompt_tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets)
-    model = PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(labels)).eval()
-    return model, _scorer(model, prompt_tokenizer, card, "fp32"), card
+    model, tokenizer, card = _load(Path(model_dir))
+    return model, _scorer(model, tokenizer, card, "fp32"), card
 
 
 def trained_scorer(model_dir: str | Path, precision: Precision) -> PairScorer:
@@ -267,10 +258,9 @@ def trained_scorer(model_dir: str | Path, precision: Precision) -> PairScorer:
     Raises:
         BundleError, ConfigError: see load_trained.
     """
-    model, _, card = load_trained(model_dir)
+    model, tokenizer, card = _load(Path(model_dir))
     if not torch.cuda.is_available():
         use_block_attention(model.language_model)
-    tokenizer = PromptTokenizer.from_file(Path(model_dir) / "tokenizer.json", card.budgets)
     return _scorer(model, tokenizer, card, precision)
 
 
@@ -545,6 +535,19 @@ def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrained
     )
     adapted: Any = get_peft_model(language_model, config)
     return adapted
+
+
+def _load(folder: Path) -> tuple[PackedRelevanceModel, PromptTokenizer, ModelCard]:
+    """See load_trained."""
+    card = _read_card(folder)
+    if card.tuning["method"] == "full":
+        language_model = load_language_model(BaseModel(folder=str(folder / "weights")))
+    else:
+        base = load_language_model(BaseModel(**card.base_model))
+        language_model = PeftModel.from_pretrained(base, str(folder / "weights")).merge_and_unload()
+    tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets)
+    model = PackedRelevanceModel(language_model, tokenizer.label_ids(card.labels)).eval()
+    return model, tokenizer, card
 
 
 def _scorer(

@@ -23,7 +23,7 @@ from csrm.errors import InputError
 from csrm.labels import Label
 from csrm.schemas import QUERIES, RETRIEVAL_TABLE
 from csrm.text import search_terms
-from csrm.training.data import add_table, literal, open_database, random_number
+from csrm.training.data import add_table, language_of_query, open_database, random_number
 
 QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
@@ -144,24 +144,19 @@ def _groups(
 
 def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
     """The queries that have titles, in random order, some at a time."""
-    language = " ".join(f"WHEN {literal(market)} THEN {literal(name)}" for market, name in settings.markets.items())
-    with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder:
-        database = open_database(folder)
-        try:
-            add_table(database, QUERIES, settings.queries, settings.markets)
-            add_table(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)
-            found = database.sql(
-                f"""FROM (
-                    SELECT market, query_id, coalesce(language, CASE market {language} END) AS language, query,
-                        list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
-                    FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL
-                    GROUP BY market, query_id, language, query
-                ) ORDER BY {random_number(seed, "market", "query_id")}, market, query_id"""
-            )
-            for batch in found.to_arrow_reader(QUERIES_AT_ONCE):
-                yield [_query(**row) for row in pa.Table.from_batches([batch]).to_pylist()]
-        finally:
-            database.close()
+    with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder, open_database(folder) as database:
+        add_table(database, QUERIES, settings.queries, settings.markets)
+        add_table(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)
+        found = database.sql(
+            f"""FROM (
+                SELECT market, query_id, {language_of_query(settings.markets)} AS language, query,
+                    list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
+                FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL
+                GROUP BY market, query_id, language, query
+            ) ORDER BY {random_number(seed, "market", "query_id")}, market, query_id"""
+        )
+        for batch in found.to_arrow_reader(QUERIES_AT_ONCE):
+            yield [_query(**row) for row in pa.Table.from_batches([batch]).to_pylist()]
 
 
 def _query(market: str, query_id: str, language: str, query: str, product_ids: list[str], titles: list[str]) -> _Query:
