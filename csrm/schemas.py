@@ -29,6 +29,8 @@ class Table:
     checks: tuple[tuple[str, str], ...] = ()
     """Pairs of constraint name and SQL condition."""
     change_feed: bool = False
+    schema_version: int = 1
+    """Raised with every change of the columns; a table of an older version is refused until it is migrated."""
 
     @property
     def column_names(self) -> list[str]:
@@ -168,13 +170,12 @@ _SCORE_COLUMNS = (
     Column("bundle_digest", "string", "sha256 that names the bundle which scored the pair"),
     Column("pair_key", "bigint", "Hash of everything that the score depends on"),
     Column("scored_at", "timestamp", "When the pair was scored, UTC"),
-    RUN_ID,
 )
 
 RELEVANCE_SCORES = Table(
     name="relevance_scores",
     comment="Published relevance of (query, product) pairs, one row a pair",
-    columns=_SCORE_COLUMNS,
+    columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that published the row")),
     key=("market", "query_id", "product_id"),
     partition_by=("market",),
     checks=_SCORE_CHECKS,
@@ -184,9 +185,30 @@ RELEVANCE_SCORES = Table(
 SCORES_STAGING = Table(
     name="scores_staging",
     comment="Scores of runs, before their audit and publication",
-    columns=_SCORE_COLUMNS,
+    columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that scored the pair")),
     key=("run_id", "market", "query_id", "product_id"),
     partition_by=("run_id", "market"),
+)
+
+RUN_PAIRS = Table(
+    name="run_pairs",
+    comment="What each run made of every candidate pair",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        PRODUCT_ID,
+        Column("pair_key", "bigint", "Hash of everything that the score depends on; null if rejected", required=False),
+        Column(
+            "state",
+            "string",
+            "unchanged (published with this key), staged (scored by a run that was not published), to_score, or rejected",
+        ),
+        Column("reason", "string", "Why the pair was rejected, as in rejected_pairs", required=False),
+        Column("bucket", "int", "Part of the night; a chunk of work is a range of buckets"),
+        RUN_ID,
+    ),
+    key=("run_id", "market", "query_id", "product_id"),
+    partition_by=("run_id",),
 )
 
 REJECTED_PAIRS = Table(
@@ -210,19 +232,31 @@ SCORING_RUNS = Table(
         RUN_ID,
         Column("data_date", "date", "Day whose inputs were scored"),
         Column("markets", "array<string>", "Markets that were scored, sorted"),
-        Column("started_at", "timestamp", "Start, UTC"),
-        Column("finished_at", "timestamp", "End, UTC"),
-        Column("inputs", "map<string,string>", "Input table to path and version"),
+        Column("started_at", "timestamp", "Start of the last attempt, UTC"),
+        Column("finished_at", "timestamp", "End, UTC; null while it runs, or where it died", required=False),
+        Column("verdict", "string", "running (or died), published, already_published, rejected, superseded, discarded"),
+        Column("inputs", "map<string,string>", "Input table to its path, with @v and the version of a Delta table"),
         Column("bundle_digest", "string", "sha256 that names the bundle"),
+        Column("precision", "string", "Precision of the bundle"),
         Column("device", "string", "Device and provider that scored"),
         Column("versions", "map<string,string>", "Package to version"),
-        Column("num_candidates", "bigint", "Candidate pairs"),
-        Column("num_scored", "bigint", "Scored pairs that the audit counted in scores_staging"),
-        Column("num_rejected", "bigint", "Pairs that could not be scored"),
+        Column("num_candidates", "bigint", "Candidate pairs", required=False),
+        Column("num_unchanged", "bigint", "Pairs whose published score was still right", required=False),
+        Column("num_reused", "bigint", "Pairs that an earlier, unpublished attempt or run had scored", required=False),
+        Column("num_scored", "bigint", "Pairs that this attempt scored", required=False),
+        Column("rejected", "map<string,bigint>", "Reason to pairs that could not be scored", required=False),
+        Column("changes", "map<string,bigint>", "insert, update, delete to published rows", required=False),
+        Column("num_tokens", "bigint", "Tokens that were computed", required=False),
         Column("seconds", "map<string,double>", "Stage to its wall-clock time in seconds"),
-        Column("audit", "string", "Audit results as JSON: a list of market, name, value, bound, passed"),
-        Column("verdict", "string", "published, already_published or rejected"),
-        Column("published_version", "bigint", "Version of relevance_scores after this run; null if rejected", False),
+        Column(
+            "audit",
+            "string",
+            "Audit results as JSON: a list of market, name, value, bound, passed, severity, sentence, accepted",
+            required=False,
+        ),
+        Column("base_version", "bigint", "Version of relevance_scores that the run compared with", required=False),
+        Column("published_version", "bigint", "Version of relevance_scores after this run", required=False),
     ),
     key=("run_id",),
+    schema_version=2,
 )
