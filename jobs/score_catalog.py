@@ -45,6 +45,7 @@ from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.leases import LEASE_SECONDS, Lease, hold_leases
 from csrm.spark.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.spark.pairs import (
+    NUM_BUCKETS,
     num_scoring_partitions,
     plan_pairs,
     query_fields,
@@ -66,7 +67,7 @@ from csrm.spark.runs import (
 )
 from csrm.spark.scoring import ScorerInfo, ScoringProgress, probe_scorer, task_threads, with_relevance_score
 from csrm.spark.session import build_session
-from csrm.spark.staging import Chunk, canary_pairs, count_by_bucket, in_chunk, stage_scores
+from csrm.spark.staging import Chunk, canary_pairs, in_chunk, stage_scores
 from csrm.spark.tables import read_table, table_path, table_version
 
 
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))
     _end_by_signal()
-    night = Night(config, run_id, data_date, started_at, bundle, scorer, console)
+    night = Night(config, run_id, data_date, started_at, bundle, scorer, console, earlier is not None)
     with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
         return score_and_publish(spark, night, leases)
 
@@ -162,6 +163,8 @@ class Night:
     bundle: Bundle
     scorer: ScorerInfo
     console: Console
+    is_repeated: bool
+    """Whether there was an attempt before, which may have left rows."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,8 @@ def score_and_publish(spark: SparkSession, night: Night, leases: Mapping[str, Le
     write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
     planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
     counts = _count_plan(planned_df, inputs["candidates"], config)
-    write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
+    if counts.rejected or night.is_repeated:
+        write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
     row |= {name: getattr(counts, name) for name in ("num_candidates", "num_unchanged", "num_reused", "rejected")}
     pairs_per_s = last_rate(spark, config.tables, night.scorer.digest, row["device"]) or _exported_rate(spark, night)
     clock.lap("plan")
@@ -337,7 +341,7 @@ def _augmented_queries(inputs: Mapping[str, Input], config: ScoringConfig, chunk
 
 
 def _count_plan(planned_df: DataFrame, candidates: Input, config: ScoringConfig) -> PlanCounts:
-    counts = planned_df.groupBy("market", "state", "reason").count().toPandas()
+    counts = planned_df.groupBy("market", "state", "reason", "bucket").count().toPandas()
     markets = set(counts["market"])
     if empty := sorted(config.markets.keys() - markets):
         raise InputError(
@@ -346,12 +350,13 @@ def _count_plan(planned_df: DataFrame, candidates: Input, config: ScoringConfig)
         )
     by_state = counts.groupby("state")["count"].sum()
     by_reason = counts.groupby("reason")["count"].sum()
+    to_score = counts[counts["state"] == "to_score"]
     return PlanCounts(
         num_candidates=int(counts["count"].sum()),
         num_unchanged=int(by_state.get("unchanged", 0)),
         num_reused=int(by_state.get("staged", 0)),
         rejected={str(reason): int(count) for reason, count in by_reason.items()},
-        to_score=count_by_bucket(planned_df),
+        to_score=np.bincount(to_score["bucket"], weights=to_score["count"], minlength=NUM_BUCKETS).astype(int),
     )
 
 

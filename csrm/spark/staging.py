@@ -9,7 +9,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from csrm.schemas import RELEVANCE_SCORES, SCORES_STAGING
-from csrm.spark.pairs import NUM_BUCKETS, bucket
+from csrm.spark.pairs import bucket
 from csrm.spark.tables import Transaction, append_rows, table_path
 
 
@@ -73,14 +73,6 @@ def stage_scores(
         number, low, done = number + 1, chunk.high, done + chunk.num_pairs
         pairs_per_s = done / (time.monotonic() - started)
     return number
-
-
-def count_by_bucket(planned_df: DataFrame) -> np.ndarray:
-    """Pairs to score in each bucket, shape (NUM_BUCKETS,), int64."""
-    counts = np.zeros(NUM_BUCKETS, dtype=np.int64)
-    for row in planned_df.where("state = 'to_score'").groupBy("bucket").count().collect():
-        counts[row["bucket"]] = row["count"]
-    return counts
 
 
 def in_chunk(df: DataFrame, chunk: Chunk) -> DataFrame:
