@@ -73,12 +73,18 @@ def test_who_slept_past_its_lease_cannot_publish_over_its_successor(
     with caplog.at_level(logging.WARNING), hold_leases(spark, tables, ["tw"], "run b", seconds=30) as held:
         assert "took over the lease of run a" in caplog.text
         version = table_version(spark, path)
-        late = merge_changes(changes(spark, 0.1, "a"), RELEVANCE_SCORES, path, slice_, "a", asleep.transaction)
+        late = merge_changes(
+            changes(spark, 0.1, "a"), RELEVANCE_SCORES, path, slice_, {"run_id": "a"}, asleep.transaction
+        )
         assert (late, table_version(spark, path)) == (None, version)
 
-        committed = merge_changes(changes(spark, 0.9, "b"), RELEVANCE_SCORES, path, slice_, "b", held["tw"].transaction)
+        committed = merge_changes(
+            changes(spark, 0.9, "b"), RELEVANCE_SCORES, path, slice_, {"run_id": "b"}, held["tw"].transaction
+        )
         assert committed == version + 1
-        again = merge_changes(changes(spark, 0.1, "a"), RELEVANCE_SCORES, path, slice_, "a", asleep.transaction)
+        again = merge_changes(
+            changes(spark, 0.1, "a"), RELEVANCE_SCORES, path, slice_, {"run_id": "a"}, asleep.transaction
+        )
         assert again is None
 
     assert [row["run_id"] for row in read_table(spark, RELEVANCE_SCORES, path).collect()] == ["b"]
@@ -91,7 +97,7 @@ def test_a_lost_folder_of_leases_does_not_block_the_table(spark: SparkSession, t
         with hold_leases(spark, tables, ["tw"], run_id) as held:
             transaction = held["tw"].transaction
             market_df = changes(spark, 0.5, run_id)
-            assert merge_changes(market_df, RELEVANCE_SCORES, path, {"market": "tw"}, run_id, transaction)
+            assert merge_changes(market_df, RELEVANCE_SCORES, path, {"market": "tw"}, {}, transaction)
         for file in (tmp_path / "_leases" / "market=tw").iterdir():
             file.unlink()
         time.sleep(0.01)

@@ -86,9 +86,7 @@ def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession,
     path = str(tmp_path / "scores")
     overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
 
-    version = overwrite_table(
-        scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'", user_metadata="note"
-    )
+    version = overwrite_table(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
 
     assert version == 2
     rows = read_table(spark, RELEVANCE_SCORES, path).orderBy("market").collect()
@@ -97,7 +95,6 @@ def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession,
         ("tw", "q2", 1.0),
     ]
     assert read_table(spark, RELEVANCE_SCORES, path, version=1).where("market = 'tw'").head()["query_id"] == "q1"
-    assert spark.sql(f"DESCRIBE HISTORY {sql_path(path)} LIMIT 1").head()["userMetadata"] == "note"
 
 
 def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp_path: Path) -> None:
