@@ -134,6 +134,17 @@ def read_table(spark: SparkSession, table: Table, path: str, version: int | None
     return table_df.select(*table.column_names)
 
 
+def read_changes(spark: SparkSession, table: Table, path: str, after_version: int) -> DataFrame:
+    """The change feed of a table: rows that commits after a version wrote, replaced or deleted.
+
+    Returns:
+        The declared columns, and change (insert, update_preimage, update_postimage, delete) and version.
+    """
+    feed_df = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", after_version + 1)
+    names = (F.col("_change_type").alias("change"), F.col("_commit_version").alias("version"))
+    return feed_df.load(path).select(*table.column_names, *names)
+
+
 def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
     """As replace_rows; returns the table's version after the commit."""
     replace_rows(df, table, path, where)
