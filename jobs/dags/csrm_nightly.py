@@ -20,14 +20,15 @@ where it has none. The run id of the scores is that of the DAG run, so what is t
 | else | is tried again up to three times, 5 to 60 minutes apart (beyond a dead run's lease), then fails and alerts |
 
 The asset `csrm_relevance_scores` is updated once by each run that changed the published table (extra: run_id, verdict,
-version, tables), and by no other. A rejected run gets its report, too.
+version, tables), and by no other. A rejected run gets its report, too. After `jobs/publish.py` has published it, clear
+its task `score_and_publish`: nothing is scored again, the asset is updated, and the night goes on.
 
 A run that has not ended 6 hours after it was queued alerts. The environment variable `CSRM_DEADLINE_HOURS` of the DAG
 processor sets other hours; 0 is no deadline, which `airflow dags test` needs: Airflow 3.3 fails at its end otherwise.
 
-A cluster manager turns every exit code into 1 and keeps what a job prints. Install `deltalake` beside Airflow there:
-the run's row in `scoring_runs` then says what became of it. Tasks use the default pool; where several copies of this
-DAG share a cluster, name a pool of one slot in POOL.
+Install `deltalake` beside Airflow: the run's row in `scoring_runs` then says what became of it, also where a cluster
+manager turns every exit code into 1 and keeps what a job prints, or where a run was published by hand. Tasks use the
+default pool; where several copies of this DAG share a cluster, name a pool of one slot in POOL.
 """
 
 import json
