@@ -264,7 +264,7 @@ def load_scorer(
         )
     except BundleError as error:
         raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
-    scorer.num_tokens = 0  # only what is asked for is counted
+    scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
     return scorer
 
 

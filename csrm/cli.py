@@ -24,6 +24,31 @@ def job_parser(description: str, default_config: str) -> argparse.ArgumentParser
     return parser
 
 
+class Console:
+    """What a job says on stdout: text for a person, or one JSON object a line for a machine."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def say(self, event: str, text: str, **fields: object) -> None:
+        """Say that something happened.
+
+        Args:
+            event: its name, for machines.
+            text: for people; nothing is printed where it is empty.
+            fields: for machines.
+        """
+        if self.as_json:
+            print(json.dumps({"event": event, **fields}, default=str, ensure_ascii=False), flush=True)
+        elif text:
+            print(text, flush=True)
+
+
+def add_log_format(parser: argparse.ArgumentParser) -> None:
+    """The argument --log-format, for jobs that use Console."""
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="what is printed on stdout")
+
+
 def setting_arguments(**values: object) -> list[str]:
     """Command-line words that replace settings of a job; for a job that runs other jobs."""
     return [word for name, value in values.items() for word in ("--set", f"{name}={json.dumps(value, default=str)}")]
@@ -32,8 +57,8 @@ def setting_arguments(**values: object) -> list[str]:
 def run_job(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a job's main function; a CsrmError becomes one message on stderr and its exit code.
 
-    Exit codes: 0 done, 2 bad configuration or input, 3 audit rejected the run, 4 device missing, 1 anything else
-    (with the traceback).
+    Exit codes: 0 done, 2 bad configuration or input, 3 audit rejected the run, 4 device missing, 5 another
+    run holds the market, 1 anything else (with the traceback).
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -44,6 +44,12 @@ class DeviceError(CsrmError):
     exit_code = 4
 
 
+class LeaseError(CsrmError):
+    """Another run works on the market, or has taken it over."""
+
+    exit_code = 5
+
+
 class MissingDependencyError(CsrmError):
     """A package of an optional extra is not installed."""
 

@@ -201,7 +201,7 @@ RUN_PAIRS = Table(
         Column(
             "state",
             "string",
-            "unchanged (published with this key), staged (scored by a run that was not published), to_score, or rejected",
+            "unchanged (published with this key), staged (by a run that was not published), to_score, or rejected",
         ),
         Column("reason", "string", "Why the pair was rejected, as in rejected_pairs", required=False),
         Column("bucket", "int", "Part of the night; a chunk of work is a range of buckets"),
@@ -260,3 +260,15 @@ SCORING_RUNS = Table(
     key=("run_id",),
     schema_version=2,
 )
+
+OUTPUTS = (
+    RELEVANCE_SCORES,
+    SCORES_STAGING,
+    RUN_PAIRS,
+    REJECTED_PAIRS,
+    SCORING_RUNS,
+    RETRIEVAL_TABLE,
+    CANDIDATES,
+    UNCOVERED_PRODUCTS,
+)
+"""Tables that CSRM writes."""

@@ -38,6 +38,8 @@ class PairScorer:
         """What computes the logits, for example CPUExecutionProvider."""
         self.num_tokens = 0
         """Tokens computed so far, prefixes counted once per pack."""
+        self.num_prompt_tokens = 0
+        """Tokens of the prompts so far, prefixes counted once per pair."""
         self._tokenizer = tokenizer
         self._pack_scorer = pack_scorer
         self._pack_tokens = pack_tokens
@@ -68,6 +70,9 @@ class PairScorer:
         """Logits of the label tokens, shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         groups, rows = pair_groups(pairs, self._tokenizer)
+        self.num_prompt_tokens += sum(
+            len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
+        )
         for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch):
             present = batch.pair_index >= 0
             logits[rows[batch.pair_index[present]]] = self._pack_scorer(batch)[present]

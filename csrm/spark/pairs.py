@@ -1,4 +1,4 @@
-"""The rows to score: candidates joined with queries, retrieved titles and products; keyed and laid out for scoring."""
+"""The pairs of a night: what is to be done with each, and the texts of those to score, laid out for scoring."""
 
 import logging
 import math
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from csrm.schemas import REJECTED_PAIRS
 from csrm.scoring import PAIR_COLUMNS
 from csrm.spark.lexical import is_blank
 
 logger = logging.getLogger(__name__)
 
+NUM_BUCKETS = 1_024
+"""Parts of a night, the smallest amount of work that is staged in one commit."""
 _PAIRS_PER_TASK = 4_096
 _FEWEST_PAIRS_PER_TASK = 256
 _BYTES_PER_TITLE = 64  # what Spark adds to the text of a row: offsets, lengths, the array's share
@@ -47,66 +48,112 @@ def with_retrieved_titles(queries_df: DataFrame, retrieval_df: DataFrame, broadc
     return queries_df.join(retrieved_df, on=["market", "query_id"], how="left").withColumn("retrieved_titles", titles)
 
 
-def with_pair_fields(
-    candidates_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame, languages: Mapping[str, str]
-) -> DataFrame:
-    """Candidates with everything that a prompt is made of, and `reason`: null, or why the pair cannot be scored.
+def query_fields(queries_df: DataFrame, languages: Mapping[str, str]) -> DataFrame:
+    """What a prompt says of each query: market, query_id, language, query, retrieved_titles.
 
     Args:
-        candidates_df: market, query_id, product_id; one row a pair.
         queries_df: market, query_id, query, language, retrieved_titles; one row a query.
-        catalog_df: market, product_id, title, brand, category, attributes; one row a product.
         languages: language of each market, for queries that name none.
     """
     market_language = F.create_map(*(F.lit(text) for item in sorted(languages.items()) for text in item))
-    queries_df = queries_df.select(
-        "market",
-        "query_id",
-        F.lit(True).alias("has_query"),
-        "query",
-        F.coalesce("language", market_language[F.col("market")]).alias("language"),
-        "retrieved_titles",
+    language = F.coalesce("language", market_language[F.col("market")])
+    return queries_df.select("market", "query_id", language.alias("language"), "query", "retrieved_titles")
+
+
+def plan_pairs(
+    candidates_df: DataFrame,
+    queries_df: DataFrame,
+    catalog_df: DataFrame,
+    published_df: DataFrame,
+    staged_df: DataFrame,
+    bundle_digest: str,
+) -> DataFrame:
+    """What is to be done with each candidate pair. Texts are hashed before the joins, which carry keys only.
+
+    Args:
+        candidates_df: market, query_id, product_id; one row a pair.
+        queries_df: as of query_fields, one row a query.
+        catalog_df: market, product_id, title, brand, category, attributes; one row a product.
+        published_df: market, query_id, product_id, pair_key of relevance_scores.
+        staged_df: the same of scores that wait in scores_staging; a pair may be there more than once.
+        bundle_digest: of the bundle that scores.
+
+    Returns:
+        The columns of `schemas.RUN_PAIRS` but run_id.
+    """
+    pair = ["market", "query_id", "product_id"]
+    query_keys_df = queries_df.select(
+        "market", "query_id", is_blank(F.col("query")).alias("is_query_blank"), _query_key(bundle_digest)
     )
-    catalog_df = catalog_df.select(
-        "market", "product_id", F.lit(True).alias("has_product"), "title", "brand", "category", "attributes"
+    product_keys_df = catalog_df.select(
+        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), _product_key()
     )
+    published_df = published_df.select(*pair, F.col("pair_key").alias("published_key"))
+    staged_df = staged_df.select(*pair, F.col("pair_key")).distinct().withColumn("is_staged", F.lit(True))
     reason = (
-        F.when(F.col("has_query").isNull(), "no_query")
-        .when(F.col("has_product").isNull(), "no_product")
-        .when(is_blank(F.col("query")), "empty_query")
-        .when(is_blank(F.col("title")), "empty_title")
+        F.when(F.col("query_key").isNull(), "no_query")
+        .when(F.col("product_key").isNull(), "no_product")
+        .when(F.col("is_query_blank"), "empty_query")
+        .when(F.col("is_title_blank"), "empty_title")
+    )
+    state = (
+        F.when(F.col("reason").isNotNull(), "rejected")
+        .when(F.col("published_key") == F.col("pair_key"), "unchanged")
+        .when(F.col("is_staged"), "staged")
+        .otherwise("to_score")
     )
     return (
-        candidates_df.select("market", "query_id", "product_id")
-        .join(queries_df, on=["market", "query_id"], how="left")
-        .join(catalog_df, on=["market", "product_id"], how="left")
-        .select("query_id", "product_id", *PAIR_COLUMNS, reason.alias("reason"))
+        candidates_df.select(*pair)
+        .join(published_df, on=pair, how="left")
+        .join(query_keys_df, on=["market", "query_id"], how="left")
+        .join(product_keys_df, on=["market", "product_id"], how="left")
+        .withColumn("reason", reason)
+        .withColumn("pair_key", F.when(F.col("reason").isNull(), F.xxhash64("query_key", "product_key")))
+        .join(staged_df, on=[*pair, "pair_key"], how="left")
+        .select(*pair, "pair_key", state.alias("state"), "reason", bucket().alias("bucket"))
     )
 
 
-def filter_scorable(pair_fields_df: DataFrame, bundle_digest: str) -> DataFrame:
-    """Pairs that can be scored, with `pair_key`."""
-    return pair_fields_df.where(F.col("reason").isNull()).drop("reason").withColumn("pair_key", pair_key(bundle_digest))
+def with_texts(pairs_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame) -> DataFrame:
+    """Planned pairs with everything that a prompt is made of.
 
-
-def filter_rejected(pair_fields_df: DataFrame, run_id: str) -> DataFrame:
-    """Pairs that cannot be scored, as rows of rejected_pairs."""
+    Args:
+        pairs_df: market, query_id, product_id, pair_key, of pairs whose query and product exist.
+        queries_df: as of query_fields.
+        catalog_df: as for plan_pairs.
+    """
+    products_df = catalog_df.select("market", "product_id", "title", "brand", "category", "attributes")
     return (
-        pair_fields_df.where(F.col("reason").isNotNull())
-        .withColumn("run_id", F.lit(run_id))
-        .select(*REJECTED_PAIRS.column_names)
+        pairs_df.select("market", "query_id", "product_id", "pair_key")
+        .join(queries_df, on=["market", "query_id"], how="inner")
+        .join(products_df, on=["market", "product_id"], how="inner")
+        .select("query_id", "product_id", "pair_key", *PAIR_COLUMNS)
     )
+
+
+def bucket() -> Column:
+    """Part of the night that a query with all its pairs belongs to, from 0 to NUM_BUCKETS - 1."""
+    return F.pmod(F.xxhash64("market", "query_id"), F.lit(NUM_BUCKETS)).cast("int")
 
 
 def pair_key(bundle_digest: str) -> Column:
     """64-bit hash of PAIR_COLUMNS and the bundle: equal keys of one pair mean an equal score.
 
-    Hashed is the text of a JSON object, which leaves null fields out (so null differs from empty), with the attributes
-    as entries in the order of their names (so their order in the map does not matter).
+    Hashed is the text of JSON objects, which leave null fields out (so null differs from empty), with the attributes as
+    entries in the order of their names (so their order in the map does not matter); one object for what the products
+    of a query share, one for the product.
     """
-    fields = [F.col(name) for name in PAIR_COLUMNS if name != "attributes"]
+    return F.xxhash64(_query_key(bundle_digest), _product_key())
+
+
+def _query_key(bundle_digest: str) -> Column:
+    fields = [F.col(name) for name in ("market", "language", "query", "retrieved_titles")]
+    return F.xxhash64(F.to_json(F.struct(*fields, F.lit(bundle_digest).alias("bundle_digest")))).alias("query_key")
+
+
+def _product_key() -> Column:
     attributes = F.array_sort(F.map_entries("attributes")).alias("attributes")
-    return F.xxhash64(F.to_json(F.struct(*fields, attributes, F.lit(bundle_digest).alias("bundle_digest"))))
+    return F.xxhash64(F.to_json(F.struct("title", "brand", "category", attributes))).alias("product_key")
 
 
 def with_scoring_layout(pairs_df: DataFrame, num_partitions: int, products_per_chunk: int) -> DataFrame:

@@ -1,47 +1,21 @@
-"""From scores to the published table: stage, audit, publish what changed, record the run."""
+"""From staged scores to the published table: one commit a market that touches what changed."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.errors import ConfigError
-from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, SCORES_STAGING, SCORING_RUNS, Table
-from csrm.spark.tables import (
-    create_table,
-    merge_changes,
-    overwrite_table,
-    read_table,
-    spark_schema,
-    sql_literal,
-    table_exists,
-    table_path,
-    table_version,
-)
+from csrm.cli import Console
+from csrm.errors import LeaseError
+from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark.leases import Lease
+from csrm.spark.tables import merge_changes, table_path, table_version
 
 SCORE_TOLERANCE = 1e-6
-"""A score that moved by no more is the same score: it is not published again."""
-
-_NOTHING_STAGED = {"num_rows": 0, "num_keys": 0, "num_nan": 0, "num_in_range": 0}
-
-AuditResult = dict[str, Any]
-"""market, name, value, bound (text) and passed."""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found."""
-
-    results: list[AuditResult]
-    num_staged: int
-    """Rows that the run has in scores_staging."""
-
-    @property
-    def failed(self) -> list[AuditResult]:
-        return [result for result in self.results if not result["passed"]]
+"""A score that moved by no more is the same score."""
 
 
 @dataclass(frozen=True)
@@ -53,139 +27,69 @@ class Publication:
     num_changes: Mapping[str, Mapping[str, int]]
     """Market to operation (insert, update, delete) to rows; empty where nothing changed."""
 
-
-def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> int:
-    """Write a run's rows of a table in one commit, in place of those that an earlier attempt left."""
-    return overwrite_table(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
-
-
-def read_run_rows(spark: SparkSession, table: Table, tables_dir: str, run_id: str) -> DataFrame:
-    """A run's rows of a table, at the table's present version."""
-    path = table_path(tables_dir, table)
-    return read_table(spark, table, path, table_version(spark, path)).where(F.col("run_id") == run_id)
+    @property
+    def totals(self) -> dict[str, int]:
+        """Operation to rows of all markets."""
+        return dict(sum((Counter(counts) for counts in self.num_changes.values()), Counter[str]()))
 
 
-def find_published_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:
-    """The row of a run that was published, or None."""
-    if not table_exists(spark, table_path(tables_dir, SCORING_RUNS)):
-        return None
-    runs_df = read_run_rows(spark, SCORING_RUNS, tables_dir, run_id)
-    return runs_df.where(F.col("verdict") != "rejected").head()
+def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataFrame, run_id: str) -> DataFrame:
+    """What turns the published scores of some markets into a run's.
 
-
-def check_same_run(published: Row, markets: Collection[str], bundle_digest: str) -> None:
-    """Refuse a run id under which other markets, or scores of another bundle, were published.
+    Pairs whose published row has the planned key stay untouched. Of several staged scores of a key the newest counts.
 
     Args:
-        published: the row that find_published_run found.
-        markets: those of the new run.
-        bundle_digest: that of the new run.
+        planned_df: columns of run_pairs: all pairs of one run in these markets.
+        published_df: columns of relevance_scores, in these markets.
+        staged_df: columns of scores_staging.
+        run_id: of the run that publishes.
 
-    Raises:
-        ConfigError: the markets or the bundle differ.
+    Returns:
+        The columns of relevance_scores, operation (insert, update, or delete, which has the key alone), old_score and
+        old_grade. A planned pair without a staged score has a null score.
     """
-    expected = (sorted(published["markets"]), published["bundle_digest"])
-    found = (sorted(markets), bundle_digest)
-    if found != expected:
-        raise ConfigError(
-            f"--run-id {published['run_id']!r}: a run of this name, started {published['started_at']}, published the "
-            f"markets {expected[0]} with bundle {expected[1][:12]}; this one has the markets {found[0]} with bundle "
-            f"{found[1][:12]}. Choose another --run-id."
-        )
-
-
-def audit_run(
-    spark: SparkSession, tables_dir: str, run_id: str, num_candidates: Mapping[str, int], max_rejected_share: float
-) -> Audit:
-    """Check a run's staged scores and rejected pairs, read back from their tables, market by market.
-
-    A publish deletes what a market's run does not hold, so a large market must not hide that a small one failed.
-
-    Args:
-        spark: the session.
-        tables_dir: the folder of CSRM's tables.
-        run_id: the run.
-        num_candidates: market to the pairs that it was given.
-        max_rejected_share: largest share of a market's pairs that may be rejected, in [0, 1].
-    """
-    score = F.col("relevance_score")
-    staged_df = (
-        read_run_rows(spark, SCORES_STAGING, tables_dir, run_id)
-        .groupBy("market")
-        .agg(
-            F.count("*").alias("num_rows"),
-            F.count_distinct("query_id", "product_id").alias("num_keys"),
-            F.count_if(score.isNull() | F.isnan(score)).alias("num_nan"),
-            F.count_if(score.between(0.0, 1.0)).alias("num_in_range"),
+    key = list(RELEVANCE_SCORES.key)
+    scored = ("relevance_score", "predicted_grade", "bundle_digest", "scored_at")
+    old_df = published_df.select(
+        *key,
+        F.col("pair_key").alias("old_key"),
+        F.col("relevance_score").alias("old_score"),
+        F.col("predicted_grade").alias("old_grade"),
+    )
+    new_df = staged_df.groupBy(*key, "pair_key").agg(F.max_by(F.struct(*scored), "scored_at").alias("new"))
+    scorable_df = planned_df.where(F.col("reason").isNull()).select(*key, "pair_key", F.lit(True).alias("is_planned"))
+    operation = (
+        F.when(F.col("is_planned").isNull(), "delete").when(F.col("old_key").isNull(), "insert").otherwise("update")
+    )
+    return (
+        scorable_df.join(old_df, on=key, how="full")
+        .where(F.col("is_planned").isNull() | F.col("old_key").isNull() | (F.col("old_key") != F.col("pair_key")))
+        .join(new_df, on=[*key, "pair_key"], how="left")
+        .select(
+            *key,
+            "pair_key",
+            "new.*",
+            F.lit(run_id).alias("run_id"),
+            operation.alias("operation"),
+            "old_score",
+            "old_grade",
         )
     )
-    rejected_df = read_run_rows(spark, REJECTED_PAIRS, tables_dir, run_id).groupBy("market").count()
-    staged = {row["market"]: row.asDict() for row in staged_df.collect()}
-    rejected = {row["market"]: row["count"] for row in rejected_df.collect()}
-    results: list[AuditResult] = []
-    for market in sorted({*num_candidates, *staged, *rejected}):
-        counts = (staged.get(market, _NOTHING_STAGED), rejected.get(market, 0), num_candidates.get(market, 0))
-        results += audit_counts(market, *counts, max_rejected_share)
-    return Audit(results, sum(counts["num_rows"] for counts in staged.values()))
 
 
-def audit_counts(
-    market: str, staged: Mapping[str, int], num_rejected: int, num_candidates: int, max_rejected_share: float
-) -> list[AuditResult]:
-    """The audit's results for one market, from its counts.
-
-    Args:
-        market: the market.
-        staged: num_rows, num_keys (distinct pairs), num_nan and num_in_range of the staged scores.
-        num_rejected: pairs that could not be scored.
-        num_candidates: pairs that the run was given.
-        max_rejected_share: see audit_run.
-    """
-    num_rows = staged["num_rows"]
-    num_pairs, num_keys, num_in_range = num_rows + num_rejected, staged["num_keys"], staged["num_in_range"]
-    share = num_rejected / num_candidates if num_candidates else 0.0
-    checks = [
-        ("staged and rejected pairs", num_pairs, f"= {num_candidates} candidates", num_pairs == num_candidates),
-        ("staged pairs", num_rows, ">= 1", num_rows >= 1),
-        ("distinct staged pairs", num_keys, f"= {num_rows} staged", num_keys == num_rows),
-        ("scores that are no number", staged["num_nan"], "= 0", staged["num_nan"] == 0),
-        ("scores in [0, 1]", num_in_range, f"= {num_rows} staged", num_in_range == num_rows),
-        ("share of rejected pairs", share, f"<= {max_rejected_share}", share <= max_rejected_share),
-    ]
-    return [
-        {"market": market, "name": name, "value": value, "bound": bound, "passed": passed}
-        for name, value, bound, passed in checks
-    ]
-
-
-def publish_run(
-    spark: SparkSession, tables_dir: str, run_id: str, markets: Collection[str], bundle_digest: str
-) -> Publication:
-    """Bring the published table to a run's staged scores: one commit per market, none where nothing changed.
-
-    Rows whose pair_key, bundle, grade and score (within SCORE_TOLERANCE) are as published stay untouched. A published
-    pair of these markets that the run does not hold is deleted.
-    """
-    path = table_path(tables_dir, RELEVANCE_SCORES)
-    create_table(spark, RELEVANCE_SCORES, path)
-    version = table_version(spark, path)
-    published_df = read_table(spark, RELEVANCE_SCORES, path, version).where(F.col("market").isin(*sorted(markets)))
-    changes_df = score_changes(read_run_rows(spark, SCORES_STAGING, tables_dir, run_id), published_df)
-    num_changes: dict[str, dict[str, int]] = {}
+def count_changes(changes_df: DataFrame) -> dict[str, dict[str, int]]:
+    """Market to operation to rows; what has none is left out."""
+    counts: dict[str, dict[str, int]] = {}
     for row in changes_df.groupBy("market", "operation").count().orderBy("market", "operation").collect():
-        num_changes.setdefault(row["market"], {})[row["operation"]] = row["count"]
-    metadata = json.dumps({"run_id": run_id, "bundle_digest": bundle_digest})
-    for market in num_changes:
-        market_df = changes_df.where(F.col("market") == market)
-        version = merge_changes(market_df, RELEVANCE_SCORES, path, {"market": market}, metadata)
-    return Publication(version, num_changes)
+        counts.setdefault(row["market"], {})[row["operation"]] = row["count"]
+    return counts
 
 
-def score_changes(staged_df: DataFrame, published_df: DataFrame) -> DataFrame:
-    """What turns the published scores into the staged ones.
+def score_changes(wanted_df: DataFrame, published_df: DataFrame) -> DataFrame:
+    """What turns the published scores into a wanted state.
 
     Args:
-        staged_df: columns of relevance_scores, one row a pair.
+        wanted_df: columns of relevance_scores, one row a pair.
         published_df: the same.
 
     Returns:
@@ -193,7 +97,7 @@ def score_changes(staged_df: DataFrame, published_df: DataFrame) -> DataFrame:
     """
     key = list(RELEVANCE_SCORES.key)
     values = [name for name in RELEVANCE_SCORES.column_names if name not in key]
-    new_df = staged_df.select(*key, F.struct(*values).alias("new"))
+    new_df = wanted_df.select(*key, F.struct(*values).alias("new"))
     old_df = published_df.select(*key, F.struct(*values).alias("old"))
     moved = F.abs(F.col("new.relevance_score").cast("double") - F.col("old.relevance_score").cast("double"))
     differs = moved > SCORE_TOLERANCE
@@ -208,8 +112,56 @@ def score_changes(staged_df: DataFrame, published_df: DataFrame) -> DataFrame:
     )
 
 
-def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
-    """Write a run's row of scoring_runs; `run` has its columns, with audit as a list of results."""
-    values = {**run, "audit": json.dumps(run["audit"])}
-    row = tuple(values[name] for name in SCORING_RUNS.column_names)
-    write_run_rows(spark.createDataFrame([row], spark_schema(SCORING_RUNS)), SCORING_RUNS, tables_dir, run["run_id"])
+def publish_changes(
+    spark: SparkSession,
+    tables_dir: str,
+    changes_df: DataFrame,
+    num_changes: Mapping[str, Mapping[str, int]],
+    leases: Mapping[str, Lease],
+    metadata: Mapping[str, str],
+) -> Publication:
+    """Apply changes to relevance_scores, one commit a market.
+
+    Args:
+        spark: the session.
+        tables_dir: folder of CSRM's tables.
+        changes_df: the columns of relevance_scores and operation; computed once for each market, so best persisted.
+        num_changes: market to operation to rows of changes_df, without markets that have none.
+        leases: of these markets.
+        metadata: what the commits carry in the table's history, beside their market and fence.
+
+    Raises:
+        LeaseError: another run took over a market; the message names the markets that were published before.
+    """
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    version = table_version(spark, path)
+    published: list[str] = []
+    for market in sorted(num_changes):
+        lease = leases[market]
+        lease.require()
+        carried = json.dumps({**metadata, "market": market, "fence": lease.transaction.version})
+        market_df = changes_df.where(F.col("market") == market)
+        committed = merge_changes(market_df, RELEVANCE_SCORES, path, {"market": market}, carried, lease.transaction)
+        if committed is None:
+            raise LeaseError(
+                f"market {market!r}: Delta refused the publish, for another run has taken over the market's lease. "
+                f"Published before that: {published or 'nothing'}. Run it again: its scores are kept."
+            )
+        version = committed
+        published.append(market)
+    return Publication(version, num_changes)
+
+
+def say_publication(console: Console, verdict: str, run_id: str, publication: Publication, tables_dir: str) -> None:
+    """The closing lines of a job that published."""
+    path, version = table_path(tables_dir, RELEVANCE_SCORES), publication.version
+    if publication.num_changes:
+        lines = [f"published run {run_id}: relevance_scores version {version}"]
+        for market, operations in publication.num_changes.items():
+            lines.append(f"  {market}: " + ", ".join(f"{count:,} {name}" for name, count in operations.items()))
+    else:
+        lines = [f"already published: relevance_scores version {version} has these scores, nothing changed"]
+    lines.append(f"table   {path}")
+    lines.append(f"read it spark.read.format('delta').option('versionAsOf', {version}).load('{path}')")
+    text = "\n".join(lines)
+    console.say(verdict, text, run_id=run_id, version=version, changes=publication.num_changes, table=path)

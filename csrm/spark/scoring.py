@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from csrm import errors
 from csrm.bundle import load_bundle, load_scorer
+from csrm.cli import Console
 from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring import PAIR_COLUMNS, PairScorer
@@ -82,21 +83,22 @@ def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int
 
 
 def score_pair_batches(
-    batches: Iterator[pd.DataFrame], scorer: PairScorer, on_scored: Callable[[int, int], None]
+    batches: Iterator[pd.DataFrame], scorer: PairScorer, on_scored: Callable[[int, int, int], None]
 ) -> Iterator[pd.DataFrame]:
     """Scores of Arrow batches of pairs, in the order of their rows; tested without Spark.
 
     Args:
         batches: market, query_id, product_id, pair_key and PAIR_COLUMNS; pairs of one query best side by side.
         scorer: a loaded bundle.
-        on_scored: called with the number of pairs and of tokens after each step of at most 1,024 pairs.
+        on_scored: called after each step of at most 1,024 pairs with the number of pairs, of tokens that were computed,
+            and of tokens of their prompts, whose prefixes are computed once a pack.
     """
     for batch in batches:
         for start in range(0, len(batch), _PAIRS_PER_CALL):
             pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
-            tokens_before = scorer.num_tokens
+            before = (scorer.num_tokens, scorer.num_prompt_tokens)
             scores = scorer.score(pairs)
-            on_scored(len(pairs), scorer.num_tokens - tokens_before)
+            on_scored(len(pairs), scorer.num_tokens - before[0], scorer.num_prompt_tokens - before[1])
             yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
 
 
@@ -120,12 +122,11 @@ def with_relevance_score(
         threads: threads of one forward pass on the CPU.
         progress: counts what is scored; None where there are no accumulators (Spark Connect).
     """
-    counters = None if progress is None else (progress.num_pairs, progress.num_tokens)
+    counters = () if progress is None else (progress.num_pairs, progress.num_tokens, progress.num_prompt_tokens)
 
-    def on_scored(num_pairs: int, num_tokens: int) -> None:
-        if counters is not None:
-            counters[0].add(num_pairs)
-            counters[1].add(num_tokens)
+    def on_scored(*counts: int) -> None:
+        for counter, count in zip(counters, counts, strict=False):
+            counter.add(count)
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         scorer = _loaded_scorer(bundle_dir, device, threads, bundle_digest)
@@ -184,18 +185,35 @@ def _with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 class ScoringProgress:
-    """Pairs, pairs/s, tokens/s and time left on a stream while a run scores; use it as a context manager.
+    """Pairs, pairs/s, tokens/s and time left while a run scores; use it as a context manager.
 
-    Counts arrive when a task ends. A terminal gets a tqdm bar, anything else a plain line at an interval.
+    Counts arrive when a task ends. A terminal gets a tqdm bar, anything else is told at an interval.
     """
 
     def __init__(
-        self, spark: SparkSession, num_pairs: int, interval_s: float = 10.0, stream: TextIO = sys.stderr
+        self,
+        spark: SparkSession,
+        num_pairs: int,
+        interval_s: float = 10.0,
+        console: Console | None = None,
+        stream: TextIO = sys.stderr,
     ) -> None:
+        """
+        Args:
+            spark: the session.
+            num_pairs: to score.
+            interval_s: seconds between two lines.
+            console: says the lines; None: they are written to the stream.
+            stream: a terminal gets a bar.
+        """
         self.num_pairs: Accumulator[int] = spark.sparkContext.accumulator(0)
         self.num_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.num_prompt_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.seconds = 0.0
+        """That the block took."""
         self._total = num_pairs
         self._interval_s = interval_s
+        self._console = console
         self._stream = stream
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._report, name="csrm-progress", daemon=True)
@@ -207,19 +225,31 @@ class ScoringProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._started
         self._stopped.set()
         self._thread.join()
 
+    @property
+    def share_saved(self) -> float:
+        """Share of the prompts' tokens that sharing a query's prefix saved, in [0, 1)."""
+        num_prompt_tokens = self.num_prompt_tokens.value
+        return 1 - self.num_tokens.value / num_prompt_tokens if num_prompt_tokens else 0.0
+
     def _report(self) -> None:
-        if self._stream.isatty():
+        if self._stream.isatty() and self._console is None:
             with tqdm(total=self._total, unit=" pairs", file=self._stream) as bar:
                 while not self._stopped.wait(min(self._interval_s, 1.0)):
                     self._update(bar)
                 self._update(bar)
-        else:
-            while not self._stopped.wait(self._interval_s):
-                self._stream.write(self.line(time.monotonic() - self._started) + "\n")
+            return
+        while not self._stopped.wait(self._interval_s):
+            seconds = time.monotonic() - self._started
+            if self._console is None:
+                self._stream.write(self.line(seconds) + "\n")
                 self._stream.flush()
+            else:
+                counts = {"num_pairs": self.num_pairs.value, "num_tokens": self.num_tokens.value}
+                self._console.say("progress", "", seconds=seconds, total=self._total, **counts)
 
     def _update(self, bar: Any) -> None:
         seconds = time.monotonic() - self._started
@@ -233,5 +263,5 @@ class ScoringProgress:
         left = f"{(self._total - num_pairs) / pairs_per_s:,.0f} s left" if num_pairs else "time left not known yet"
         return (
             f"scored {num_pairs:,} of {self._total:,} pairs, {pairs_per_s:,.0f} pairs/s, "
-            f"{num_tokens / seconds:,.0f} tokens/s, {left}"
+            f"{num_tokens / seconds:,.0f} tokens/s, {self.share_saved:.0%} saved by shared prefixes, {left}"
         )

@@ -3,13 +3,16 @@
 The only file that names Delta.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from delta.exceptions import ConcurrentTransactionException
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
@@ -17,6 +20,16 @@ from csrm.errors import InputError
 from csrm.schemas import Table
 
 _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+_TXN_APP = "spark.databricks.delta.write.txnAppId"
+_TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+_SCHEMA_VERSION = "csrm.schemaVersion"
+
+
+class Transaction(NamedTuple):
+    """Makes a commit happen at most once: Delta skips one whose version is not above the last of its application."""
+
+    app: str
+    version: int
 
 
 def table_path(tables_dir: str, table: Table) -> str:
@@ -44,6 +57,7 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
         _check_columns(spark, table, path)
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
+    properties[_SCHEMA_VERSION] = str(table.schema_version)
     if table.change_feed:
         properties["delta.enableChangeDataFeed"] = "true"
     builder = DeltaTable.createIfNotExists(spark).location(_absolute(path)).comment(table.comment)
@@ -135,7 +149,50 @@ def overwrite_table(
     return table_version(spark, path)
 
 
-def merge_changes(changes_df: DataFrame, table: Table, path: str, slice_: dict[str, str], user_metadata: str) -> int:
+def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> bool:
+    """Append the declared columns of df to an existing table, in one commit.
+
+    Returns:
+        Whether it was committed; False where the transaction, or a later one of its application, was before.
+    """
+    before = table_version(df.sparkSession, path)
+    (
+        df.select(*table.column_names)
+        .write.format("delta")
+        .mode("append")
+        .option("txnAppId", transaction.app)
+        .option("txnVersion", transaction.version)
+        .save(path)
+    )
+    return table_version(df.sparkSession, path) > before
+
+
+def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
+    """Delete the rows that meet a condition, in one commit, and return how many there were."""
+    delta_table = DeltaTable.forPath(spark, path)
+    num_rows = delta_table.toDF().where(condition).count()
+    if num_rows:
+        delta_table.delete(condition)
+    return num_rows
+
+
+def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> bool:
+    """A commit without rows, after which Delta skips what comes with an older version of the transaction.
+
+    Returns:
+        See append_rows.
+    """
+    return append_rows(spark.createDataFrame([], spark_schema(table)), table, path, transaction)
+
+
+def merge_changes(
+    changes_df: DataFrame,
+    table: Table,
+    path: str,
+    slice_: dict[str, str],
+    user_metadata: str,
+    transaction: Transaction | None = None,
+) -> int | None:
     """Apply row changes to one slice of a table in one commit.
 
     Args:
@@ -145,10 +202,12 @@ def merge_changes(changes_df: DataFrame, table: Table, path: str, slice_: dict[s
         path: the table's folder.
         slice_: column to value of the slice, such as {"market": "tw"}: put into the condition as literals, so that
             files of other slices are neither read nor rewritten.
-        user_metadata: text that the commit carries in the table's history.
+        user_metadata: text that the commit carries in the table's history; it tells this commit from others.
+        transaction: see Transaction.
 
     Returns:
-        The table's version after the commit.
+        The version that the commit made; None where Delta skipped it because of its transaction, or refused it because
+        another one of the same application was committed meanwhile.
     """
     spark = changes_df.sparkSession
     condition = [F.col(f"old.{name}") == F.lit(value) for name, value in slice_.items()]
@@ -158,24 +217,43 @@ def merge_changes(changes_df: DataFrame, table: Table, path: str, slice_: dict[s
         matched = matched & part
     values = {name: F.col(f"new.{name}") for name in table.column_names}
     operation = F.col("new.operation")
+    delta_table = DeltaTable.forPath(spark, path)
     merge = (
-        DeltaTable.forPath(spark, path)
-        .alias("old")
+        delta_table.alias("old")
         .merge(changes_df.alias("new"), matched)
         .whenMatchedDelete(operation == "delete")
         .whenMatchedUpdate(operation != "delete", set=values)
         .whenNotMatchedInsert(operation != "delete", values=values)
     )
-    before = spark.conf.get(_USER_METADATA, None)
-    spark.conf.set(_USER_METADATA, user_metadata)
+    before = table_version(spark, path)
+    settings = {_USER_METADATA: user_metadata}
+    if transaction is not None:  # MERGE takes it from the session alone
+        settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
+    with _session_settings(spark, settings):
+        try:
+            merge.execute()
+        except ConcurrentTransactionException:
+            return None
+    after = table_version(spark, path)
+    for row in delta_table.history(max(after - before, 1)).collect():
+        if row["version"] > before and row["userMetadata"] == user_metadata:
+            return int(row["version"])
+    return None
+
+
+@contextmanager
+def _session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
     try:
-        merge.execute()
+        yield
     finally:
-        if before is None:
-            spark.conf.unset(_USER_METADATA)
-        else:
-            spark.conf.set(_USER_METADATA, before)
-    return table_version(spark, path)
+        for key, earlier in before.items():
+            if earlier is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, earlier)
 
 
 def sql_path(path: str) -> str:
@@ -197,11 +275,65 @@ def _absolute(path: str) -> str:
 def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     found = [(field.name, field.dataType.simpleString()) for field in spark.read.format("delta").load(path).schema]
     expected = [(field.name, field.dataType.simpleString()) for field in spark_schema(table)]
-    if found != expected:
+    if found == expected:
+        return
+    where = f"table {table.name} at {path!r}"
+    written = schema_version(spark, path)
+    if written is not None and written != table.schema_version:
+        is_older = written < table.schema_version
+        way_out = "Migrate it: jobs/migrate.py." if is_older else "Use the newer CSRM that wrote it."
         raise InputError(
-            f"table {table.name} at {path!r}: expected the columns {_listed(expected)}; it has {_listed(found)}. "
-            "It is not overwritten: name another folder under 'tables', or move that table away."
+            f"{where}: expected version {table.schema_version} of its columns, it has version {written}. {way_out}"
         )
+    raise InputError(
+        f"{where}: expected the columns {_listed(expected)}; it has {_listed(found)}. "
+        "It is not overwritten: name another folder under 'tables', or move that table away."
+    )
+
+
+def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
+    """Bring a table of an older version to the declared columns, in place.
+
+    Columns that it lacks are added, and are null in its rows; their order becomes the declared one.
+
+    Returns:
+        The columns that were added.
+
+    Raises:
+        InputError: not a table of an older version of this declaration.
+    """
+    where = f"table {table.name} at {path!r}"
+    written = schema_version(spark, path)
+    found = {field.name: field.dataType for field in spark.read.format("delta").load(path).schema}
+    declared = {field.name: field for field in spark_schema(table)}
+    if [*found.items()] == [(name, field.dataType) for name, field in declared.items()]:
+        return []
+    unknown = [name for name, type_ in found.items() if name not in declared or declared[name].dataType != type_]
+    if unknown or written is None or written > table.schema_version:
+        raise InputError(
+            f"{where}: expected version {table.schema_version} of its columns or an older one, it has {written} "
+            f"with the columns {unknown} of no such version. It is left as it is."
+        )
+    added = [name for name in declared if name not in found]
+    for place, name in enumerate(declared):
+        after = f"AFTER `{table.column_names[place - 1]}`" if place else "FIRST"
+        field = declared[name]
+        if name in added:
+            comment = sql_literal(field.metadata["comment"])
+            change = f"ADD COLUMNS (`{name}` {field.dataType.simpleString()} COMMENT {comment} {after})"
+        else:
+            change = f"ALTER COLUMN `{name}` {after}"
+        spark.sql(f"ALTER TABLE {sql_path(path)} {change}")
+    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_SCHEMA_VERSION}' = '{table.schema_version}')")
+    return added
+
+
+def schema_version(spark: SparkSession, path: str) -> int | None:
+    """Version of the declaration that a table was made from; None for a table that CSRM did not make."""
+    detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
+    assert detail is not None
+    text = detail["properties"].get(_SCHEMA_VERSION)
+    return None if text is None else int(text)
 
 
 def _listed(columns: Sequence[tuple[str, str]]) -> str:

@@ -3,17 +3,18 @@
 import logging
 
 import pytest
-from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.spark.pairs import (
-    filter_rejected,
-    filter_scorable,
+    NUM_BUCKETS,
     num_scoring_partitions,
     pair_key,
-    with_pair_fields,
+    plan_pairs,
+    query_fields,
     with_retrieved_titles,
     with_scoring_layout,
+    with_texts,
 )
 
 pytestmark = pytest.mark.spark
@@ -64,40 +65,104 @@ def test_titles_over_the_limit_are_joined_by_a_shuffle_which_is_said(
     assert sorted(map(str, shuffled_df.collect())) == sorted(map(str, broadcast_df.collect()))
 
 
-def test_every_candidate_becomes_a_pair_or_a_rejected_row_with_its_reason(
+LANGUAGES = {"kr": "ko", "tw": "zh-TW"}
+CATALOG_SCHEMA = (
+    "market string, product_id string, title string, brand string, category string, attributes map<string,string>"
+)
+KEY_SCHEMA = "market string, query_id string, product_id string, pair_key bigint"
+
+
+def catalog(spark: SparkSession, **title: str) -> DataFrame:
+    rows = [
+        ("kr", "p1", title.get("p1", "캠핑 텐트"), None, "", {"색상": "녹색"}),
+        ("kr", "p2", "\u00a0\t", None, None, None),
+        ("kr", "p3", "등산화", None, None, None),
+        ("tw", "p1", "帳篷", "B", "C", None),
+    ]
+    return spark.createDataFrame(rows, CATALOG_SCHEMA)
+
+
+def plan(
+    spark: SparkSession,
+    queries_df: DataFrame,
+    catalog_df: DataFrame,
+    published: list[tuple[str, str, str, int]],
+    staged: list[tuple[str, str, str, int]],
+    digest: str = "d",
+) -> dict[tuple[str, str, str], tuple[str, str | None, int | None]]:
+    """Pair to its state, reason and key."""
+    pairs = [("kr", "q1", "p1"), ("tw", "q1", "p1"), ("kr", "q1", "p2"), ("kr", "q1", "p9"), ("kr", "q1", "p3")]
+    pairs += [("kr", "q2", "p1"), ("kr", "q9", "p9"), ("tw", "q3", "p1")]
+    candidates_df = spark.createDataFrame(pairs, "market string, query_id string, product_id string")
+    known = (spark.createDataFrame(rows, KEY_SCHEMA) for rows in (published, staged))
+    rows = plan_pairs(candidates_df, queries_df, catalog_df, *known, digest).collect()
+    assert len(rows) == len(pairs)
+    assert all(0 <= row["bucket"] < NUM_BUCKETS for row in rows)
+    assert len({row["bucket"] for row in rows if (row["market"], row["query_id"]) == ("kr", "q1")}) == 1
+    return {
+        (row["market"], row["query_id"], row["product_id"]): (row["state"], row["reason"], row["pair_key"])
+        for row in rows
+    }
+
+
+def test_every_candidate_is_planned_or_rejected_with_its_reason(
     spark: SparkSession, queries_df: DataFrame, retrieval_df: DataFrame
 ) -> None:
-    candidates_df = spark.createDataFrame(
-        [
-            ("kr", "q1", "p1"),
-            ("tw", "q1", "p1"),
-            ("kr", "q1", "p2"),
-            ("kr", "q1", "p9"),
-            ("kr", "q2", "p1"),
-            ("kr", "q9", "p9"),
-            ("tw", "q3", "p1"),
-        ],
-        "market string, query_id string, product_id string",
-    )
-    catalog_df = spark.createDataFrame(
-        [
-            ("kr", "p1", "캠핑 텐트", None, "", {"색상": "녹색"}),
-            ("kr", "p2", "\u00a0\t", None, None, None),
-            ("tw", "p1", "帳篷", "B", "C", None),
-        ],
-        "market string, product_id string, title string, brand string, category string, attributes map<string,string>",
-    )
-    titled_df = with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1)
+    fields_df = query_fields(with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1), LANGUAGES)
 
-    fields_df = with_pair_fields(candidates_df, titled_df, catalog_df, {"kr": "ko", "tw": "zh-TW"})
-    pairs = filter_scorable(fields_df, "digest").orderBy("market").drop("pair_key").collect()
-    rejected = filter_rejected(fields_df, "run").orderBy("market", "query_id", "product_id").collect()
+    planned = plan(spark, fields_df, catalog(spark), [], [])
 
-    kr, tw = (row.asDict() for row in pairs)
+    rejected = {pair: reason for pair, (state, reason, key) in planned.items() if state == "rejected" and key is None}
+    assert rejected == {
+        ("kr", "q1", "p2"): "empty_title",
+        ("kr", "q1", "p9"): "no_product",
+        ("kr", "q2", "p1"): "empty_query",
+        ("kr", "q9", "p9"): "no_query",
+        ("tw", "q3", "p1"): "empty_query",
+    }
+    assert {pair for pair, (state, *_) in planned.items() if state == "to_score"} == {
+        ("kr", "q1", "p1"),
+        ("kr", "q1", "p3"),
+        ("tw", "q1", "p1"),
+    }
+
+
+def test_only_pairs_whose_prompt_changed_are_scored(
+    spark: SparkSession, queries_df: DataFrame, retrieval_df: DataFrame
+) -> None:
+    fields_df = query_fields(with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1), LANGUAGES)
+    first = plan(spark, fields_df, catalog(spark), [], [])
+    known = [(*pair, key) for pair, (_, _, key) in first.items() if key is not None]
+    gone = ("kr", "q1", "p0", 7)
+
+    def states(published: list, staged: list, fields_df: DataFrame, catalog_df: DataFrame, digest: str = "d") -> str:
+        planned = plan(spark, fields_df, catalog_df, published, staged, digest)
+        return " ".join(planned[pair][0] for pair in (("kr", "q1", "p1"), ("kr", "q1", "p3"), ("tw", "q1", "p1")))
+
+    same = catalog(spark)
+    assert states([*known, gone], [], fields_df, same) == "unchanged unchanged unchanged"
+    assert states(known, known, fields_df, same) == "unchanged unchanged unchanged"
+    assert states(known[:1], [*known, *known], fields_df, same).count("staged") == 2
+    assert states(known, [], fields_df, catalog(spark, p1="텐트 2인용")) == "to_score unchanged unchanged"
+    renamed_df = retrieval_df.withColumn("title", F.when(F.col("rank") == 2, "셋").otherwise(F.col("title")))
+    retitled_df = query_fields(with_retrieved_titles(queries_df, renamed_df, broadcast_limit_mb=1), LANGUAGES)
+    assert states(known, [], retitled_df, same) == "to_score to_score unchanged"
+    assert states(known, [], fields_df, same, digest="another bundle") == "to_score to_score to_score"
+
+
+def test_pairs_to_score_get_everything_that_a_prompt_is_made_of(
+    spark: SparkSession, queries_df: DataFrame, retrieval_df: DataFrame
+) -> None:
+    fields_df = query_fields(with_retrieved_titles(queries_df, retrieval_df, broadcast_limit_mb=1), LANGUAGES)
+    pairs_df = spark.createDataFrame([("kr", "q1", "p1", 5), ("tw", "q1", "p1", 6)], KEY_SCHEMA)
+
+    kr, tw = (row.asDict() for row in with_texts(pairs_df, fields_df, catalog(spark)).orderBy("market").collect())
+
     assert kr == {
         "market": "kr",
         "query_id": "q1",
         "product_id": "p1",
+        "pair_key": 5,
         "language": "ko",
         "query": "텐트",
         "retrieved_titles": ["하나", "둘", "열"],
@@ -107,13 +172,6 @@ def test_every_candidate_becomes_a_pair_or_a_rejected_row_with_its_reason(
         "attributes": {"색상": "녹색"},
     }
     assert (tw["language"], tw["retrieved_titles"], tw["title"]) == ("en", [], "帳篷")
-    assert rejected == [
-        Row("kr", "q1", "p2", "empty_title", "run"),
-        Row("kr", "q1", "p9", "no_product", "run"),
-        Row("kr", "q2", "p1", "empty_query", "run"),
-        Row("kr", "q9", "p9", "no_query", "run"),
-        Row("tw", "q3", "p1", "empty_query", "run"),
-    ]
 
 
 def test_a_pair_key_follows_everything_that_the_prompt_says(spark: SparkSession) -> None:

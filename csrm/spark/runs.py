@@ -1,0 +1,148 @@
+"""What runs leave behind: their plan, their staged scores, and their row of scoring_runs."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.errors import ConfigError, InputError
+from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.spark.tables import (
+    create_table,
+    delete_rows,
+    overwrite_table,
+    read_table,
+    spark_schema,
+    sql_literal,
+    table_exists,
+    table_path,
+    table_version,
+)
+
+PUBLISHED = ("published", "already_published")
+"""Verdicts of a run whose scores are in relevance_scores, or were before it."""
+
+
+def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
+    """The tables that a run writes chunk by chunk, or reads before it writes them.
+
+    Raises:
+        InputError: something else is at the place of one.
+    """
+    for table in (RELEVANCE_SCORES, SCORES_STAGING, RUN_PAIRS, SCORING_RUNS):
+        create_table(spark, table, table_path(tables_dir, table))
+
+
+def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> int:
+    """Write a run's rows of a table in one commit, in place of those that an earlier attempt left."""
+    return overwrite_table(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
+
+
+def read_run_rows(spark: SparkSession, table: Table, tables_dir: str, run_id: str) -> DataFrame:
+    """A run's rows of a table, at the table's present version."""
+    return read_newest(spark, table, tables_dir).where(F.col("run_id") == run_id)
+
+
+def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame:
+    """A table that CSRM wrote, pinned to its present version."""
+    path = table_path(tables_dir, table)
+    return read_table(spark, table, path, table_version(spark, path))
+
+
+def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
+    """Write a run's row of scoring_runs.
+
+    Args:
+        run: its columns, with audit as a list of results; what is not there is null.
+    """
+    audit = run.get("audit")
+    values = {**run, "audit": None if audit is None else json.dumps(audit)}
+    row = tuple(values.get(name) for name in SCORING_RUNS.column_names)
+    write_run_rows(spark.createDataFrame([row], spark_schema(SCORING_RUNS)), SCORING_RUNS, tables_dir, run["run_id"])
+
+
+def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:
+    """The row of a run, or None."""
+    if not table_exists(spark, table_path(tables_dir, SCORING_RUNS)):
+        return None
+    return read_run_rows(spark, SCORING_RUNS, tables_dir, run_id).head()
+
+
+def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, Any]:
+    """The row of a run, with audit as a list of results.
+
+    Raises:
+        InputError: no such run; the message names the newest.
+    """
+    row = find_run(spark, tables_dir, run_id)
+    if row is None:
+        path = table_path(tables_dir, SCORING_RUNS)
+        newest: list[str] = []
+        if table_exists(spark, path):
+            runs_df = read_newest(spark, SCORING_RUNS, tables_dir).orderBy(F.desc("started_at")).limit(5)
+            newest = [run["run_id"] for run in runs_df.collect()]
+        raise InputError(f"--run-id {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
+    audit = row["audit"]
+    return {**row.asDict(), "audit": None if audit is None else json.loads(audit)}
+
+
+def check_same_run(published: Row, markets: Collection[str], bundle_digest: str) -> None:
+    """Refuse a run id under which other markets, or scores of another bundle, were published.
+
+    Args:
+        published: the row of a run that was published.
+        markets: those of the new run.
+        bundle_digest: that of the new run.
+
+    Raises:
+        ConfigError: the markets or the bundle differ.
+    """
+    expected = (sorted(published["markets"]), published["bundle_digest"])
+    found = (sorted(markets), bundle_digest)
+    if found != expected:
+        raise ConfigError(
+            f"--run-id {published['run_id']!r}: a run of this name, started {published['started_at']}, published the "
+            f"markets {expected[0]} with bundle {expected[1][:12]}; this one has the markets {found[0]} with bundle "
+            f"{found[1][:12]}. Choose another --run-id."
+        )
+
+
+def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[str]) -> DataFrame:
+    """Staged scores that may still be published: those of runs that were neither published nor discarded.
+
+    Returns:
+        Columns of scores_staging. A pair may be there more than once, also with one pair_key.
+    """
+    closed = F.col("verdict").isin(*PUBLISHED, "discarded")
+    closed_df = read_newest(spark, SCORING_RUNS, tables_dir).where(closed).select("run_id")
+    staged_df = read_newest(spark, SCORES_STAGING, tables_dir).where(F.col("market").isin(*sorted(markets)))
+    return staged_df.join(F.broadcast(closed_df), on="run_id", how="left_anti").select(*SCORES_STAGING.column_names)
+
+
+def discard_staging(spark: SparkSession, tables_dir: str, run_id: str) -> int:
+    """Delete a run's staged scores, and return how many there were."""
+    return delete_rows(spark, table_path(tables_dir, SCORES_STAGING), F.col("run_id") == run_id)
+
+
+def find_later_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> str | None:
+    """Name of a run that was published in one of a run's markets and was started after it; None where there is none."""
+    is_later = F.col("verdict").isin(*PUBLISHED) & (F.col("started_at") > F.lit(run["started_at"]))
+    shares_market = F.arrays_overlap("markets", F.array(*map(F.lit, run["markets"])))
+    row = read_newest(spark, SCORING_RUNS, tables_dir).where(is_later & shares_market).select("run_id").head()
+    return None if row is None else str(row["run_id"])
+
+
+def last_rate(spark: SparkSession, tables_dir: str, bundle_digest: str, device: str) -> float | None:
+    """Pairs a second of the last run that scored with a bundle on a device; None where there is none."""
+    seconds = F.col("seconds")["scoring"]
+    same = (F.col("bundle_digest") == bundle_digest) & (F.col("device") == device)
+    row = (
+        read_newest(spark, SCORING_RUNS, tables_dir)
+        .where(same & (F.col("num_scored") > 0) & (seconds > 0))
+        .orderBy(F.desc("started_at"))
+        .select((F.col("num_scored") / seconds).alias("rate"))
+        .head()
+    )
+    return None if row is None else float(row["rate"])

@@ -1,0 +1,135 @@
+"""Publish a run that its audit had rejected, after a person reviewed it, or throw its scores away.
+
+    python jobs/publish.py --run-id R --accept drift --reason "new season"
+    python jobs/publish.py --run-id R --discard
+
+Nothing is scored. Publishing needs a reason, which stays in the run's row; discarded scores are never used again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pyspark import StorageLevel
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from csrm.audit import accept, failures
+from csrm.cli import Console, add_log_format, job_parser, run_job
+from csrm.config import Settings, load_config
+from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING
+from csrm.spark.leases import LEASE_SECONDS, hold_leases
+from csrm.spark.publish import count_changes, publish_changes, run_changes, say_publication
+from csrm.spark.runs import (
+    PUBLISHED,
+    discard_staging,
+    find_later_run,
+    read_newest,
+    read_open_staging,
+    read_run_rows,
+    record_run,
+    require_run,
+)
+from csrm.spark.session import build_session
+
+
+class PublishConfig(Settings):
+    """Settings of the job."""
+
+    tables: str
+    """Folder of the tables that CSRM writes."""
+    lease_seconds: float = LEASE_SECONDS
+    """As in score_catalog.yaml."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = job_parser(__doc__, "conf/publish.yaml")
+    parser.add_argument("--run-id", required=True, help="name of the run")
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="CHECK",
+        help="failed check of the audit that is right all the same, such as drift or deleted; may be repeated",
+    )
+    parser.add_argument("--reason", default="", help="why; kept in the run's row")
+    parser.add_argument("--discard", action="store_true", help="throw the run's staged scores away")
+    add_log_format(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.discard == bool(args.accept):
+        raise ConfigError("expected --accept CHECK with --reason, or --discard; one of the two.")
+    config = load_config(args.config, PublishConfig, args.overrides)
+    console = Console(args.log_format == "json")
+    spark = build_session("csrm-publish")
+    run = require_run(spark, config.tables, args.run_id)
+    with hold_leases(spark, config.tables, run["markets"], f"jobs/publish.py of {args.run_id}") as leases:
+        if args.discard:
+            discard(spark, config.tables, run, console)
+            return 0
+        results = accept(run["audit"] or [], args.accept, args.reason)
+        _require_publishable(spark, config.tables, run)
+        if failed := sorted({result["name"] for result in failures(results)}):
+            raise AuditError(
+                f"run {args.run_id}: these checks failed and were not accepted: {failed}. Nothing published."
+            )
+        scores_df = read_newest(spark, RELEVANCE_SCORES, config.tables)
+        published_df = scores_df.where(F.col("market").isin(*run["markets"]))
+        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, args.run_id)
+        staged_df = read_open_staging(spark, config.tables, run["markets"])
+        changes_df = run_changes(planned_df, published_df, staged_df, args.run_id).persist(StorageLevel.MEMORY_AND_DISK)
+        num_missing = changes_df.where("operation != 'delete' AND relevance_score IS NULL").count()
+        if num_missing:
+            raise AuditError(
+                f"run {args.run_id}: {num_missing:,} of its pairs have no staged score any more. Score again with "
+                f"jobs/score_catalog.py --run-id {args.run_id}."
+            )
+        metadata = {"run_id": args.run_id, "bundle_digest": run["bundle_digest"], "reason": args.reason}
+        num_changes = count_changes(changes_df)
+        publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
+        verdict = "published" if num_changes else "already_published"
+        end = {"verdict": verdict, "published_version": publication.version, "finished_at": datetime.now(UTC)}
+        record_run(spark, config.tables, {**run, **end, "audit": results, "changes": publication.totals})
+        say_publication(console, verdict, args.run_id, publication, config.tables)
+    return 0
+
+
+def discard(spark: SparkSession, tables_dir: str, run: dict[str, Any], console: Console) -> None:
+    """Throw a run's staged scores away.
+
+    Raises:
+        ConfigError: it was published.
+    """
+    if run["verdict"] in PUBLISHED:
+        raise ConfigError(
+            f"run {run['run_id']!r}: was published, which discarding would not undo. To go back to an earlier state: "
+            "jobs/rollback.py."
+        )
+    num_rows = discard_staging(spark, tables_dir, run["run_id"])
+    record_run(spark, tables_dir, {**run, "verdict": "discarded", "finished_at": datetime.now(UTC)})
+    text = f"discarded run {run['run_id']}: {num_rows:,} scores deleted from {SCORES_STAGING.name}"
+    console.say("discarded", text, run_id=run["run_id"], num_rows=num_rows)
+
+
+def _require_publishable(spark: SparkSession, tables_dir: str, run: dict[str, Any]) -> None:
+    """Raises:
+    ConfigError: the run is not one that its audit rejected.
+    LeaseError: a later run was published in one of its markets: this one's state is old.
+    """
+    if run["verdict"] != "rejected":
+        raise ConfigError(f"run {run['run_id']!r}: expected a run that its audit rejected, it is {run['verdict']}.")
+    later = find_later_run(spark, tables_dir, run)
+    if later is not None:
+        raise LeaseError(
+            f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,319 @@
+"""Nights in a row: what is scored, what is published, what a rejection leaves, who may work on a market."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import pandas as pd
+import pytest
+import yaml
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+
+from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.spark.leases import hold_leases
+from jobs import publish, score_catalog
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+KR, TW = "kr", "台灣 'b'/ $x"
+KEY = ["market", "query_id", "product_id"]
+PRODUCTS = ["캠핑 텐트", "수건 세트", "등산화 270", "露營帳篷", "防水登山外套", "Wireless Mouse"]
+QUERIES = ["텐트", "신발", "帳篷", "mouse"]
+
+
+class Market:
+    """Input tables of two markets on disk, and the jobs on them."""
+
+    def __init__(self, folder: Path, bundle: Path) -> None:
+        self.folder, self.bundle = folder, bundle
+        markets = (KR, TW)
+        self.catalog = pd.DataFrame(
+            [(market, f"p{n}", title) for market in markets for n, title in enumerate(PRODUCTS)],
+            columns=["market", "product_id", "title"],
+        )
+        self.queries = pd.DataFrame(
+            [(market, f"q{n}", query) for market in markets for n, query in enumerate(QUERIES)],
+            columns=["market", "query_id", "query"],
+        )
+        self.candidates = self.queries[["market", "query_id"]].merge(self.catalog[["market", "product_id"]])
+        titles = [(market, f"q{n}", 1, "p0", "캠핑 텐트", 1.0, "lexical") for market in markets for n in range(4)]
+        names = ["market", "query_id", "rank", "product_id", "title", "similarity", "source"]
+        self.retrieval_table = pd.DataFrame(titles, columns=names).astype({"rank": "int32"})
+
+    def arguments(self, **settings: Any) -> list[str]:
+        """Command line of the scoring job, after the tables were written."""
+        values: dict[str, Any] = {
+            "markets": {KR: "ko", TW: "zh-TW"},
+            "inputs": {},
+            "tables": str(self.folder / "tables"),
+            "bundle": str(self.bundle),
+            "canary_pairs": 5,
+            "lease_seconds": 3,
+            **settings,
+        }
+        for name in ("catalog", "queries", "candidates", "retrieval_table"):
+            path = self.folder / f"{name}.parquet"
+            getattr(self, name).to_parquet(path)
+            values["inputs"][name] = {"path": str(path), "format": "parquet"}
+        config = self.folder / "score_catalog.yaml"
+        config.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        return ["--config", str(config), "--log-format", "json"]
+
+    def score(self, run_id: str, **settings: Any) -> None:
+        assert score_catalog.main([*self.arguments(**settings), "--run-id", run_id]) == 0
+
+    def publish(self, *arguments: str) -> int:
+        config = self.folder / "publish.yaml"
+        config.write_text(yaml.safe_dump({"tables": str(self.folder / "tables"), "lease_seconds": 3}))
+        return publish.main(["--config", str(config), *arguments])
+
+    def table(self, name: str) -> pd.DataFrame:
+        return deltalake.DeltaTable(str(self.folder / "tables" / name)).to_pandas()
+
+    def scores(self) -> pd.DataFrame:
+        return self.table("relevance_scores").sort_values(KEY, ignore_index=True)
+
+    def version(self) -> int:
+        return deltalake.DeltaTable(str(self.folder / "tables" / "relevance_scores")).version()
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        (row,) = self.table("scoring_runs").query("run_id == @run_id").to_dict("records")
+        return {**row, **{name: dict(row[name] or {}) for name in ("rejected", "changes", "seconds")}}
+
+    def states(self, run_id: str) -> dict[tuple[str, ...], str]:
+        pairs = self.table("run_pairs").query("run_id == @run_id")
+        return {tuple(row[:3]): row[3] for row in pairs[[*KEY, "state"]].itertuples(index=False)}
+
+
+@pytest.fixture
+def market(spark: SparkSession, tmp_path: Path, tiny_bundle: Path) -> Market:
+    return Market(tmp_path, tiny_bundle)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, dict[str, Any]]]:
+    """What the job has printed since the last call: event to its fields."""
+
+    def read() -> dict[str, dict[str, Any]]:
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        return {line["event"]: line for line in lines}
+
+    return read
+
+
+def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
+    spark: SparkSession, market: Market, said: Callable[[], dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    market.score("first")
+    assert said()["plan"]["num_to_score"] == 48
+    first = market.scores()
+    assert market.run("first")["changes"] == {"insert": 48}
+    assert len(first) == 48
+
+    market.score("second")
+    printed = said()
+    assert (printed["plan"]["num_unchanged"], printed["plan"]["num_to_score"]) == (48, 0)
+    assert "already_published" in printed
+    assert market.scores().equals(first)
+    assert market.run("second")["published_version"] == market.run("first")["published_version"]
+
+    before = market.version()
+    is_renamed = (market.catalog["market"] == KR) & (market.catalog["product_id"] == "p1")
+    market.catalog.loc[is_renamed, "title"] = "목욕 수건"
+    is_retitled = (market.retrieval_table["market"] == TW) & (market.retrieval_table["query_id"] == "q3")
+    market.retrieval_table.loc[is_retitled, "title"] = "滑鼠"
+    gone = (market.candidates["market"] == KR) & (market.candidates["query_id"] == "q0")
+    gone &= market.candidates["product_id"] == "p5"
+    market.catalog.loc[len(market.catalog)] = (TW, "p9", "滑鼠墊")
+    market.candidates = pd.concat(
+        [
+            market.candidates[~gone],
+            pd.DataFrame([(TW, "q0", "p9")], columns=KEY),
+            pd.DataFrame([(TW, "q1", "p8")], columns=KEY),
+        ]
+    )
+    market.score("third", audit={"rejected_share": 0.1})
+
+    of_product = {(KR, f"q{n}", "p1") for n in range(4)}
+    of_query = {(TW, "q3", f"p{n}") for n in range(6)}
+    assert {pair for pair, state in market.states("third").items() if state == "to_score"} == {
+        *of_product,
+        *of_query,
+        (TW, "q0", "p9"),
+    }
+    assert market.run("third")["changes"] == {"update": 10, "insert": 1, "delete": 1}
+    assert market.run("third")["rejected"] == {"no_product": 1}
+    feed = (
+        spark.read.format("delta")
+        .option("readChangeFeed", "true")
+        .option("startingVersion", before + 1)
+        .load(str(market.folder / "tables" / "relevance_scores"))
+        .where("_change_type != 'update_preimage'")
+        .toPandas()
+    )
+    assert {(*row[:3], row[3]) for row in feed[[*KEY, "_change_type"]].itertuples(index=False)} == {
+        *((*pair, "update_postimage") for pair in of_product | of_query),
+        (TW, "q0", "p9", "insert"),
+        (KR, "q0", "p5", "delete"),
+    }
+    assert feed.groupby("market")["_commit_version"].nunique().to_dict() == {KR: 1, TW: 1}
+    third = market.scores()
+    assert set(third.loc[third["run_id"] == "third", KEY].itertuples(index=False, name=None)) == {
+        *of_product,
+        *of_query,
+        (TW, "q0", "p9"),
+    }
+    untouched = third[third["run_id"] == "first"]
+    assert len(untouched) == 48 - 11
+    assert untouched.merge(first, on=list(first.columns)).shape == untouched.shape
+
+    version = int(market.run("first")["published_version"])
+    rebuilt = deltalake.DeltaTable(str(market.folder / "tables" / "relevance_scores"), version=version)
+    assert rebuilt.to_pandas().sort_values(KEY, ignore_index=True).equals(first)
+
+    market.score("scratch", tables=str(tmp_path / "scratch"), audit={"rejected_share": 0.1})
+    scratch = deltalake.DeltaTable(str(tmp_path / "scratch" / "relevance_scores")).to_pandas()
+    scratch = scratch.sort_values(KEY, ignore_index=True)
+    assert third[[*KEY, "pair_key"]].equals(scratch[[*KEY, "pair_key"]])
+    assert (third["relevance_score"] - scratch["relevance_score"]).abs().max() <= 1e-5
+
+
+def test_a_rejected_run_is_repeated_reused_and_published_by_a_person(
+    market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market.score("first")
+    before = market.scores()
+    market.candidates = market.candidates[market.candidates["product_id"] != "p0"]
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    strict = {"audit": {"deleted_share": 0.1}}
+    said()
+    with pytest.raises(AuditError, match=r"deleted: 0\.1667, expected <= 0\.1\. 4 of 24 published rows would be"):
+        market.score("second", **strict)
+    assert said()["plan"]["num_to_score"] == 8
+    assert {result["name"] for result in json.loads(market.run("second")["audit"]) if not result["passed"]} == {
+        "deleted"
+    }
+    assert market.scores().equals(before)
+
+    with pytest.raises(AuditError, match=r"jobs/publish.py --run-id second --accept deleted --reason"):
+        market.score("second", **strict)
+    assert (said()["plan"]["num_to_score"], market.run("second")["num_reused"]) == (0, 8)
+
+    with pytest.raises(ConfigError, match=r"no failed check is called so; those of this run are \['deleted'\]"):
+        market.publish("--run-id", "second", "--accept", "drift", "--reason", "because")
+    assert market.publish("--run-id", "second", "--accept", "deleted", "--reason", "season is over") == 0
+    run = market.run("second")
+    assert (run["verdict"], run["changes"]) == ("published", {"update": 8, "delete": 8})
+    assert "season is over" in run["audit"]
+    after = market.scores()
+    assert len(after) == 40
+    assert set(after["run_id"]) == {"first", "second"}
+    with pytest.raises(ConfigError, match="expected a run that its audit rejected, it is published"):
+        market.publish("--run-id", "second", "--accept", "deleted", "--reason", "again")
+
+    market.score("third", **strict)
+    assert said()["plan"]["num_unchanged"] == 40
+
+
+def test_discarded_scores_are_never_used_again(market: Market, said: Callable[[], dict[str, dict[str, Any]]]) -> None:
+    strict = {"audit": {"product_coverage": {"limit": 1.1, "severity": "error"}}}
+    with pytest.raises(AuditError, match="product_coverage"):
+        market.score("bad", **strict)
+    assert len(market.table("scores_staging")) == 48
+
+    assert market.publish("--run-id", "bad", "--discard") == 0
+    assert market.run("bad")["verdict"] == "discarded"
+    said()
+    market.score("good")
+    assert said()["plan"]["num_to_score"] == 48
+    with pytest.raises(ConfigError, match="was published, which discarding would not undo"):
+        market.publish("--run-id", "good", "--discard")
+
+
+def test_a_published_score_that_is_wrong_fails_the_canary(spark: SparkSession, market: Market) -> None:
+    market.score("first")
+    path = str(market.folder / "tables" / "relevance_scores")
+    DeltaTable.forPath(spark, path).update(f"market = '{KR}'", {"relevance_score": "relevance_score * 0.5"})
+
+    with pytest.raises(AuditError, match="another model, device or driver than that of the published scores"):
+        market.score("second")
+
+    (failed,) = [result for result in json.loads(market.run("second")["audit"]) if not result["passed"]]
+    assert (failed["market"], failed["name"]) == (KR, "canary")
+
+
+def test_a_new_bundle_scores_everything_and_is_judged_by_its_order(market: Market) -> None:
+    market.score("first")
+
+    with pytest.raises(AuditError, match=r"drift\.rank_agreement"):
+        market.score(
+            "second",
+            bundle=str(ROOT / "conf" / "demo_bundle"),
+            audit={"fewest_pairs": 1, "rank_agreement": 0.999},
+        )
+
+    run = market.run("second")
+    assert (run["num_scored"], run["num_unchanged"]) == (48, 0)
+    assert not any(result["name"].startswith("drift.changed") for result in json.loads(run["audit"]))
+
+
+def test_a_second_run_at_once_ends_with_the_name_of_the_first(spark: SparkSession, market: Market) -> None:
+    tables = str(market.folder / "tables")
+    with hold_leases(spark, tables, [TW], "run other", seconds=30), pytest.raises(LeaseError) as caught:
+        market.score("first")
+
+    assert caught.value.exit_code == 5
+    assert "run other (process" in str(caught.value)
+    assert not (market.folder / "tables" / "relevance_scores").exists()
+    market.score("first")
+
+
+def test_a_run_that_was_killed_goes_on_where_it_stopped(
+    market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    arguments = market.arguments(chunk_minutes=1e-6, num_partitions=1)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYSPARK_PYTHON": sys.executable}
+    command = [sys.executable, str(ROOT / "jobs" / "score_catalog.py"), *arguments, "--run-id", "killed"]
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        staging, deadline = market.folder / "tables" / "scores_staging", time.monotonic() + 200
+        while not (staging / "_delta_log" / f"{2:020}.json").exists():
+            assert killed.poll() is None, killed.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    assert market.run("killed")["verdict"] == "running"
+    num_staged = len(market.table("scores_staging"))
+    assert 0 < num_staged < 48
+    time.sleep(3.5)  # until its lease has ended
+
+    market.score("killed")
+
+    printed = said()
+    assert (printed["plan"]["num_reused"], printed["plan"]["num_to_score"]) == (num_staged, 48 - num_staged)
+    assert len(market.scores()) == 48
+    assert market.run("killed")["verdict"] == "published"
+    assert len(market.table("scores_staging").drop_duplicates(KEY)) == 48
+
+
+def test_a_rejected_run_is_not_published_over_a_later_one(market: Market) -> None:
+    market.score("first")
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    with pytest.raises(AuditError):
+        market.score("second", audit={"product_coverage": {"limit": 1.1, "severity": "error"}})
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "행주"
+    market.score("third")
+
+    with pytest.raises(LeaseError, match="run 'third' was started after it and published the same market"):
+        market.publish("--run-id", "second", "--accept", "product_coverage", "--reason", "late")
