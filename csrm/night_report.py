@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from csrm.html import COLOURS, INK, QUIET, new_figure, render, rows, svg
+from csrm.audit import NEVER_ACCEPTED
+from csrm.html import COLOURS, INK, QUIET, is_known, new_figure, render, rows, svg
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,8 +24,15 @@ MOST_CHARACTERS = 140
 """Shown of a text or an id; the rest is said by its full length."""
 _PLOT_WIDTH = 3.4  # inches, as wide as a phone: letters keep their size there
 
-# A stage's colour is the same on every page.
-_STAGES = ("inputs", "plan", "scoring", "canary", "audit", "publish")
+_STAGES = {
+    "inputs": QUIET,
+    "plan": COLOURS[2],
+    "scoring": COLOURS[0],
+    "canary": COLOURS[3],
+    "audit": COLOURS[1],
+    "publish": "#c2a83e",
+}
+"""In their order, with their colours."""
 
 
 @dataclass(frozen=True)
@@ -178,27 +186,30 @@ def verdict(run: Mapping[str, Any]) -> Verdict:
     """
     word, changes = run["verdict"], run["changes"] or {}
     again = f"jobs/publish.py --run-id {shlex.quote(run['run_id'])}"
-    failures = [one for one in audit_results(run) if not one["passed"]]
-    errors = [one for one in failures if one["severity"] != "warning" and one["accepted"] is None]
-    remarks = _remarks(failures)
+    results = [one["result"] for one in audit_results(run)]
+    is_clean = results.count("passed") == len(results)
+    remarks = _remarks(results)
     match word:
         case "published":
             before = "" if run["base_version"] is None else f"from version {run['base_version']} "
             counts = [(changes.get(name, 0), text) for name, text in _CHANGES.items()]
             what = ", ".join(f"{count:,} {text}" for count, text in counts if count) or "no row changed"
             sentence = f"relevance_scores went {before}to version {run['published_version']}: {what}."
-            return Verdict("warn" if failures else "good", "Published", [sentence, *remarks])
+            return Verdict("good" if is_clean else "warn", "Published", [sentence, *remarks])
         case "already_published":
             sentence = f"Nothing changed: relevance_scores version {run['published_version']} has these scores already."
-            return Verdict("warn" if failures else "good", "Already published", [sentence, *remarks])
+            return Verdict("good" if is_clean else "warn", "Already published", [sentence, *remarks])
         case "rejected":
-            names = sorted({one["name"] for one in errors})
+            names = sorted({one["name"] for one in audit_results(run) if one["result"] == "error"})
+            is_acceptable = not set(names) & set(NEVER_ACCEPTED)
+            way_out = "published without scoring again, or thrown away" if is_acceptable else "thrown away"
+            num_errors = _counted(results.count("error"), "check")
             sentence = (
-                f"Nothing was published: the audit failed in {_counted(len(errors), 'check')}. The scores are kept; "
-                "after a review they can be published without scoring again, or thrown away."
+                f"Nothing was published: the audit failed in {num_errors}. The scores are kept; after a review they "
+                f"can be {way_out}."
             )
-            accept = " ".join(f"--accept {shlex.quote(name)}" for name in names) or "--accept NAME"
-            commands = [f'{again} {accept} --reason "..."', f"{again} --discard"]
+            accept = " ".join(f"--accept {shlex.quote(name)}" for name in names)
+            commands = [f'{again} {accept} --reason "..."'] * is_acceptable + [f"{again} --discard"]
             return Verdict("bad", "Rejected", [sentence, *remarks], commands)
         case "superseded":
             sentence = (
@@ -221,12 +232,11 @@ def verdict(run: Mapping[str, Any]) -> Verdict:
 _CHANGES = {"insert": "inserted", "update": "updated", "delete": "deleted"}
 
 
-def _remarks(failures: Sequence[Mapping[str, Any]]) -> list[str]:
-    accepted = sum(one["accepted"] is not None for one in failures)
-    warnings = sum(one["severity"] == "warning" and one["accepted"] is None for one in failures)
+def _remarks(results: Sequence[str]) -> list[str]:
+    accepted, warnings = results.count("accepted"), results.count("warning")
     remarks = []
     if accepted:
-        remarks.append(f"A person accepted {_counted(accepted, 'failed check')}.")
+        remarks.append(f"A person accepted {_counted(accepted, 'failed check')}; the reasons are below.")
     if warnings:
         remarks.append(f"The audit warns of {_counted(warnings, 'check')}.")
     return remarks
@@ -237,29 +247,26 @@ def _counted(count: int, noun: str) -> str:
 
 
 def audit_results(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run's audit: what failed first, errors before warnings, those that nobody accepted before the others."""
+    """A run's audit with `result` (error, warning, accepted or passed) and `shown` (the value); errors first."""
     results = [
-        {"severity": "error", "sentence": "", "accepted": None, **one} for one in json.loads(run["audit"] or "[]")
+        {**one, "result": _result(one), "shown": _shown_value(one["value"])} for one in json.loads(run["audit"] or "[]")
     ]
-    for one in results:
-        one["shown"] = _shown_value(one["value"])
-        one["result"] = (
-            "passed"
-            if one["passed"]
-            else "accepted"
-            if one["accepted"] is not None
-            else "warning"
-            if one["severity"] == "warning"
-            else "error"
-        )
     order = ("error", "warning", "accepted", "passed")
-    return sorted(results, key=lambda one: (order.index(one["result"]), one["market"] or ""))
+    return sorted(results, key=lambda one: (order.index(one["result"]), one["market"]))
 
 
-def _shown_value(value: object) -> str:
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:,.4g}"
-    return f"{value:,.0f}" if isinstance(value, int | float) else "–" if value is None else str(value)
+def _result(one: Mapping[str, Any]) -> str:
+    if one["passed"]:
+        return "passed"
+    return "accepted" if one["accepted"] is not None else str(one["severity"])
+
+
+def _shown_value(value: float | str | None) -> str:
+    if value is None:
+        return "no number"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def pair_counts(run: Mapping[str, Any], comparison: Comparison | None = None) -> list[tuple[str, str, int | None]]:
@@ -312,7 +319,7 @@ def _distributions(comparison: Comparison, markets: Sequence[str]) -> list[dict[
                     "num_pairs": num_pairs,
                     "num_unusable": int(own.loc[own["bin"] < 0, "num_pairs"].sum()),
                     "grades": grades.to_dict(),
-                    **(summary.loc[state].to_dict() if state in summary.index else dict.fromkeys(_SUMMARY)),
+                    **{name: summary.loc[state, name] if state in summary.index else None for name in _SUMMARY},
                 }
             )
         plot = _score_plot(bins, f"Market {index + 1} of {len(markets)}: {_in_words(states)}")
@@ -341,7 +348,7 @@ def _in_words(states: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         f"{one['state']} the run {one['num_pairs']:,} pairs of median score {one['p50']:.3f}"
         for one in states
-        if one["num_pairs"] and one["p50"] is not None
+        if is_known(one["p50"])
     ]
     return "share of pairs by relevance score; " + "; ".join(parts)
 
@@ -349,7 +356,7 @@ def _in_words(states: Sequence[Mapping[str, Any]]) -> str:
 def _score_plot(bins: pd.DataFrame, description: str) -> "Markup":
     figure, axes = new_figure("relevance score", "share of pairs", _PLOT_WIDTH, 2.1)
     edges = np.linspace(0, 1, NUM_BINS + 1)
-    lowest = 1.0
+    lowest = 0.1
     for state, colour, width in (("before", QUIET, 2.5), ("after", COLOURS[0], 1.4)):
         own = bins[(bins["state"] == state) & (bins["bin"] >= 0)]
         counts = np.bincount(own["bin"], weights=own["num_pairs"], minlength=NUM_BINS)
@@ -393,8 +400,7 @@ def _seconds_plot(runs: Sequence[Mapping[str, Any]]) -> "Markup | None":
         return None
     figure, axes = new_figure("", "minutes", _PLOT_WIDTH, 2.1)
     bottom = np.zeros(len(runs))
-    colours = (QUIET, COLOURS[2], COLOURS[0], COLOURS[3], COLOURS[1], "#c2a83e")
-    for stage, colour in zip(_STAGES, colours, strict=True):
+    for stage, colour in _STAGES.items():
         minutes = np.array([run["seconds"].get(stage, 0.0) / 60 for run in reversed(runs)])
         if minutes.any():
             axes.bar(range(len(runs)), minutes, bottom=bottom, width=0.8, color=colour, label=stage)

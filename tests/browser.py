@@ -1,4 +1,7 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe: what a page asks for, reports and measures."""
+"""A headless Chromium, driven by its DevTools protocol over a pipe: what a page asks for, reports and measures.
+
+The pipe needs no package and no port.
+"""
 
 import base64
 import contextlib
@@ -134,10 +137,16 @@ class Browser:
                 visit.complaints.append(params["entry"]["text"])
 
 
+def _runs(program: str) -> bool:
+    """Whether it is there and starts; Ubuntu's package is a script that asks for another one."""
+    found = shutil.which(program)
+    return found is not None and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
+
+
 @contextlib.contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
     """A browser with an empty profile; skips the test, saying so, where there is none."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    program = next(filter(_runs, _NAMES), None)
     if program is None:
         pytest.skip(f"no Chromium found (looked for {', '.join(_NAMES)} on PATH); .ci/setup dev installs it")
     arguments = [program, *_ARGUMENTS, f"--user-data-dir={profile}"]
