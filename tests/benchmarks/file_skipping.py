@@ -3,7 +3,7 @@
     python tests/benchmarks/file_skipping.py
     python tests/benchmarks/file_skipping.py --file-mb 8 --liquid     # other sizes of files, other layouts
 
-Publishes random scores for two markets through the real MERGE, a million rows unless told otherwise, and lets Delta plan
+Publishes random scores for two markets through the real MERGE, a million rows if not told otherwise, and lets Delta plan
 reads of single queries: opened are the files that it does not skip, a mean over queries. Seconds are those of the one
 commit that made the state. --liquid measures a table that is clustered by market and query in place of its partitions,
 which CSRM's are not.
