@@ -1,0 +1,153 @@
+"""Care of the tables: rows laid out by query, rows of old runs and files of old versions removed.
+
+What readers see stays as it is. Like tables.py, this file names Delta.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from csrm.errors import InputError
+from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
+from csrm.spark.runs import read_newest
+from csrm.spark.tables import _USER_METADATA, _session_settings, open_table, sql_literal, sql_path
+
+_RETENTION = "delta.deletedFileRetentionDuration"
+_DRY_RUN_LIMIT = 1000
+
+
+class TableSize(NamedTuple):
+    """What a table takes."""
+
+    num_files: int
+    """Files of its newest version."""
+    num_bytes: int
+    """Of these."""
+    num_stored_files: int
+    """All files in its folder: older versions, the change feed and the log too."""
+    num_stored_bytes: int
+    """Of these."""
+
+
+def table_size(spark: SparkSession, path: str) -> TableSize:
+    """What the table at a path takes now."""
+    detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
+    assert detail is not None and spark.sparkContext._jvm is not None
+    folder = spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)
+    stored = folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).getContentSummary(folder)
+    return TableSize(detail["numFiles"], detail["sizeInBytes"], stored.getFileCount(), stored.getLength())
+
+
+def published_markets(spark: SparkSession, tables_dir: str) -> list[str]:
+    """Markets with rows in relevance_scores, sorted."""
+    markets_df = read_newest(spark, RELEVANCE_SCORES, tables_dir).select("market").distinct()
+    return sorted(row["market"] for row in markets_df.collect())
+
+
+def market_files(spark: SparkSession, path: str, market: str, version: int | None = None) -> frozenset[str]:
+    """Names of the files that hold a market's rows at a version, from the log alone.
+
+    Raises:
+        InputError: the version cannot be read any more.
+    """
+    table_df, _ = open_table(spark, path, version)
+    return frozenset(PurePosixPath(file).name for file in table_df.where(F.col("market") == market).inputFiles())
+
+
+def is_clustered(spark: SparkSession, path: str, market: str) -> bool:
+    """Whether a market's files are those that cluster_market left."""
+    is_clustering = (F.col("operation") == "OPTIMIZE") & (F.col("userMetadata") == _clustering(market))
+    newest = (
+        DeltaTable.forPath(spark, path).history().where(is_clustering).agg(F.max("version").alias("version")).head()
+    )
+    if newest is None or newest["version"] is None:
+        return False
+    try:
+        clustered_files = market_files(spark, path, market, newest["version"])
+    except InputError:  # its version is gone; the market may not have changed since, but who knows
+        return False
+    return market_files(spark, path, market) == clustered_files
+
+
+def cluster_market(spark: SparkSession, path: str, market: str, file_mb: float) -> None:
+    """Rewrite a market's files so that one query's rows lie in one of them, in one commit that changes no row.
+
+    A publish leaves the rows that it touched in no order. Files of other markets are not touched.
+
+    Args:
+        spark: the session.
+        path: the folder of relevance_scores.
+        market: the market.
+        file_mb: size of a file, MiB; a reader of one query opens about so much.
+    """
+    settings = {
+        "spark.databricks.delta.optimize.maxFileSize": str(max(int(file_mb * 2**20), 1)),
+        "spark.databricks.io.skipping.mdc.sortWithinFiles": "true",  # a reader skips pages of the file too
+        _USER_METADATA: _clustering(market),
+    }
+    with _session_settings(spark, settings):
+        optimize = DeltaTable.forPath(spark, path).optimize()
+        optimize.where(f"market = {sql_literal(market)}").executeZOrderBy("query_id")
+
+
+def ended_runs(spark: SparkSession, tables_dir: str, now: datetime, days: int) -> list[str]:
+    """Runs that ended over so many days before `now`; of one that died, the start of its last attempt counts."""
+    ended_at = F.coalesce("finished_at", "started_at")
+    runs_df = read_newest(spark, SCORING_RUNS, tables_dir).where(ended_at < F.lit(now - timedelta(days=days)))
+    return sorted(row["run_id"] for row in runs_df.select("run_id").collect())
+
+
+def run_markets(spark: SparkSession, tables_dir: str) -> list[str]:
+    """Markets that a run was started for, sorted."""
+    markets_df = read_newest(spark, SCORING_RUNS, tables_dir).select(F.explode("markets").alias("market")).distinct()
+    return sorted(row["market"] for row in markets_df.collect())
+
+
+def set_retention(spark: SparkSession, path: str, hours: int) -> None:
+    """Keep files for so long after the version that removed them; older versions can then be read no more.
+
+    The table carries it, for Delta itself refuses to go back further, and its VACUUM takes no other argument.
+    """
+    interval = f"interval {hours} hours"
+    detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
+    assert detail is not None
+    if detail["properties"].get(_RETENTION) != interval:
+        spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_RETENTION}' = '{interval}')")
+
+
+def remove_old_files(spark: SparkSession, path: str) -> None:
+    """Delete the files, those of the change feed too, that no version within the table's retention needs."""
+    DeltaTable.forPath(spark, path).vacuum()
+
+
+def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
+    """How many files remove_old_files would delete under a retention; Delta lists up to 1000."""
+    retention = {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}
+    retention["spark.databricks.delta.vacuum.retentionWindowIgnore.enabled"] = "false"
+    with _session_settings(spark, retention):
+        num_files = spark.sql(f"VACUUM {sql_path(path)} RETAIN {hours} HOURS DRY RUN").count()
+    return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
+
+
+def missing_files(spark: SparkSession, path: str, names: Sequence[str] | frozenset[str]) -> frozenset[str]:
+    """Those of some data files of a table that are no longer in its folder."""
+    found_df = (
+        spark.read.format("binaryFile")
+        .option("recursiveFileLookup", "true")
+        .option("pathGlobFilter", "*.parquet")
+        .load(path)
+        .select(F.element_at(F.split("path", "/"), -1).alias("name"))
+    )
+    found = {row["name"] for row in found_df.where(F.col("name").isin(*names)).collect()}
+    return frozenset(names) - found
+
+
+def _clustering(market: str) -> str:
+    """What a clustering's commit carries in the table's history."""
+    return json.dumps({"clustered_by": "query_id", "market": market})

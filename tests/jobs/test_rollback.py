@@ -1,0 +1,126 @@
+"""Rolling one market back to what a run left, and rebuilding any published state, on a real Delta."""
+
+import json
+from pathlib import Path
+
+import pytest
+from delta.tables import DeltaTable
+from pyspark.sql import Row, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.cli import setting_arguments
+from csrm.errors import ConfigError, InputError
+from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark.maintenance import remove_old_files, set_retention
+from csrm.spark.rollback import published_runs, read_published_state
+from csrm.spark.runs import require_run
+from csrm.spark.tables import read_table, table_path, table_version
+from jobs import rollback
+from tests.consumers.publishing import HOSTILE_MARKET, publish, record
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+
+BOTH = [HOSTILE_MARKET, "kr"]
+
+
+def publish_nights(spark: SparkSession, tables_dir: str) -> None:
+    """Three nights; the third finds nothing to publish in kr, and a fourth is rejected."""
+    first = {("q1", "p1"): 0.1, ("q1", "p2"): 0.2, ("q2", "p1"): 0.3}
+    second = {("q1", "p1"): 0.9, ("q1", "p2"): None, ("q1", "p3"): 0.8}
+    version = publish(spark, tables_dir, "r1", {HOSTILE_MARKET: first, "kr": {("q1", "p1"): 0.5}}, day=1)
+    record(spark, tables_dir, "r1", BOTH, "published", 1, published_version=version)
+    version = publish(spark, tables_dir, "r2", {HOSTILE_MARKET: second, "kr": {("q1", "p1"): 0.75}}, day=2)
+    record(spark, tables_dir, "r2", BOTH, "published", 2, published_version=version)
+    record(spark, tables_dir, "r3", ["kr"], "already_published", 3, published_version=version)
+    record(spark, tables_dir, "r4", BOTH, "rejected", 4)
+
+
+def market_rows(spark: SparkSession, path: str, market: str, version: int | None = None) -> list[Row]:
+    table_df = read_table(spark, RELEVANCE_SCORES, path, version).where(F.col("market") == market)
+    return table_df.orderBy(*RELEVANCE_SCORES.key).collect()
+
+
+def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables_dir = str(tmp_path)
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    publish_nights(spark, tables_dir)
+    wanted, kr, version = market_rows(spark, path, HOSTILE_MARKET, 2), market_rows(spark, path, "kr"), 4
+    arguments = ["--market", HOSTILE_MARKET, "--to-run", "r1", *setting_arguments(tables=tables_dir)]
+    assert table_version(spark, path) == version
+
+    assert rollback.main(arguments) == 0
+
+    assert "as run r1 left it, in version 5: 1 delete, 1 insert, 1 update" in capsys.readouterr().out
+    assert table_version(spark, path) == 5
+    assert market_rows(spark, path, HOSTILE_MARKET) == wanted
+    assert {(row["run_id"], row["scored_at"].day) for row in wanted} == {("r1", 3)}
+    assert market_rows(spark, path, "kr") == kr
+    feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", 5).load(path)
+    assert sorted((row["query_id"], row["product_id"], row["_change_type"]) for row in feed.collect()) == [
+        ("q1", "p1", "update_postimage"),
+        ("q1", "p1", "update_preimage"),
+        ("q1", "p2", "insert"),
+        ("q1", "p3", "delete"),
+    ]
+    commit = DeltaTable.forPath(spark, path).history(1).head()
+    carried = json.loads(commit["userMetadata"])
+    assert (commit["operation"], carried["rollback_to"], carried["market"]) == ("MERGE", "r1", HOSTILE_MARKET)
+
+    assert rollback.main(arguments) == 0
+    assert "is as run r1 left it already; nothing changed" in capsys.readouterr().out
+    assert table_version(spark, path) == 5
+
+    assert rollback.main(["--market", "kr", "--to-run", "r3", *arguments[4:]]) == 0
+    assert "is as run r3 left it already" in capsys.readouterr().out
+
+
+def test_any_published_state_within_the_retention_can_be_rebuilt_from_the_runs(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    tables_dir = str(tmp_path)
+    publish_nights(spark, tables_dir)
+
+    states = {}
+    for market in BOTH:
+        for run_id, _ in published_runs(spark, tables_dir, market):
+            run = require_run(spark, tables_dir, run_id)
+            rows = read_published_state(spark, tables_dir, run, market).collect()
+            states[market, run_id] = {
+                row["query_id"] + row["product_id"]: (round(row["relevance_score"], 3), row["run_id"]) for row in rows
+            }
+
+    assert states == {
+        (HOSTILE_MARKET, "r1"): {"q1p1": (0.1, "r1"), "q1p2": (0.2, "r1"), "q2p1": (0.3, "r1")},
+        (HOSTILE_MARKET, "r2"): {"q1p1": (0.9, "r2"), "q1p3": (0.8, "r2"), "q2p1": (0.3, "r1")},
+        ("kr", "r1"): {"q1p1": (0.5, "r1")},
+        ("kr", "r2"): {"q1p1": (0.75, "r2")},
+        ("kr", "r3"): {"q1p1": (0.75, "r2")},
+    }
+
+
+def test_what_cannot_be_rolled_back_to_is_said_with_the_way_out(spark: SparkSession, tmp_path: Path) -> None:
+    tables_dir = str(tmp_path)
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    publish_nights(spark, tables_dir)
+
+    def roll_back(market: str, run_id: str) -> int:
+        return rollback.main(["--market", market, "--to-run", run_id, *setting_arguments(tables=tables_dir)])
+
+    with pytest.raises(InputError, match=r"'r9': no run of this name .*the newest are \['r4', 'r3', 'r2', 'r1'\]"):
+        roll_back("kr", "r9")
+    with pytest.raises(ConfigError, match=r"'r4': expected a run that was published, it is rejected.*r3 \(version 4\)"):
+        roll_back("kr", "r4")
+    with pytest.raises(ConfigError, match=r"'r3': has no market '東京', it has \['kr'\]"):
+        roll_back("東京", "r3")
+
+    set_retention(spark, path, hours=0)
+    remove_old_files(spark, path)
+    gone = r"'r1': its state of market 'kr'.*was removed. The oldest that is left: "
+    with pytest.raises(InputError, match=gone + "none"):  # Delta refuses all versions but the newest
+        roll_back("kr", "r1")
+    set_retention(spark, path, hours=168)
+    with pytest.raises(InputError, match=gone + r"r2 \(version 4\)"):  # Delta would try, and the files are gone
+        roll_back("kr", "r1")
+    assert {row["run_id"] for row in market_rows(spark, path, "kr")} == {"r2"}
