@@ -4,7 +4,6 @@ What readers see stays as it is. Like tables.py, this file names Delta.
 """
 
 import json
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from pyspark.sql import functions as F
 from csrm.errors import InputError
 from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
 from csrm.spark.runs import read_newest
-from csrm.spark.tables import _USER_METADATA, _session_settings, open_table, sql_literal, sql_path
+from csrm.spark.tables import USER_METADATA, open_table, session_settings, sql_literal, sql_path
 
 _RETENTION = "delta.deletedFileRetentionDuration"
 _DRY_RUN_LIMIT = 1000
@@ -38,8 +37,10 @@ class TableSize(NamedTuple):
 def table_size(spark: SparkSession, path: str) -> TableSize:
     """What the table at a path takes now."""
     detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
-    assert detail is not None and spark.sparkContext._jvm is not None
-    folder = spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)
+    assert detail is not None
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    folder = jvm.org.apache.hadoop.fs.Path(path)
     stored = folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).getContentSummary(folder)
     return TableSize(detail["numFiles"], detail["sizeInBytes"], stored.getFileCount(), stored.getLength())
 
@@ -89,9 +90,9 @@ def cluster_market(spark: SparkSession, path: str, market: str, file_mb: float) 
     settings = {
         "spark.databricks.delta.optimize.maxFileSize": str(max(int(file_mb * 2**20), 1)),
         "spark.databricks.io.skipping.mdc.sortWithinFiles": "true",  # a reader skips pages of the file too
-        _USER_METADATA: _clustering(market),
+        USER_METADATA: _clustering(market),
     }
-    with _session_settings(spark, settings):
+    with session_settings(spark, settings):
         optimize = DeltaTable.forPath(spark, path).optimize()
         optimize.where(f"market = {sql_literal(market)}").executeZOrderBy("query_id")
 
@@ -130,12 +131,12 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
     """How many files remove_old_files would delete under a retention; Delta lists up to 1000."""
     retention = {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}
     retention["spark.databricks.delta.vacuum.retentionWindowIgnore.enabled"] = "false"
-    with _session_settings(spark, retention):
+    with session_settings(spark, retention):
         num_files = spark.sql(f"VACUUM {sql_path(path)} RETAIN {hours} HOURS DRY RUN").count()
     return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
 
 
-def missing_files(spark: SparkSession, path: str, names: Sequence[str] | frozenset[str]) -> frozenset[str]:
+def missing_files(spark: SparkSession, path: str, names: frozenset[str]) -> frozenset[str]:
     """Those of some data files of a table that are no longer in its folder."""
     found_df = (
         spark.read.format("binaryFile")
@@ -144,8 +145,7 @@ def missing_files(spark: SparkSession, path: str, names: Sequence[str] | frozens
         .load(path)
         .select(F.element_at(F.split("path", "/"), -1).alias("name"))
     )
-    found = {row["name"] for row in found_df.where(F.col("name").isin(*names)).collect()}
-    return frozenset(names) - found
+    return names - {row["name"] for row in found_df.collect()}
 
 
 def _clustering(market: str) -> str:

@@ -21,7 +21,7 @@ from pyspark.sql.types import DataType, StructField, StructType
 from csrm.errors import InputError
 from csrm.schemas import Table
 
-_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _SCHEMA_VERSION = "csrm.schemaVersion"
@@ -229,10 +229,10 @@ def merge_changes(
     )
     # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
     carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
-    settings = {_USER_METADATA: carried}
+    settings = {USER_METADATA: carried}
     if transaction is not None:  # MERGE takes it from the session alone
         settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
-    with _session_settings(spark, settings):
+    with session_settings(spark, settings):
         try:
             merge.execute()
         except ConcurrentTransactionException:
@@ -242,7 +242,8 @@ def merge_changes(
 
 
 @contextmanager
-def _session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings of the session while the block runs; threads share them."""
     before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
         spark.conf.set(key, value)
