@@ -148,6 +148,7 @@ def night_report_html(night: Night, made_at: datetime) -> str:
         verdict=verdict(run),
         notes=night.notes,
         pairs=pair_counts(run, comparison),
+        seconds=_by_stage(run["seconds"]),
         pairs_per_second=pairs_per_second(run),
         tokens_per_second=_per_second(run["num_tokens"], run),
         failed=[one for one in audit if not one["passed"]],
@@ -293,6 +294,11 @@ def pairs_per_second(run: Mapping[str, Any]) -> float | None:
 def _per_second(count: int | None, run: Mapping[str, Any]) -> float | None:
     seconds = run["seconds"].get("scoring")
     return count / seconds if count and seconds else None
+
+
+def _by_stage(seconds: Mapping[str, float]) -> dict[str, float]:
+    """The stages in the order in which a run takes them; those that are not known come last."""
+    return {stage: seconds[stage] for stage in [*_STAGES, *seconds] if stage in seconds}
 
 
 def _num_failed(run: Mapping[str, Any]) -> dict[str, int]:

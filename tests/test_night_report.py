@@ -318,6 +318,12 @@ def test_a_run_that_scored_nothing_has_no_throughput(run: dict[str, Any]) -> Non
     assert "nan" not in page_of(full_night(**run)).text
 
 
+def test_stages_are_in_the_order_in_which_a_run_takes_them() -> None:
+    text = page_of(full_night(seconds={"later": 1.0, "publish": 2.5, "scoring": 3.5, "inputs": 4.5})).text
+    places = [text.index(shown) for shown in ("4.5 s", "3.5 s", "2.5 s", "1.0 s")]
+    assert places == sorted(places)
+
+
 def test_a_run_without_any_change_says_so() -> None:
     page = page_of(replace(full_night(), comparison=nothing_changed()))
     assert "No row changed." in page.text
