@@ -19,7 +19,7 @@ from csrm.spark.session import build_session
 
 
 class ReportInputs(Settings):
-    """The tables that the ids of a page name."""
+    """Where texts are now; a page shows those that its run had read, as far as they can still be read."""
 
     catalog: InputSpec
     queries: InputSpec

@@ -375,13 +375,13 @@ def read_texts(
     run: Mapping[str, Any],
     before: Mapping[str, Any] | None,
 ) -> tuple[Texts, list[str]]:
-    """The texts that a run read, and those that an earlier one had read, as far as the input keeps its versions.
+    """The texts that a run read, and those that an earlier one had read, from the places that their rows name.
 
-    A report must come also where inputs are faulty: what cannot be read is left out.
+    A report must come also where inputs are faulty, or gone: what cannot be read is left out.
 
     Args:
         spark: the session.
-        source: where the texts are.
+        source: where texts are now, for a run whose place cannot be read; its format and columns hold everywhere.
         keys: the queries or products.
         run: its row of scoring_runs.
         before: that of the earlier run, or None.
@@ -391,35 +391,41 @@ def read_texts(
     """
     if not keys:
         return Texts(), []
-    name, path = source.table.name, source.spec.path
-    recorded = run["inputs"].get(name)
-    version = _recorded_version(run, name, path)
-    earlier_version = None if before is None else _recorded_version(before, name, path)
-    notes = []
-    if source.spec.format == "delta" and recorded and version is None:
-        notes.append(f"Texts of {name} are those of {path} as it is now; the run read {recorded}.")
-    earlier: dict[Key, Text] = {}
-    try:
-        present = _texts_at(spark, source, keys, version)
-        if earlier_version is not None and earlier_version != version:
-            earlier = _texts_at(spark, source, keys, earlier_version)
-    except (InputError, PySparkException, Py4JJavaError) as error:
-        return Texts(), [f"Texts of {name} cannot be read: {str(error).strip().splitlines()[0]}"]
-    return Texts(present, earlier), notes
-
-
-def _recorded_version(run: Mapping[str, Any], name: str, path: str) -> int | None:
-    """The version of an input that a run names; None where it names none, or another path."""
-    found = re.fullmatch(r"(.*)@v(\d+)", run["inputs"].get(name, ""), re.DOTALL)
-    return int(found[2]) if found and found[1] == path else None
-
-
-def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], version: int | None) -> dict[Key, Text]:
-    spec = source.spec
-    if spec.format == "delta":
-        source_df, _ = open_table(spark, spec.path, version)
+    name = source.table.name
+    place = run["inputs"].get(name, source.spec.path)
+    earlier_place = place if before is None else before["inputs"].get(name, place)
+    present, problem = _try_texts(spark, source, keys, place)
+    earlier, _ = _try_texts(spark, source, keys, earlier_place) if earlier_place != place else ({}, None)
+    if problem is None:
+        return Texts(present, earlier), []
+    present, problem_now = _try_texts(spark, source, keys, source.spec.path)
+    if problem_now is None:
+        note = f"Texts of {name} are those of {source.spec.path} as it is now: what the run read, {place}, is gone."
     else:
-        source_df = spark.read.format(spec.format).options(**spec.options).load(spec.path)
+        note = f"Texts of {name} cannot be read, neither from {place} nor from {source.spec.path}: {problem_now}"
+    return Texts(present, earlier), [note]
+
+
+def _try_texts(
+    spark: SparkSession, source: TextSource, keys: Collection[Key], place: str
+) -> tuple[dict[Key, Text], str | None]:
+    """The texts at a place; why there are none, if so."""
+    try:
+        return _texts_at(spark, source, keys, place), None
+    except (InputError, PySparkException, Py4JJavaError) as error:
+        return {}, str(error).strip().splitlines()[0]
+
+
+def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], place: str) -> dict[Key, Text]:
+    """Texts from a path, or from a path with @v and the version of a Delta table."""
+    spec = source.spec
+    versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
+    if versioned:
+        source_df, _ = open_table(spark, versioned[1], int(versioned[2]))
+    elif spec.format == "delta":
+        source_df, _ = open_table(spark, place)
+    else:
+        source_df = spark.read.format(spec.format).options(**spec.options).load(place)
 
     def column(name: str) -> Column:
         return F.col("`" + spec.columns.get(name, name).replace("`", "``") + "`").cast("string").alias(name)

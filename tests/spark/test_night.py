@@ -116,7 +116,7 @@ def write_tables(spark: SparkSession, tables: Path) -> None:
             *("r1", 1, "published"),
             base_version=1,
             published_version=2,
-            inputs={"catalog": f"{catalog}@v1", "queries": "queries.parquet"},
+            inputs={"catalog": f"{catalog}@v1", "queries": f"{tables}/queries.parquet"},
             rejected={"no_product": 2, "empty_title": 1},
         ),
         run_row("r2", 2, "rejected", base_version=2),
@@ -307,19 +307,19 @@ def test_long_texts_are_cut_before_they_come_to_the_driver(nights: Callable[[str
     night = nights("r2")
 
     assert night.products.present[("tw", "x")] == Text("雨傘" * 70, 200)
-    assert any("the run read catalog@v0" in note for note in night.notes)
+    assert any("what the run read, catalog@v0, is gone" in note for note in night.notes)
 
 
 def test_texts_that_cannot_be_read_are_left_out_and_said(spark: SparkSession, tables: Path) -> None:
     night = night_of(
         spark,
         tables,
-        "r1",
+        "r2",
         catalog=InputSpec(path=f"{tables}/nowhere", format="parquet"),
         queries=InputSpec(path=f"{tables}/queries.parquet", format="parquet", columns={"query": "text"}),
     )
     assert night.queries.present == {}
-    assert [note.split(":")[0] for note in night.notes] == [
+    assert [note.split(",")[0] for note in night.notes] == [
         "Texts of queries cannot be read",
         "Texts of catalog cannot be read",
     ]
