@@ -65,8 +65,8 @@ class MaintenanceConfig(Settings):
             )
         if self.retention_hours < SAFE_HOURS and not self.allow_short_retention:
             raise ValueError(
-                f"retention_hours: expected {SAFE_HOURS} or more, got {self.retention_hours}: a job that reads or writes "
-                "for longer would lose its files under its feet. Where none does, set allow_short_retention"
+                f"retention_hours: expected {SAFE_HOURS} or more, got {self.retention_hours}: a job that reads or "
+                "writes for longer would lose its files under its feet. Where none does, set allow_short_retention"
             )
         return self
 
@@ -136,8 +136,8 @@ def loose_markets(spark: SparkSession, config: MaintenanceConfig) -> list[str]:
 
 def _sizes(before: TableSize, after: TableSize) -> str:
     return (
-        f"{before.num_files:,} -> {after.num_files:,} files, {_mb(before.num_bytes)} -> {_mb(after.num_bytes)} MB; with "
-        f"old versions {before.num_stored_files:,} -> {after.num_stored_files:,} files, "
+        f"{before.num_files:,} -> {after.num_files:,} files, {_mb(before.num_bytes)} -> {_mb(after.num_bytes)} MB; "
+        f"with old versions {before.num_stored_files:,} -> {after.num_stored_files:,} files, "
         f"{_mb(before.num_stored_bytes)} -> {_mb(after.num_stored_bytes)} MB"
     )
 

@@ -4,7 +4,6 @@ What readers see stays as it is. Like tables.py, this file names Delta.
 """
 
 import json
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -38,8 +37,10 @@ class TableSize(NamedTuple):
 def table_size(spark: SparkSession, path: str) -> TableSize:
     """What the table at a path takes now."""
     detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
-    assert detail is not None and spark.sparkContext._jvm is not None
-    folder = spark.sparkContext._jvm.org.apache.hadoop.fs.Path(path)
+    assert detail is not None
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    folder = jvm.org.apache.hadoop.fs.Path(path)
     stored = folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).getContentSummary(folder)
     return TableSize(detail["numFiles"], detail["sizeInBytes"], stored.getFileCount(), stored.getLength())
 
@@ -135,7 +136,7 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
     return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
 
 
-def missing_files(spark: SparkSession, path: str, names: Sequence[str] | frozenset[str]) -> frozenset[str]:
+def missing_files(spark: SparkSession, path: str, names: frozenset[str]) -> frozenset[str]:
     """Those of some data files of a table that are no longer in its folder."""
     found_df = (
         spark.read.format("binaryFile")
@@ -144,8 +145,7 @@ def missing_files(spark: SparkSession, path: str, names: Sequence[str] | frozens
         .load(path)
         .select(F.element_at(F.split("path", "/"), -1).alias("name"))
     )
-    found = {row["name"] for row in found_df.where(F.col("name").isin(*names)).collect()}
-    return frozenset(names) - found
+    return names - {row["name"] for row in found_df.collect()}
 
 
 def _clustering(market: str) -> str:
