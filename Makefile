@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; see .ci/setup.
+# Every target sets up what it needs in .venv or .venv-airflow; see .ci/setup.
 .DEFAULT_GOAL := help
 SHELL := bash
 
@@ -19,6 +19,10 @@ setup-demo:
 setup-dev:
 	@.ci/setup dev
 
+.PHONY: setup-airflow
+setup-airflow:
+	@.ci/setup airflow
+
 .PHONY: demo
 demo: setup-demo  ## Generate three markets, score them, publish to Delta, evaluate (DEMO_ARGS="...")
 	@$(run) SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m" python jobs/demo.py $(DEMO_ARGS)
@@ -33,7 +37,7 @@ demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores
 	@$(run) python jobs/demo_bundle.py
 
 .PHONY: test
-test: setup-dev  ## Run all tests (TEST_ARGS="...")
+test: setup-dev setup-airflow  ## Run all tests (TEST_ARGS="...")
 	@$(run) python -m pytest $(TEST_ARGS)
 
 .PHONY: test-quick
@@ -53,5 +57,5 @@ format: setup-dev  ## Format the code and fix what can be fixed
 
 .PHONY: clean
 clean:  ## Remove the environment and everything that was generated
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log
+	rm -rf .venv .venv-airflow build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis spark-warehouse metastore_db derby.log
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Build the candidates, the pairs to score: every product of the catalog is in one or is listed as uncovered."""
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated
@@ -43,8 +44,12 @@ class CandidateConfig(Settings):
     """A query's terms that more than this share of its market's products have are ignored, but not its rarest one."""
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return job_parser(__doc__, "conf/build_candidates.yaml")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__, "conf/build_candidates.yaml").parse_args(argv)
+    args = build_parser().parse_args(argv)
     config = load_config(args.config, CandidateConfig, args.overrides)
     spark = build_session("csrm-build-candidates")
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}

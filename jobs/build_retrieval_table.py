@@ -1,5 +1,6 @@
 """Build the retrieval table: the product titles that augment each query, from behaviour and else from its words."""
 
+import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
@@ -45,8 +46,12 @@ class RetrievalConfig(Settings):
     """A query's terms that more than this share of its market's products have are ignored, but not its rarest one."""
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return job_parser(__doc__, "conf/build_retrieval_table.yaml")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__, "conf/build_retrieval_table.yaml").parse_args(argv)
+    args = build_parser().parse_args(argv)
     config = load_config(args.config, RetrievalConfig, args.overrides)
     spark = build_session("csrm-build-retrieval-table")
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}

@@ -1,8 +1,10 @@
-"""The nightly run on a generated market: retrieval table, candidates, scores, published table, evaluation."""
+"""Two nights on a generated market: retrieval table, candidates, scores, published table, evaluation, changes."""
 
 import sys
 from collections.abc import Sequence
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
@@ -11,7 +13,7 @@ from csrm.config import InputSpec, Settings, load_config
 from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES
 from csrm.spark.inputs import read_input
 from csrm.spark.session import build_session
-from csrm.spark.tables import read_table, table_path
+from csrm.spark.tables import read_changes, read_table, table_path, table_version
 from jobs import build_candidates, build_retrieval_table, evaluate, generate_market, score_catalog
 
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = {name: inputs[name] for name in ("catalog", "queries")}
     judged = {**texts, "judgments": inputs["judgments"]}
 
-    heading("1/5 Generate a market (Korea, Taiwan, USA): catalog, queries, behaviour, judgments")
+    heading("1/6 Generate a market (Korea, Taiwan, USA): catalog, queries, behaviour, judgments")
     generate_market.main(
         setting_arguments(
             seed=config.seed,
@@ -48,16 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             output=f"{config.work}/inputs",
         )
     )
-    heading("2/5 Retrieval table: the product titles that augment each query")
+    heading("2/6 Retrieval table: the product titles that augment each query")
     build_retrieval_table.main(setting_arguments(inputs={**judged, "behaviour": inputs["behaviour"]}, tables=tables))
-    heading("3/5 Candidates: the pairs to score, for the full catalog")
+    heading("3/6 Candidates: the pairs to score, for the full catalog")
     build_candidates.main(setting_arguments(inputs={**texts, "candidates": inputs["candidates"]}, tables=tables))
-    heading("4/5 Score the catalog, audit, publish")
+    heading("4/6 Score the catalog, audit, publish")
     exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
     if exit_code:
         return exit_code
     heading(
-        "5/5 Evaluate against the judgments, which no step before has read but to keep them out of the retrieval table"
+        "5/6 Evaluate against the judgments, which no step before has read but to keep them out of the retrieval table"
     )
     evaluate.main(setting_arguments(inputs=judged, tables=tables, output=f"{config.work}/evaluation"))
 
@@ -67,11 +69,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{row.market}  {row.query:<24}  best  {row.best_score:.2f}  {row.best_title[:60]}")
         print(f"{'':<28}  worst {row.worst_score:.2f}  {row.worst_title[:60]}")
     path = table_path(tables, RELEVANCE_SCORES)
+    heading("6/6 The next night: one product in a hundred has another title, the rest is not scored again")
+    version = table_version(spark, path)
+    texts["catalog"] = {**inputs["catalog"], "path": f"{config.work}/inputs/catalog_next_night.parquet"}
+    rename_products(inputs["catalog"]["path"], texts["catalog"]["path"])
+    exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
+    if exit_code:
+        return exit_code
+    heading("What its readers see in the change feed")
+    changes_df = read_changes(spark, RELEVANCE_SCORES, path, version)
+    counts = changes_df.groupBy("version", "market", "change").count().orderBy("version", "market", "change").collect()
+    for row in counts:
+        print(f"version {row['version']}  {row['market']}  {row['change']:<17} {row['count']:,} rows")
+
     heading("The published table")
     print(f"tables: {tables}; evaluation with plot: {config.work}/evaluation")
     print("read it without Spark:")
     print(f"""  .venv/bin/python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
     return 0
+
+
+def rename_products(path: str, renamed_path: str) -> None:
+    """A catalog in which each hundredth product has another title."""
+    catalog = pq.read_table(path)
+    titles = [f"{title} 2" if n % 100 == 0 else title for n, title in enumerate(catalog["title"].to_pylist())]
+    place = catalog.column_names.index("title")
+    pq.write_table(catalog.set_column(place, "title", pa.array(titles, pa.string())), renamed_path)
 
 
 def heading(text: str) -> None:

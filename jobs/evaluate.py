@@ -1,5 +1,6 @@
 """Measure the published relevance scores against human grades, beside BM25 and a random order."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -181,8 +182,12 @@ def read_all(spark: SparkSession, config: EvaluationConfig) -> dict[str, Input]:
     return inputs
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return job_parser(__doc__ or "", "conf/evaluate.yaml")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/evaluate.yaml").parse_args(argv)
+    args = build_parser().parse_args(argv)
     config = load_config(args.config, EvaluationConfig, args.overrides)
     for module in ("ir_measures", "sklearn", "matplotlib"):
         import_eval(module)  # before the work, not after it

@@ -121,15 +121,25 @@ def normalised(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name.group()).lower()
 
 
-def test_constraints_are_plain_pins_and_cover_every_dependency_but_the_gpu_runtime() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def plain_pins(name: str) -> list[str]:
+    """The pins of a constraints file, all of the form package==version."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][A-Za-z0-9.+]*", pin)] == []
+    return pins
+
+
+def test_constraints_are_plain_pins_and_cover_every_dependency_but_the_gpu_runtime() -> None:
+    pins = plain_pins("constraints.txt")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     required = {normalised(entry) for entries in [project["dependencies"], *extras.values()] for entry in entries}
     required.remove("csrm")  # the train extra holds the eval extra
     assert required - {normalised(pin) for pin in pins} == {"onnxruntime-gpu"}
+
+
+def test_airflow_has_plain_pins_of_its_own() -> None:
+    assert {"apache-airflow", "deltalake", "uv"} <= {normalised(pin) for pin in plain_pins("constraints-airflow.txt")}
 
 
 def test_scoring_needs_no_torch_and_each_onnx_runtime_has_an_extra_of_its_own() -> None:

@@ -84,7 +84,7 @@ def hold_leases(
             there nothing but the scheduler keeps two runs apart.
         markets: the markets.
         owner: who asks, for the message that others get.
-        seconds: see LEASE_SECONDS.
+        seconds: for which the leases hold after a sign of life; see LEASE_SECONDS.
 
     Raises:
         LeaseError: another process holds one of them.
@@ -102,16 +102,16 @@ def _take(spark: SparkSession, tables_dir: str, market: str, owner: str, seconds
     folder = _open_folder(spark, f"{tables_dir.rstrip('/')}/_leases/market={quote(market, safe='')}")
     number = _newest(folder)
     last = _Holder.read(folder, number) if number else None
-    if last is not None and last.holds(seconds):
+    if last is not None and last.holds:
         raise LeaseError(
             f"market {market!r}: {last} works on it; its last sign of life is {last.silent_s:.0f} s old. Wait until it "
-            f"ends; where it is dead, its lease ends {max(seconds - last.silent_s, 0):.0f} s from now."
+            f"ends; where it is dead, its lease ends {max(last.seconds - last.silent_s, 0):.0f} s from now."
         )
     # Time keeps the fence growing where the folder of leases was lost, but the table was not.
     fence = max(last.fence + 2 if last else 0, time.time_ns() // 1_000_000)
     number += 1
-    content = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "fence": fence}
-    if not folder.create(f"{number}.lease", json.dumps(content)):
+    content = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
+    if not folder.create(f"{number}.lease", json.dumps({**content, "seconds": seconds, "fence": fence})):
         raise LeaseError(
             f"market {market!r}: {_described(folder, number)} took it at the same moment. Wait until it ends."
         )
@@ -132,6 +132,8 @@ class _Holder:
     owner: str
     host: str
     pid: int
+    seconds: float
+    """Of its lease."""
     fence: int
     silent_s: float
     gave_back: bool
@@ -144,13 +146,15 @@ class _Holder:
             content.get("owner", "a run"),
             content.get("host", "an unknown host"),
             content.get("pid", 0),
+            content.get("seconds", 0.0),
             content.get("fence", 0),
             time.time() - beat.get("at", content.get("at", 0)),
             folder.read(f"{number}.given_back") is not None,
         )
 
-    def holds(self, seconds: float) -> bool:
-        return not self.gave_back and self.silent_s <= seconds
+    @property
+    def holds(self) -> bool:
+        return not self.gave_back and self.silent_s <= self.seconds
 
     def __str__(self) -> str:
         return f"{self.owner} (process {self.pid} on {self.host})"

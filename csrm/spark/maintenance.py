@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from csrm.errors import InputError
 from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
 from csrm.spark.runs import read_newest
-from csrm.spark.tables import _USER_METADATA, _session_settings, open_table, sql_literal, sql_path
+from csrm.spark.tables import USER_METADATA, open_table, session_settings, sql_literal, sql_path
 
 _RETENTION = "delta.deletedFileRetentionDuration"
 _DRY_RUN_LIMIT = 1000
@@ -90,9 +90,9 @@ def cluster_market(spark: SparkSession, path: str, market: str, file_mb: float) 
     settings = {
         "spark.databricks.delta.optimize.maxFileSize": str(max(int(file_mb * 2**20), 1)),
         "spark.databricks.io.skipping.mdc.sortWithinFiles": "true",  # a reader skips pages of the file too
-        _USER_METADATA: _clustering(market),
+        USER_METADATA: _clustering(market),
     }
-    with _session_settings(spark, settings):
+    with session_settings(spark, settings):
         optimize = DeltaTable.forPath(spark, path).optimize()
         optimize.where(f"market = {sql_literal(market)}").executeZOrderBy("query_id")
 
@@ -131,7 +131,7 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
     """How many files remove_old_files would delete under a retention; Delta lists up to 1000."""
     retention = {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}
     retention["spark.databricks.delta.vacuum.retentionWindowIgnore.enabled"] = "false"
-    with _session_settings(spark, retention):
+    with session_settings(spark, retention):
         num_files = spark.sql(f"VACUUM {sql_path(path)} RETAIN {hours} HOURS DRY RUN").count()
     return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
 

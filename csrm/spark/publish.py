@@ -1,6 +1,5 @@
 """From staged scores to the published table: one commit a market that touches what changed."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,28 +127,26 @@ def publish_changes(
         changes_df: the columns of relevance_scores and operation; computed once for each market, so best persisted.
         num_changes: market to operation to rows of changes_df, without markets that have none.
         leases: of these markets.
-        metadata: what the commits carry in the table's history, beside their market and fence.
+        metadata: what the commits carry in the table's history, beside their market.
 
     Raises:
         LeaseError: another run took over a market; the message names the markets that were published before.
     """
     path = table_path(tables_dir, RELEVANCE_SCORES)
-    version = table_version(spark, path)
+    version = None
     published: list[str] = []
     for market in sorted(num_changes):
         lease = leases[market]
         lease.require()
-        carried = json.dumps({**metadata, "market": market, "fence": lease.transaction.version})
         market_df = changes_df.where(F.col("market") == market)
-        committed = merge_changes(market_df, RELEVANCE_SCORES, path, {"market": market}, carried, lease.transaction)
-        if committed is None:
+        version = merge_changes(market_df, RELEVANCE_SCORES, path, {"market": market}, metadata, lease.transaction)
+        if version is None:
             raise LeaseError(
                 f"market {market!r}: Delta refused the publish, for another run has taken over the market's lease. "
                 f"Published before that: {published or 'nothing'}. Run it again: its scores are kept."
             )
-        version = committed
         published.append(market)
-    return Publication(version, num_changes)
+    return Publication(table_version(spark, path) if version is None else version, num_changes)
 
 
 def say_publication(console: Console, verdict: str, run_id: str, publication: Publication, tables_dir: str) -> None:

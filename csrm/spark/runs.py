@@ -12,13 +12,12 @@ from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RU
 from csrm.spark.tables import (
     create_table,
     delete_rows,
-    overwrite_table,
     read_table,
+    replace_rows,
     spark_schema,
     sql_literal,
     table_exists,
     table_path,
-    table_version,
 )
 
 PUBLISHED = ("published", "already_published")
@@ -35,20 +34,19 @@ def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
         create_table(spark, table, table_path(tables_dir, table))
 
 
-def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> int:
+def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> None:
     """Write a run's rows of a table in one commit, in place of those that an earlier attempt left."""
-    return overwrite_table(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
+    replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
 
 
 def read_run_rows(spark: SparkSession, table: Table, tables_dir: str, run_id: str) -> DataFrame:
-    """A run's rows of a table, at the table's present version."""
+    """A run's rows of a table."""
     return read_newest(spark, table, tables_dir).where(F.col("run_id") == run_id)
 
 
 def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame:
-    """A table that CSRM wrote, pinned to its present version."""
-    path = table_path(tables_dir, table)
-    return read_table(spark, table, path, table_version(spark, path))
+    """A table that CSRM wrote, as it is whenever the frame is computed."""
+    return read_table(spark, table, table_path(tables_dir, table))
 
 
 def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:

@@ -263,5 +263,5 @@ class ScoringProgress:
         left = f"{(self._total - num_pairs) / pairs_per_s:,.0f} s left" if num_pairs else "time left not known yet"
         return (
             f"scored {num_pairs:,} of {self._total:,} pairs, {pairs_per_s:,.0f} pairs/s, "
-            f"{num_tokens / seconds:,.0f} tokens/s ({self.share_saved:.0%} saved by shared prefixes), {left}"
+            f"{num_tokens / seconds:,.0f} tokens/s, {self.share_saved:.0%} saved by shared prefixes, {left}"
         )

@@ -3,6 +3,8 @@
 The only file that names Delta.
 """
 
+import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,12 @@ from pyspark.sql.types import DataType, StructField, StructType
 from csrm.errors import InputError
 from csrm.schemas import Table
 
-_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _SCHEMA_VERSION = "csrm.schemaVersion"
+_RECENT_COMMITS = 100
+"""More than others can make between a commit and the look at the history."""
 
 
 class Transaction(NamedTuple):
@@ -93,10 +97,7 @@ def open_table(spark: SparkSession, path: str, version: int | None = None) -> tu
     Raises:
         InputError: no Delta table there, or not that version.
     """
-    if not table_exists(spark, path):
-        raise InputError(
-            f"table {path!r}: expected a Delta table, found none. Is the path right? Has the job that writes it run?"
-        )
+    _require_table(spark, path)
     pinned = table_version(spark, path) if version is None else version
     try:
         return spark.read.format("delta").option("versionAsOf", pinned).load(path), pinned
@@ -108,12 +109,22 @@ def open_table(spark: SparkSession, path: str, version: int | None = None) -> tu
 
 
 def read_table(spark: SparkSession, table: Table, path: str, version: int | None = None) -> DataFrame:
-    """A table that CSRM wrote, at one version: the declared columns in their order.
+    """A table that CSRM wrote: the declared columns in their order.
+
+    Args:
+        spark: the session.
+        table: the declaration.
+        path: the table's folder.
+        version: the frame holds this one; None: what is newest whenever it is computed.
 
     Raises:
         InputError: no such table or version, or it lacks columns.
     """
-    table_df, _ = open_table(spark, path, version)
+    if version is not None:
+        table_df, _ = open_table(spark, path, version)
+    else:
+        _require_table(spark, path)
+        table_df = spark.read.format("delta").load(path)
     missing = [name for name in table.column_names if name not in table_df.columns]
     if missing:
         raise InputError(
@@ -123,9 +134,24 @@ def read_table(spark: SparkSession, table: Table, path: str, version: int | None
     return table_df.select(*table.column_names)
 
 
-def overwrite_table(
-    df: DataFrame, table: Table, path: str, where: str | None = None, user_metadata: str | None = None
-) -> int:
+def read_changes(spark: SparkSession, table: Table, path: str, after_version: int) -> DataFrame:
+    """The change feed of a table: rows that commits after a version wrote, replaced or deleted.
+
+    Returns:
+        The declared columns, and change (insert, update_preimage, update_postimage, delete) and version.
+    """
+    feed_df = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", after_version + 1)
+    names = (F.col("_change_type").alias("change"), F.col("_commit_version").alias("version"))
+    return feed_df.load(path).select(*table.column_names, *names)
+
+
+def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
+    """As replace_rows; returns the table's version after the commit."""
+    replace_rows(df, table, path, where)
+    return table_version(df.sparkSession, path)
+
+
+def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> None:
     """Replace the table's rows in one commit, creating the table first.
 
     Args:
@@ -133,38 +159,23 @@ def overwrite_table(
         table: the declaration.
         path: the table's folder.
         where: SQL condition on its columns: only the rows that meet it are replaced, and every row of df must meet it.
-        user_metadata: text that the commit carries in the table's history.
-
-    Returns:
-        The table's version after the commit.
     """
-    spark = df.sparkSession
-    create_table(spark, table, path)
+    create_table(df.sparkSession, table, path)
     writer = df.select(*table.column_names).write.format("delta").mode("overwrite")
     if where is not None:
         writer = writer.option("replaceWhere", where)
-    if user_metadata is not None:
-        writer = writer.option("userMetadata", user_metadata)
     writer.save(path)
-    return table_version(spark, path)
 
 
-def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> bool:
-    """Append the declared columns of df to an existing table, in one commit.
+def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:
+    """Append the declared columns of df to an existing table, in one commit; see Transaction."""
+    writer = df.select(*table.column_names).write.format("delta").mode("append")
+    writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version).save(path)
 
-    Returns:
-        Whether it was committed; False where the transaction, or a later one of its application, was before.
-    """
-    before = table_version(df.sparkSession, path)
-    (
-        df.select(*table.column_names)
-        .write.format("delta")
-        .mode("append")
-        .option("txnAppId", transaction.app)
-        .option("txnVersion", transaction.version)
-        .save(path)
-    )
-    return table_version(df.sparkSession, path) > before
+
+def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
+    """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
+    append_rows(spark.createDataFrame([], spark_schema(table)), table, path, transaction)
 
 
 def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
@@ -176,21 +187,12 @@ def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
     return num_rows
 
 
-def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> bool:
-    """A commit without rows, after which Delta skips what comes with an older version of the transaction.
-
-    Returns:
-        See append_rows.
-    """
-    return append_rows(spark.createDataFrame([], spark_schema(table)), table, path, transaction)
-
-
 def merge_changes(
     changes_df: DataFrame,
     table: Table,
     path: str,
-    slice_: dict[str, str],
-    user_metadata: str,
+    slice_: Mapping[str, str],
+    metadata: Mapping[str, str],
     transaction: Transaction | None = None,
 ) -> int | None:
     """Apply row changes to one slice of a table in one commit.
@@ -202,7 +204,7 @@ def merge_changes(
         path: the table's folder.
         slice_: column to value of the slice, such as {"market": "tw"}: put into the condition as literals, so that
             files of other slices are neither read nor rewritten.
-        user_metadata: text that the commit carries in the table's history; it tells this commit from others.
+        metadata: what the commit carries in the table's history as JSON, with the slice.
         transaction: see Transaction.
 
     Returns:
@@ -225,24 +227,23 @@ def merge_changes(
         .whenMatchedUpdate(operation != "delete", set=values)
         .whenNotMatchedInsert(operation != "delete", values=values)
     )
-    before = table_version(spark, path)
-    settings = {_USER_METADATA: user_metadata}
+    # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
+    carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
+    settings = {USER_METADATA: carried}
     if transaction is not None:  # MERGE takes it from the session alone
         settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
-    with _session_settings(spark, settings):
+    with session_settings(spark, settings):
         try:
             merge.execute()
         except ConcurrentTransactionException:
             return None
-    after = table_version(spark, path)
-    for row in delta_table.history(max(after - before, 1)).collect():
-        if row["version"] > before and row["userMetadata"] == user_metadata:
-            return int(row["version"])
-    return None
+    row = delta_table.history(_RECENT_COMMITS).where(F.col("userMetadata") == carried).head()
+    return None if row is None else int(row["version"])
 
 
 @contextmanager
-def _session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings of the session while the block runs; threads share them."""
     before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
         spark.conf.set(key, value)
@@ -270,6 +271,13 @@ def sql_literal(value: str) -> str:
 def _absolute(path: str) -> str:
     """Delta takes a relative location for the name of a table; URIs stay as they are."""
     return path.rstrip("/") if urlsplit(path).scheme else str(Path(path).absolute())
+
+
+def _require_table(spark: SparkSession, path: str) -> None:
+    if not table_exists(spark, path):
+        raise InputError(
+            f"table {path!r}: expected a Delta table, found none. Is the path right? Has the job that writes it run?"
+        )
 
 
 def _check_columns(spark: SparkSession, table: Table, path: str) -> None:

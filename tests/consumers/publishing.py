@@ -1,6 +1,5 @@
 """Published tables for the tests of those who read, roll back and maintain them: the commits that a publish makes."""
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,8 +31,7 @@ def publish(spark: SparkSession, tables_dir: str, run_id: str, changes: Mapping[
             for pair, score in scores.items()
         ]
         changes_df = spark.createDataFrame(rows, schema)
-        metadata = json.dumps({"run_id": run_id, "market": market})
-        assert merge_changes(changes_df, RELEVANCE_SCORES, path, {"market": market}, metadata) is not None
+        assert merge_changes(changes_df, RELEVANCE_SCORES, path, {"market": market}, {"run_id": run_id}) is not None
     return table_version(spark, path)
 
 

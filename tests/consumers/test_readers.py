@@ -24,7 +24,8 @@ deltalake = pytest.importorskip("deltalake")
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
-SECTION = Path(__file__).with_name("READERS.md").read_text(encoding="utf-8").partition("## Read the table\n")[2]
+README = Path(__file__).parents[2] / "README.md"
+SECTION = README.read_text(encoding="utf-8").partition("## Read the table\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION.partition("\n## ")[0], flags=re.DOTALL)
 NAMES, PYSPARK, DELTALAKE, PANDAS, DUCKDB, POLARS, STREAM, FEED = BLOCKS
 READERS = {"PySpark": PYSPARK, "deltalake": DELTALAKE, "pandas": PANDAS, "DuckDB": DUCKDB, "Polars": POLARS}

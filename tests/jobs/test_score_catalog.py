@@ -70,7 +70,7 @@ def config(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inputs": {name: {"path": str(folder / f"{name}.parquet"), "format": "parquet"} for name in inputs},
         "tables": str(folder / "tables"),
         "bundle": str(tiny_bundle),
-        "max_rejected_share": 0.5,
+        "audit": {"rejected_share": 0.5},
     }
     path = folder / "score_catalog.yaml"
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
@@ -94,8 +94,10 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(config: 
 
     assert first.returncode == 0, first.stdout
     lines = first.stdout.splitlines()
-    assert lines[0].startswith("run 2026-01-02: 8 candidate pairs of kr, tw; bundle ")
-    assert lines[0].endswith("on cpu (CPUExecutionProvider); 2 partitions")
+    assert lines[0].startswith(
+        "run 2026-01-02: 8 candidate pairs of kr, tw: 0 unchanged, 7 to score in about 1 s; bundle "
+    )
+    assert lines[0].endswith("(fp32) on cpu (CPUExecutionProvider)")
     assert "rejected 1 pairs: 1 no_product" in lines
     assert "published run 2026-01-02: relevance_scores version 2" in lines
     rows = published(config).to_pyarrow_table().to_pylist()
@@ -105,8 +107,8 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(config: 
     ]
     assert all(0 <= row["relevance_score"] <= 1 for row in rows)
     run = deltalake.DeltaTable(str(config.parent / "tables" / "scoring_runs")).to_pyarrow_table().to_pylist()[0]
-    assert (run["num_candidates"], run["num_scored"], run["num_rejected"]) == (8, 7, 1)
-    assert (run["verdict"], run["published_version"]) == ("published", 2)
+    assert (run["num_candidates"], run["num_scored"], run["rejected"]) == (8, 7, [("no_product", 1)])
+    assert (run["verdict"], run["base_version"], run["published_version"]) == ("published", 0, 2)
 
     again = submit(config, "--run-id", "2026-01-02")
     assert again.returncode == 0, again.stdout
@@ -116,12 +118,10 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(config: 
     assert other.returncode == 2, other.stdout
     assert "Choose another --run-id." in other.stdout
 
-    refused = submit(config, "--run-id", "2026-01-04", "--set", "max_rejected_share=0.1")
+    refused = submit(config, "--run-id", "2026-01-04", "--set", "audit.rejected_share=0.1")
     assert refused.returncode == 3, refused.stdout
-    assert "tw: share of rejected pairs: 0.5, expected <= 0.1" in refused.stdout
+    assert "tw: rejected: 0.5, expected <= 0.1. 1 of 2 candidate pairs cannot be scored." in refused.stdout
     assert published(config).version() == 2
-    staging = deltalake.DeltaTable(str(config.parent / "tables" / "scores_staging")).to_pyarrow_table()
-    assert staging["run_id"].to_pylist().count("2026-01-04") == 7
 
 
 @pytest.mark.spark
@@ -134,7 +134,7 @@ def test_a_small_market_that_fails_its_audit_publishes_and_deletes_nothing(
     candidates.to_parquet(tmp_path / "candidates.parquet")
     catalog = pd.read_parquet(folder / "catalog.parquet")
     catalog[(catalog["market"] == "kr") | (catalog["product_id"] != "p0")].to_parquet(tmp_path / "catalog.parquet")
-    arguments = ["--config", str(config), "--set", "max_rejected_share=0.2", "--set", f"tables={tmp_path}/tables"]
+    arguments = ["--config", str(config), "--set", "audit.rejected_share=0.2", "--set", f"tables={tmp_path}/tables"]
     arguments += ["--set", f"inputs.candidates.path={tmp_path}/candidates.parquet"]
     scores = tmp_path / "tables" / "relevance_scores"
     assert main([*arguments, "--run-id", "first"]) == 0
@@ -143,16 +143,17 @@ def test_a_small_market_that_fails_its_audit_publishes_and_deletes_nothing(
     with pytest.raises(AuditError) as caught:
         main([*arguments, "--run-id", "second", "--set", f"inputs.catalog.path={tmp_path}/catalog.parquet"])
 
-    assert "  - tw: staged pairs: 0, expected >= 1" in str(caught.value).splitlines()
+    assert "  - tw: not_empty: 0, expected >= 1. 0 pairs have a score." in str(caught.value).splitlines()
     assert "  - kr:" not in str(caught.value)
     after = deltalake.DeltaTable(str(scores))
     assert after.version() == before.version()
     assert after.to_pyarrow_table()["market"].to_pylist().count("tw") == 1
     runs = deltalake.DeltaTable(str(tmp_path / "tables" / "scoring_runs")).to_pyarrow_table().to_pylist()
-    assert {run["run_id"]: (run["num_scored"], run["num_rejected"], run["verdict"]) for run in runs} == {
-        "first": (7, 0, "published"),
-        "second": (6, 1, "rejected"),
+    assert {run["run_id"]: (run["num_scored"], run["num_unchanged"], run["rejected"]) for run in runs} == {
+        "first": (7, 0, []),
+        "second": (0, 6, [("no_product", 1)]),
     }
+    assert {run["run_id"]: run["verdict"] for run in runs} == {"first": "published", "second": "rejected"}
 
 
 @pytest.mark.spark

@@ -1,6 +1,7 @@
-"""Staging, audit, publishing: only what changed, once."""
+"""Publishing: only what changed, one commit a market, fenced by leases; what runs leave behind."""
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -9,65 +10,75 @@ import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.errors import ConfigError
-from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, SCORES_STAGING, SCORING_RUNS
-from csrm.spark.publish import (
-    audit_counts,
-    audit_run,
+from csrm.errors import ConfigError, InputError, LeaseError
+from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
+from csrm.spark.leases import Lease, hold_leases
+from csrm.spark.publish import count_changes, publish_changes, run_changes, score_changes
+from csrm.spark.runs import (
     check_same_run,
-    find_published_run,
-    publish_run,
+    create_output_tables,
+    discard_staging,
+    find_later_run,
+    find_run,
+    last_rate,
+    read_open_staging,
     read_run_rows,
     record_run,
-    score_changes,
+    require_run,
     write_run_rows,
 )
-from csrm.spark.tables import read_table, sql_path, table_path, table_version
+from csrm.spark.tables import read_table, spark_schema, sql_path, table_path, table_version
 
 SCORED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SCHEMA = (
     "market string, query_id string, product_id string, relevance_score float, predicted_grade string, "
     "bundle_digest string, pair_key bigint, scored_at timestamp, run_id string"
 )
+RUN: dict[str, Any] = {
+    "run_id": "a",
+    "data_date": date(2026, 1, 2),
+    "markets": ["kr", "tw"],
+    "started_at": SCORED_AT,
+    "finished_at": SCORED_AT,
+    "verdict": "rejected",
+    "inputs": {"catalog": "/tables/catalog@v3"},
+    "bundle_digest": "d1",
+    "precision": "fp32",
+    "device": "cpu (CPUExecutionProvider)",
+    "versions": {"csrm": "0.1.0"},
+    "num_candidates": 4,
+    "num_unchanged": 0,
+    "num_reused": 0,
+    "num_scored": 3,
+    "rejected": {"no_query": 1},
+    "seconds": {"scoring": 1.5},
+    "audit": [{"market": "kr", "name": "complete", "value": 3, "bound": "= 3", "passed": True}],
+    "base_version": 0,
+}
 
 
-def scores(spark: SparkSession, run_id: str, *rows: tuple[str, str, float, str, int], digest: str = "d1") -> DataFrame:
+def scores(
+    spark: SparkSession,
+    run_id: str,
+    *rows: tuple[str, str, float | None, str, int],
+    digest: str = "d1",
+    scored_at: datetime = SCORED_AT,
+) -> DataFrame:
     """Rows of (market, product_id, relevance_score, predicted_grade, pair_key) for query q."""
     values = [
-        (market, "q", product_id, score, grade, digest, key, SCORED_AT, run_id)
+        (market, "q", product_id, score, grade, digest, key, scored_at, run_id)
         for market, product_id, score, grade, key in rows
     ]
     return spark.createDataFrame(values, SCHEMA)
 
 
-def results(staged: dict[str, int], num_rejected: int = 0, num_candidates: int = 10) -> dict[str, bool]:
-    return {
-        result["name"]: result["passed"]
-        for result in audit_counts("kr", staged, num_rejected, num_candidates, max_rejected_share=0.2)
-    }
-
-
-def test_a_complete_run_passes_its_audit() -> None:
-    assert all(results({"num_rows": 8, "num_keys": 8, "num_nan": 0, "num_in_range": 8}, num_rejected=2).values())
-
-
-@pytest.mark.parametrize(
-    ("staged", "num_rejected", "failed"),
-    [
-        ((9, 9, 0, 9), 0, {"staged and rejected pairs"}),
-        ((0, 0, 0, 0), 10, {"staged pairs", "share of rejected pairs"}),
-        ((10, 9, 0, 10), 0, {"distinct staged pairs"}),
-        ((10, 10, 1, 9), 0, {"scores that are no number", "scores in [0, 1]"}),
-        ((10, 10, 0, 9), 0, {"scores in [0, 1]"}),
-        ((7, 7, 0, 7), 3, {"share of rejected pairs"}),
-    ],
-)
-def test_each_fault_of_a_run_fails_its_audit(
-    staged: tuple[int, int, int, int], num_rejected: int, failed: set[str]
-) -> None:
-    counts = dict(zip(("num_rows", "num_keys", "num_nan", "num_in_range"), staged, strict=True))
-
-    assert {name for name, passed in results(counts, num_rejected).items() if not passed} == failed
+def planned(spark: SparkSession, *pairs: tuple[str, str, int | None]) -> DataFrame:
+    """Rows of (market, product_id, pair_key) of run r for query q; those without a key were rejected."""
+    rows = [
+        (market, "q", product_id, key, "to_score" if key else "rejected", None if key else "no_product", 0, "r")
+        for market, product_id, key in pairs
+    ]
+    return spark.createDataFrame(rows, spark_schema(RUN_PAIRS))
 
 
 @pytest.mark.parametrize(
@@ -85,36 +96,6 @@ def test_a_run_id_is_not_used_again_for_other_markets_or_another_bundle(
     check_same_run(published, ["tw", "kr"], "d1")
     with pytest.raises(ConfigError, match=named):
         check_same_run(published, markets, digest)
-
-
-@pytest.mark.spark
-def test_the_audit_counts_what_is_in_the_tables(spark: SparkSession, tmp_path: Path) -> None:
-    tables = str(tmp_path)
-    nan = float("nan")
-    staged_df = scores(
-        spark,
-        "r",
-        *(("kr", "1", 0.5, "yes", 1), ("kr", "1", nan, "no", 1), ("kr", "3", 0.5, "no", 1)),
-        ("tw", "1", 1.5, "no", 1),
-    )
-    rejected_df = spark.createDataFrame(
-        [("kr", "q", "2", "no_product", "r"), ("us", "q", "1", "no_product", "r")],
-        "market string, query_id string, product_id string, reason string, run_id string",
-    )
-    write_run_rows(scores(spark, "other", ("kr", "9", 0.5, "yes", 1)), SCORES_STAGING, tables, "other")
-    write_run_rows(staged_df, SCORES_STAGING, tables, "r")
-    write_run_rows(rejected_df, REJECTED_PAIRS, tables, "r")
-
-    audit = audit_run(spark, tables, "r", num_candidates={"kr": 4, "tw": 1, "us": 1}, max_rejected_share=0.25)
-
-    assert [(result["market"], result["value"], result["passed"]) for result in audit.results] == [
-        *(("kr", 4, True), ("kr", 3, True), ("kr", 2, False), ("kr", 1, False), ("kr", 2, False), ("kr", 0.25, True)),
-        *(("tw", 1, True), ("tw", 1, True), ("tw", 1, True), ("tw", 0, True), ("tw", 0, False), ("tw", 0.0, True)),
-        *(("us", 1, True), ("us", 0, False), ("us", 0, True), ("us", 0, True), ("us", 0, True), ("us", 1.0, False)),
-    ]
-    assert audit.num_staged == 4
-    assert len(audit.failed) == 6
-    assert json.loads(json.dumps(audit.results)) == audit.results
 
 
 @pytest.mark.spark
@@ -161,30 +142,64 @@ def test_another_bundle_changes_every_row(spark: SparkSession) -> None:
 
 
 @pytest.mark.spark
+def test_a_run_changes_the_pairs_whose_key_differs(spark: SparkSession) -> None:
+    published_df = scores(
+        spark,
+        "old",
+        ("kr", "same", 0.5, "yes", 1),
+        ("kr", "key", 0.5, "yes", 2),
+        ("kr", "gone", 0.5, "yes", 3),
+        ("kr", "rejected", 0.5, "yes", 4),
+    )
+    planned_df = planned(
+        spark, ("kr", "same", 1), ("kr", "key", 20), ("kr", "new", 5), ("kr", "missing", 6), ("kr", "rejected", None)
+    )
+    staged_df = scores(
+        spark, "x", ("kr", "key", 0.1, "no", 20), ("kr", "new", 0.3, "no", 5), ("kr", "same", 0.9, "no", 99)
+    ).union(scores(spark, "y", ("kr", "key", 0.2, "no", 20), scored_at=SCORED_AT.replace(hour=9)))
+
+    rows = run_changes(planned_df, published_df, staged_df, "r").orderBy("product_id").collect()
+
+    assert [
+        (row["product_id"], row["operation"], row["relevance_score"], row["old_score"], row["run_id"]) for row in rows
+    ] == [
+        ("gone", "delete", None, 0.5, "r"),
+        ("key", "update", pytest.approx(0.2), 0.5, "r"),
+        ("missing", "insert", None, None, "r"),
+        ("new", "insert", pytest.approx(0.3), None, "r"),
+        ("rejected", "delete", None, 0.5, "r"),
+    ]
+
+
+@pytest.fixture
+def leases(spark: SparkSession, tmp_path: Path) -> Iterator[dict[str, Lease]]:
+    """Of the markets kr and tw; the tables of a run are there too."""
+    create_output_tables(spark, str(tmp_path))
+    with hold_leases(spark, str(tmp_path), ["kr", "tw"], "test") as held:
+        yield held
+
+
+@pytest.mark.spark
 def test_a_publish_commits_once_a_market_what_changed_and_nothing_when_repeated(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     tables = str(tmp_path)
     path = table_path(tables, RELEVANCE_SCORES)
+    create_output_tables(spark, tables)
+
+    def publish(run_id: str, markets: list[str], *rows: tuple[str, str, float, str, int]) -> tuple[int, dict]:
+        published_df = read_table(spark, RELEVANCE_SCORES, path).where(F.col("market").isin(*markets))
+        changes_df = score_changes(scores(spark, run_id, *rows), published_df)
+        with hold_leases(spark, tables, markets, run_id) as held:
+            done = publish_changes(spark, tables, changes_df, count_changes(changes_df), held, {"run_id": run_id})
+        return done.version, dict(done.num_changes)
+
     first = [("kr", "1", 0.1, "no", 1), ("kr", "2", 0.2, "no", 2), ("tw", "1", 0.3, "no", 3)]
-    write_run_rows(scores(spark, "a", *first), SCORES_STAGING, tables, "a")
-    publication = publish_run(spark, tables, "a", ["kr", "tw"], "d1")
-
-    assert publication.num_changes == {"kr": {"insert": 2}, "tw": {"insert": 1}}
-    assert publication.version == 2  # version 0 made the empty table
-
-    repeated = publish_run(spark, tables, "a", ["kr", "tw"], "d1")
-    write_run_rows(scores(spark, "b", *first), SCORES_STAGING, tables, "b")
-    equal_run = publish_run(spark, tables, "b", ["kr", "tw"], "d1")
-
-    assert (repeated.version, repeated.num_changes) == (2, {})
-    assert (equal_run.version, equal_run.num_changes) == (2, {})
-
+    assert publish("a", ["kr", "tw"], *first) == (2, {"kr": {"insert": 2}, "tw": {"insert": 1}})
+    assert publish("b", ["kr", "tw"], *first) == (2, {})
     second = [("kr", "1", 0.1, "no", 1), ("kr", "2", 0.9, "yes", 4), ("kr", "3", 0.4, "no", 5)]
-    write_run_rows(scores(spark, "c", *second), SCORES_STAGING, tables, "c")
-    assert publish_run(spark, tables, "c", ["kr"], "d1").num_changes == {"kr": {"insert": 1, "update": 1}}
-    write_run_rows(scores(spark, "d", *second[1:]), SCORES_STAGING, tables, "d")
-    assert publish_run(spark, tables, "d", ["kr"], "d1").num_changes == {"kr": {"delete": 1}}
+    assert publish("c", ["kr"], *second) == (3, {"kr": {"insert": 1, "update": 1}})
+    assert publish("d", ["kr"], *second[1:]) == (4, {"kr": {"delete": 1}})
 
     published = read_table(spark, RELEVANCE_SCORES, path).orderBy("market", "product_id").collect()
     assert [(row["market"], row["product_id"], row["run_id"], row["pair_key"]) for row in published] == [
@@ -200,51 +215,68 @@ def test_a_publish_commits_once_a_market_what_changed_and_nothing_when_repeated(
         (4, "1", "delete"),
     ]
     history = spark.sql(f"DESCRIBE HISTORY {sql_path(path)}").orderBy("version").collect()
-    assert [json.loads(row["userMetadata"])["run_id"] for row in history[1:]] == ["a", "a", "c", "d"]
-    assert json.loads(history[1]["userMetadata"])["bundle_digest"] == "d1"
+    carried = [json.loads(row["userMetadata"]) for row in history[1:]]
+    assert [(one["run_id"], one["market"]) for one in carried] == [("a", "kr"), ("a", "tw"), ("c", "kr"), ("d", "kr")]
 
 
 @pytest.mark.spark
-def test_a_second_attempt_of_a_run_replaces_its_staged_rows(spark: SparkSession, tmp_path: Path) -> None:
-    tables = str(tmp_path)
-    write_run_rows(
-        scores(spark, "a", ("kr", "1", 0.1, "no", 1), ("tw", "1", 0.1, "no", 1)), SCORES_STAGING, tables, "a"
-    )
-    write_run_rows(scores(spark, "b'", ("kr", "1", 0.1, "no", 1)), SCORES_STAGING, tables, "b'")
-    write_run_rows(scores(spark, "b'", ("kr", "2", 0.2, "no", 1)), SCORES_STAGING, tables, "b'")
+def test_a_publish_that_delta_skips_says_that_it_was_superseded(
+    spark: SparkSession, tmp_path: Path, leases: dict[str, Lease]
+) -> None:
+    changes_df = scores(spark, "a", ("kr", "1", 0.1, "no", 1), ("tw", "1", 0.1, "no", 1))
+    changes_df = changes_df.withColumn("operation", F.lit("insert"))
+    arguments = (changes_df, {"kr": {"insert": 1}, "tw": {"insert": 1}}, leases, {"run_id": "a"})
+    publish_changes(spark, str(tmp_path), *arguments)
+    version = table_version(spark, table_path(str(tmp_path), RELEVANCE_SCORES))
 
-    assert [row["product_id"] for row in read_run_rows(spark, SCORES_STAGING, tables, "b'").collect()] == ["2"]
-    assert read_run_rows(spark, SCORES_STAGING, tables, "a").count() == 2
+    with pytest.raises(LeaseError, match=r"Delta refused the publish.*Published before that: nothing"):
+        publish_changes(spark, str(tmp_path), *arguments)
+
+    assert table_version(spark, table_path(str(tmp_path), RELEVANCE_SCORES)) == version
 
 
 @pytest.mark.spark
-def test_a_run_is_recorded_once_and_found_when_it_was_published(spark: SparkSession, tmp_path: Path) -> None:
+def test_staged_scores_are_open_until_their_run_is_published_or_discarded(spark: SparkSession, tmp_path: Path) -> None:
     tables = str(tmp_path)
-    run: dict[str, Any] = {
-        "run_id": "a",
-        "data_date": date(2026, 1, 2),
-        "markets": ["kr", "tw"],
-        "started_at": SCORED_AT,
-        "finished_at": SCORED_AT,
-        "inputs": {"catalog": "/tables/catalog@v3"},
-        "bundle_digest": "d1",
-        "device": "cpu (CPUExecutionProvider)",
-        "versions": {"csrm": "0.1.0"},
-        "num_candidates": 4,
-        "num_scored": 3,
-        "num_rejected": 1,
-        "seconds": {"scoring": 1.5},
-        "audit": [{"market": "kr", "name": "staged pairs", "value": 3, "bound": ">= 1", "passed": True}],
-        "verdict": "rejected",
-        "published_version": None,
-    }
+    create_output_tables(spark, tables)
+    verdicts = {"p": "published", "ap": "already_published", "r": "rejected", "run'": "running", "s": "superseded"}
+    for run_id, verdict in verdicts.items():
+        write_run_rows(scores(spark, run_id, ("kr", run_id, 0.1, "no", 1)), SCORES_STAGING, tables, run_id)
+        record_run(spark, tables, {**RUN, "run_id": run_id, "verdict": verdict})
+    write_run_rows(scores(spark, "no row", ("kr", "no row", 0.1, "no", 1)), SCORES_STAGING, tables, "no row")
 
-    assert find_published_run(spark, tables, "a") is None
-    record_run(spark, tables, run)
-    assert find_published_run(spark, tables, "a") is None
-    record_run(spark, tables, {**run, "verdict": "published", "published_version": 2})
-    found = find_published_run(spark, tables, "a")
+    def open_runs(markets: list[str]) -> set[str]:
+        return {row["run_id"] for row in read_open_staging(spark, tables, markets).collect()}
 
+    assert open_runs(["kr"]) == {"r", "run'", "s", "no row"}
+    assert open_runs(["tw"]) == set()
+    assert discard_staging(spark, tables, "run'") == 1
+    assert discard_staging(spark, tables, "run'") == 0
+    assert open_runs(["kr"]) == {"r", "s", "no row"}
+
+
+@pytest.mark.spark
+def test_a_second_attempt_of_a_run_replaces_its_rows(spark: SparkSession, tmp_path: Path) -> None:
+    tables = str(tmp_path)
+    write_run_rows(planned(spark, ("kr", "1", 1)), RUN_PAIRS, tables, "r")
+    other_df = planned(spark, ("kr", "1", 1), ("kr", "2", None)).withColumn("run_id", F.lit("b'"))
+    write_run_rows(other_df, RUN_PAIRS, tables, "b'")
+    write_run_rows(other_df.where("product_id = '2'"), RUN_PAIRS, tables, "b'")
+
+    assert [row["product_id"] for row in read_run_rows(spark, RUN_PAIRS, tables, "b'").collect()] == ["2"]
+    assert read_run_rows(spark, RUN_PAIRS, tables, "r").count() == 1
+
+
+@pytest.mark.spark
+def test_a_run_has_one_row_which_is_found(spark: SparkSession, tmp_path: Path) -> None:
+    tables = str(tmp_path)
+    assert find_run(spark, tables, "a") is None
+    record_run(spark, tables, {**RUN, "verdict": "running", "audit": None, "finished_at": None})
+    record_run(spark, tables, {**RUN, "verdict": "published", "published_version": 2})
+    later = {**RUN, "run_id": "b", "started_at": SCORED_AT.replace(hour=9), "num_scored": 6}
+    record_run(spark, tables, later)
+
+    found = find_run(spark, tables, "a")
     assert found is not None
     assert (found["published_version"], found["markets"], found["started_at"], found["seconds"]) == (
         2,
@@ -252,7 +284,15 @@ def test_a_run_is_recorded_once_and_found_when_it_was_published(spark: SparkSess
         SCORED_AT.replace(tzinfo=None),
         {"scoring": 1.5},
     )
-    assert json.loads(found["audit"]) == run["audit"]
+    assert require_run(spark, tables, "a")["audit"] == RUN["audit"]
+    with pytest.raises(InputError, match=r"--run-id 'c': no run of this name in .*; the newest are \['b', 'a'\]"):
+        require_run(spark, tables, "c")
     path = table_path(tables, SCORING_RUNS)
-    assert read_table(spark, SCORING_RUNS, path).count() == 1
-    assert table_version(spark, path) == 2
+    assert read_table(spark, SCORING_RUNS, path).count() == 2
+
+    assert find_later_run(spark, tables, {**RUN, "started_at": SCORED_AT.replace(tzinfo=None)}) is None
+    record_run(spark, tables, {**later, "verdict": "published", "markets": ["tw"]})
+    assert find_later_run(spark, tables, found.asDict()) == "b"
+    assert find_later_run(spark, tables, {**found.asDict(), "markets": ["kr"]}) is None
+    assert last_rate(spark, tables, "d1", RUN["device"]) == pytest.approx(4)
+    assert last_rate(spark, tables, "d1", "cuda") is None

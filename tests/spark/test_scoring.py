@@ -31,14 +31,15 @@ TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 p
 
 
 class LengthScorer:
-    """Scores a pair by the length of its title; counts ten tokens a pair."""
+    """Scores a pair by the length of its title; counts ten tokens a pair, and twenty in prompts."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.num_prompt_tokens = 0
         self.call_sizes: list[int] = []
 
     def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
         self.num_tokens += 10 * len(pairs)
+        self.num_prompt_tokens += 20 * len(pairs)
         self.call_sizes.append(len(pairs))
         scores = pairs["title"].str.len().to_numpy(dtype=np.float32) / 10_000
         return pd.DataFrame({"relevance_score": scores, "predicted_grade": "yes"}, index=pairs.index)
@@ -80,7 +81,7 @@ def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> Non
     scored = pd.concat(score_pair_batches(iter(batches), scorer, lambda *numbers: counts.append(numbers)))
 
     assert scorer.call_sizes == [1_024, 476, 10]
-    assert counts == [(1_024, 10_240), (476, 4_760), (10, 100)]
+    assert counts == [(1_024, 10_240, 20_480), (476, 4_760, 9_520), (10, 100, 200)]
     assert scored["product_id"].tolist() == [str(n) for n in itertools.chain(range(1_500), range(10))]
     assert scored["relevance_score"].tolist()[7] == np.float32(len("camping tent, green 7") / 10_000)
     assert scored.columns.tolist() == [
@@ -129,6 +130,7 @@ def test_progress_counts_pairs_and_tokens_and_prints_plain_lines_off_a_terminal(
 
     assert progress.num_pairs.value == 30
     assert progress.num_tokens.value == scorer.num_tokens
+    assert progress.num_prompt_tokens.value == scorer.num_prompt_tokens > scorer.num_tokens
     assert stream.getvalue().splitlines()[-1].startswith("scored 30 of 30 pairs, ")
     assert "\r" not in stream.getvalue()
 
@@ -137,10 +139,15 @@ def test_progress_counts_pairs_and_tokens_and_prints_plain_lines_off_a_terminal(
 def test_a_progress_line_has_rates_and_the_time_left(spark: SparkSession) -> None:
     progress = ScoringProgress(spark, 3_000)
 
-    assert progress.line(5.0) == "scored 0 of 3,000 pairs, 0 pairs/s, 0 tokens/s, time left not known yet"
+    assert progress.line(5.0) == (
+        "scored 0 of 3,000 pairs, 0 pairs/s, 0 tokens/s, 0% saved by shared prefixes, time left not known yet"
+    )
     progress.num_pairs.add(1_000)
     progress.num_tokens.add(50_000)
-    assert progress.line(5.0) == "scored 1,000 of 3,000 pairs, 200 pairs/s, 10,000 tokens/s, 10 s left"
+    progress.num_prompt_tokens.add(200_000)
+    assert progress.line(5.0) == (
+        "scored 1,000 of 3,000 pairs, 200 pairs/s, 10,000 tokens/s, 75% saved by shared prefixes, 10 s left"
+    )
 
 
 @pytest.mark.spark

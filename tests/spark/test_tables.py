@@ -13,6 +13,7 @@ from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE
 from csrm.spark.tables import (
     create_table,
+    migrate_table,
     open_table,
     overwrite_table,
     read_table,
@@ -85,9 +86,7 @@ def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession,
     path = str(tmp_path / "scores")
     overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
 
-    version = overwrite_table(
-        scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'", user_metadata="note"
-    )
+    version = overwrite_table(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
 
     assert version == 2
     rows = read_table(spark, RELEVANCE_SCORES, path).orderBy("market").collect()
@@ -96,7 +95,6 @@ def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession,
         ("tw", "q2", 1.0),
     ]
     assert read_table(spark, RELEVANCE_SCORES, path, version=1).where("market = 'tw'").head()["query_id"] == "q1"
-    assert spark.sql(f"DESCRIBE HISTORY {sql_path(path)} LIMIT 1").head()["userMetadata"] == "note"
 
 
 def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp_path: Path) -> None:
@@ -107,6 +105,37 @@ def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp
         overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5)), RELEVANCE_SCORES, path)
 
     assert spark.read.format("delta").load(path).count() == 3
+
+
+def test_a_table_of_an_older_version_is_refused_until_it_is_migrated(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "it's" / "scores")
+    older = replace(RELEVANCE_SCORES, columns=tuple(c for c in RELEVANCE_SCORES.columns if c.name != "predicted_grade"))
+    row_df = scores(spark, ("kr", "q1", "p1", 0.5))
+    overwrite_table(row_df, older, path)
+    newer = replace(RELEVANCE_SCORES, columns=_nullable(), schema_version=2)
+
+    with pytest.raises(InputError, match=r"expected version 2 of its columns, it has version 1. Migrate it: jobs/mig"):
+        create_table(spark, newer, path)
+    assert migrate_table(spark, newer, path) == ["predicted_grade"]
+    assert migrate_table(spark, newer, path) == []
+
+    create_table(spark, newer, path)
+    (row,) = read_table(spark, newer, path).collect()
+    assert (row["product_id"], row["relevance_score"], row["predicted_grade"], row["run_id"]) == (
+        "p1",
+        0.5,
+        None,
+        "run",
+    )
+    with pytest.raises(InputError, match=r"it has version 2. Use the newer CSRM that wrote it"):
+        create_table(spark, older, path)
+
+
+def test_what_is_no_older_version_is_not_migrated(spark: SparkSession, tmp_path: Path) -> None:
+    spark.range(3).write.format("delta").save(str(tmp_path / "mine"))
+
+    with pytest.raises(InputError, match=r"with the columns \['id'\] of no such version. It is left as it is"):
+        migrate_table(spark, RELEVANCE_SCORES, str(tmp_path / "mine"))
 
 
 def test_a_folder_with_other_files_is_never_made_a_table(spark: SparkSession, tmp_path: Path) -> None:
