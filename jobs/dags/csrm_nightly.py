@@ -299,7 +299,9 @@ with DAG(
         run_id=RUN_ID,
     )
     evaluation = job("evaluate", MARKETS)
-    report = job("report", f"--run-id={RUN_ID}", trigger_rule=TriggerRule.ALL_DONE, pre_execute=skip_without_outcome)
+    report = job(
+        "report", MARKETS, f"--run-id={RUN_ID}", trigger_rule=TriggerRule.ALL_DONE, pre_execute=skip_without_outcome
+    )
     maintenance = job("maintain")
 
     retrieval_table >> candidates >> score_and_publish >> evaluation >> report >> maintenance

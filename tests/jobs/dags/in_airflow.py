@@ -53,10 +53,12 @@ def miss_deadline(dag: DAG) -> tuple[bool, str | None]:
     return execute_callback(alert.callback.path, {"context": context}, file.name, file.parent, structlog.get_logger())
 
 
-def run_night(
-    dag: DAG, env: dict[str, str], conf: dict[str, Any], run_after: str, logical_date: str | None
-) -> dict[str, Any]:
+def run_night(env: dict[str, str], conf: dict[str, Any], run_after: str, logical_date: str | None) -> dict[str, Any]:
     os.environ.update(env)
+    (dag,) = DagBag().dags.values()  # as each task of Airflow's does; a run leaves its parameters in it
+    dag.deadline = None  # see the DAG's docstring
+    for task in dag.tasks:
+        task.retry_delay = timedelta(seconds=1)
     moment = datetime.fromisoformat(logical_date) if logical_date else None
     run = dag.test(run_after=datetime.fromisoformat(run_after), logical_date=moment, run_conf=conf)
     with create_session() as session:
@@ -69,13 +71,10 @@ def run_night(
 
 
 if __name__ == "__main__":
-    bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
+    bag = DagBag()
     heavy = sorted({"pyspark", "pandas", "numpy", "deltalake", "csrm"} & set(sys.modules))
     (dag,) = bag.dags.values()
     results = {"import_errors": bag.import_errors, "heavy": heavy, "dag": described(dag), "missed": miss_deadline(dag)}
-    dag.deadline = None  # see the DAG's docstring
-    for task in dag.tasks:
-        task.retry_delay = timedelta(seconds=1)
     nights = json.loads(Path(sys.argv[1]).read_text())
-    results["nights"] = [run_night(dag, **night) for night in nights]
+    results["nights"] = [run_night(**night) for night in nights]
     Path(sys.argv[2]).write_text(json.dumps(results, default=str))
