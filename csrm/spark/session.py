@@ -81,6 +81,8 @@ def _local_profile(master: str) -> dict[str, str]:
         "spark.sql.warehouse.dir": tempfile.gettempdir(),
         "spark.sql.shuffle.partitions": str(num_cores),
         "spark.databricks.delta.snapshotPartitions": "2",
+        # VACUUM lists a table's files in so many tasks, 10,000 if not told otherwise
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(2 * num_cores),
     }
 
 
