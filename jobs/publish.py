@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.discard:
             discard(spark, config.tables, run, console)
             return 0
-        results = accept(run["audit"] or [], args.accept, args.reason)
         _require_publishable(spark, config.tables, run)
+        results = accept(run["audit"] or [], args.accept, args.reason)
         if failed := sorted({result["name"] for result in failures(results)}):
             raise AuditError(
                 f"run {args.run_id}: these checks failed and were not accepted: {failed}. Nothing published."

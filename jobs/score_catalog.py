@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"run {run_id} was published before: relevance_scores version {version_}."
         console.say("already_published", text, run_id=run_id, version=version_)
         return 0
+    _warn_of_languages(bundle, config.markets, console)
     scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))
     _end_by_signal()
     night = Night(config, run_id, data_date, started_at, bundle, scorer, console, earlier is not None)
@@ -277,6 +278,16 @@ def _data_date(text: str | None, started_at: datetime) -> date:
         return date.fromisoformat(text)
     except ValueError as error:
         raise ConfigError(f"--data-date {text!r}: expected YYYY-MM-DD.") from error
+
+
+def _warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Console) -> None:
+    """A bundle scores any language; only of those of its golden pairs is it known to have been looked at."""
+    known = {language for language in bundle.golden_pairs().pairs["language"] if language}
+    names = ", ".join(sorted(known))
+    for market, language in markets.items():
+        if language not in known:
+            text = f"market {market!r} is in {language}; the bundle was proven on pairs in {names} only."
+            console.say("warning", f"warning: {text}", market=market, sentence=text)
 
 
 def _end_by_signal() -> None:

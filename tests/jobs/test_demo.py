@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import deltalake
+import pandas as pd
 import pytest
 import yaml
 
@@ -27,12 +28,11 @@ def test_the_demo_publishes_evaluates_and_scores_the_next_nights_changes_only(
     assert set(first.to_pandas()["market"]) == {"kr", "tw", "us"}
     assert (tmp_path / "evaluation" / "metrics.png").stat().st_size > 10_000
 
-    assert printed.count("update_postimage") == 3
+    catalog, renamed = (
+        pd.read_parquet(tmp_path / "inputs" / f"{name}.parquet") for name in ("catalog", "catalog_next_night")
+    )
+    changed = catalog[catalog["title"] != renamed["title"]]
+    scores = first.to_pandas().merge(changed[["market", "product_id"]])
+    assert 0 < scores["market"].nunique() == printed.count("update_postimage")
     runs = deltalake.DeltaTable(str(tmp_path / "tables" / "scoring_runs")).to_pandas().sort_values("started_at")
     assert runs["num_unchanged"].tolist()[1] > 0.9 * runs["num_candidates"].tolist()[1]
-
-    assert demo.main(["--config", str(config)]) == 0
-    again = deltalake.DeltaTable(str(tmp_path / "tables" / "relevance_scores")).to_pandas()
-    key = ["market", "query_id", "product_id", "pair_key"]
-    first_keys, keys = (frame.sort_values(key)[key].reset_index(drop=True) for frame in (first.to_pandas(), again))
-    assert first_keys.equals(keys)

@@ -251,6 +251,22 @@ def test_a_published_score_that_is_wrong_fails_the_canary(spark: SparkSession, m
     assert (failed["market"], failed["name"]) == (KR, "canary")
 
 
+def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(
+    market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    markets = {KR: "ko", TW: "fr"}
+    market.score("first", markets=markets)
+    assert said()["warning"]["sentence"].startswith(f"market {TW!r} is in fr; the bundle was proven on pairs in en")
+    before = market.scores()
+    market.catalog = market.catalog.iloc[:0]
+
+    with pytest.raises(AuditError, match=r"rejected: 1, expected <= 0\.\d+\. 24 of 24 candidate pairs"):
+        market.score("second", markets=markets)
+
+    assert said()["rejected_pairs"]["no_product"] == 48
+    assert market.scores().equals(before)
+
+
 def test_a_new_bundle_scores_everything_and_is_judged_by_its_order(market: Market) -> None:
     market.score("first")
 
