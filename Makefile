@@ -38,7 +38,7 @@ demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores
 
 .PHONY: test
 test: setup-dev setup-airflow  ## Run all tests (TEST_ARGS="...")
-	@$(run) python -m pytest $(TEST_ARGS)
+	@$(run) python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 .PHONY: test-quick
 test-quick: setup-dev  ## Run the tests that need no Spark and take seconds
