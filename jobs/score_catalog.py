@@ -107,7 +107,8 @@ class ScoringConfig(Settings):
     products_per_chunk: int = Field(default=256, ge=1)
     """Products of one query that are scored side by side; a query with more is spread over partitions."""
     chunk_minutes: float = Field(default=10.0, gt=0)
-    """About so much work is staged in one commit; a run that dies loses no more of it."""
+    """About so much work is staged in one commit; a run that dies loses no more of it. Below a minute the start of each
+    chunk takes more than its pairs."""
     canary_pairs: int = Field(default=100, ge=0)
     """Unchanged pairs of each market that are scored again, and must have the score that is published."""
     audit: AuditLimits = AuditLimits()

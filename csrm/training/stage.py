@@ -279,10 +279,16 @@ def _trained_model(
     from torch.utils.tensorboard import SummaryWriter
 
     set_seed(tuning.seed)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and tuning.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            "tuning.precision bf16: this processor has no instructions for it, which can make a step a hundred times "
+            "slower than in fp32. Set tuning.precision=fp32, or train on another machine."
+        )
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not torch.cuda.is_available():
+    if on_cpu:
         use_block_attention(language_model)
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
     packs = PackFile(paths.packs)
@@ -304,7 +310,7 @@ def _trained_model(
         remove_unused_columns=False,
         label_names=["targets"],
         seed=tuning.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         bf16=tuning.precision == "bf16",
         dataloader_pin_memory=False,
     )
