@@ -14,7 +14,7 @@ from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES
 from csrm.spark.inputs import read_input
 from csrm.spark.session import build_session
 from csrm.spark.tables import read_changes, read_table, table_path, table_version
-from jobs import build_candidates, build_retrieval_table, evaluate, generate_market, score_catalog
+from jobs import build_candidates, build_retrieval_table, evaluate, generate_market, report, score_catalog
 
 
 class DemoConfig(Settings):
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in counts:
         print(f"version {row['version']}  {row['market']}  {row['change']:<17} {row['count']:,} rows")
 
-    heading("The published table")
+    heading("A page about this night, and the published table")
+    report.main(setting_arguments(inputs=texts, tables=tables, output=f"{config.work}/reports"))
     print(f"tables: {tables}; evaluation with plot: {config.work}/evaluation")
     print("read it without Spark:")
     print(f"""  .venv/bin/python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
