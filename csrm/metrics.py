@@ -346,5 +346,5 @@ def import_eval(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f"evaluation: the package of {module!r} is not installed; install the eval extra: pip install 'csrm[eval]'."
+            f"the package of {module!r} is not installed, which evaluation and reports need: pip install 'csrm[eval]'."
         ) from error
