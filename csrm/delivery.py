@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME, Manifest, parse_manifest, verify_manifest
 
 DEFAULT_CACHE_GB = 50.0
+_PATIENCE_S = 30.0
 logger = logging.getLogger(__name__)
 
 _used: dict[Path, BinaryIO] = {}
@@ -57,13 +59,14 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
     lock = (cache / f"{manifest.digest}.lock").open("ab")
     try:
         while True:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_whole(folder, kind):
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever copies, not for those that use the entry
+            if _is_whole(folder, kind):
+                break
+            _lock_alone(lock, folder)
+            if not _is_whole(folder, kind):  # between the two locks another process may have copied it
+                shutil.rmtree(folder, ignore_errors=True)
                 _make_room(cache, sum(entry.bytes for entry in manifest.files.values()), manifest.digest)
                 _copy(filesystem, path, folder, manifest, kind, uri, text)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if folder.exists():  # between the two locks another process may have deleted it
-                break
     except BaseException:
         lock.close()
         raise
@@ -93,10 +96,26 @@ def _is_whole(folder: Path, kind: str) -> bool:
     try:
         verify_manifest(folder, kind)
     except BundleError as error:
-        logger.warning("cache: fetched again: %s", error)
-        shutil.rmtree(folder)
+        logger.warning("cache: to be fetched again: %s", error)
         return False
     return True
+
+
+def _lock_alone(lock: BinaryIO, folder: Path) -> None:
+    """Raises:
+    BundleError: others use the entry, which is not whole, and do not end.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if folder.exists() and time.monotonic() > deadline:
+                raise BundleError(
+                    f"cache {str(folder)!r}: was changed while other processes use it. End them, and start again."
+                ) from error
+            time.sleep(0.1)
 
 
 def _copy(

@@ -103,7 +103,7 @@ def check_golden_pairs(
             )
     try:
         scores = scorer.score(golden.pairs)["relevance_score"].to_numpy(dtype=np.float64)
-    except ValueError as error:
+    except Exception as error:  # onnxruntime's errors have no common base
         raise BundleError(f"golden pairs: {error}, with {runtime}.") from error
     differences = np.abs(scores - golden.scores)
     worst = int(differences.argmax())

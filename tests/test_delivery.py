@@ -70,6 +70,33 @@ def test_processes_that_fetch_at_once_share_one_copy(cache: Path, tmp_path: Path
     assert sum(path.is_dir() for path in cache.iterdir()) == 1
 
 
+def test_an_entry_that_another_process_uses_is_shared_at_once(cache: Path, tmp_path: Path) -> None:
+    uri = artefact(tmp_path / "far")
+    folder = fetch_folder(uri, KIND)
+
+    output, _ = fetching_process(uri).communicate(timeout=60)
+
+    assert output.strip() == str(folder)
+
+
+def test_a_damaged_entry_in_use_is_an_error_and_not_a_hang(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = artefact(tmp_path / "far")
+    holder = fetching_process(uri, HOLD)
+    try:
+        folder = Path(holder.stdout.readline().strip())
+        (folder / "model.onnx").write_text("b" * 1000)
+        monkeypatch.setattr(delivery, "_PATIENCE_S", 0.2)
+        with pytest.raises(BundleError, match="was changed while other processes use it. End them"):
+            fetch_folder(uri, KIND)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+    assert verify_manifest(fetch_folder(uri, KIND), KIND) == folder.name
+
+
 def test_what_a_killed_download_leaves_is_not_used(cache: Path, tmp_path: Path) -> None:
     uri = artefact(tmp_path / "far")
     slow = "import csrm.delivery as d, time\ncopy = d.pa_fs.copy_files\n"
