@@ -143,18 +143,16 @@ def ours(folder: Path, threads: int, precision: str) -> Run:
     return run
 
 
-def spark_session(threads: int) -> Any:
-    from csrm.spark.session import build_session
-
-    os.environ["PYSPARK_SUBMIT_ARGS"] = f"--master local[{threads}] --driver-memory 2g pyspark-shell"
-    return build_session("csrm-bench-speed")
-
-
 class SparkTables:
     """Workloads as cached Spark tables, so that a run does not pay for its input."""
 
     def __init__(self, threads: int) -> None:
-        self.spark = spark_session(threads)
+        from csrm.spark.session import build_session
+
+        self.spark = build_session("csrm-bench-speed")
+        num_cores = self.spark.sparkContext.defaultParallelism
+        if num_cores != threads:  # local[*] takes the cores that the process may use
+            raise SystemExit(f"Spark runs {num_cores} tasks at a time, expected {threads}")
         self._threads = threads
         self._cached: tuple[pd.DataFrame, Any] | None = None
 

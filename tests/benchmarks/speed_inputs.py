@@ -281,7 +281,11 @@ def main() -> None:
         sizes = write_classifier(model_dir, args.folder / "classifier")
         pairs = pd.concat([draw_pairs(texts, WORKLOADS[f"12-{language}"], 24) for language in MARKETS.values()])
         write_bundles(model_dir, args.folder, pairs.head(PARITY_PAIRS).reset_index(drop=True))
-        about.write_text(json.dumps({"made_from": made_from, **sizes}, indent=2) + "\n", encoding="utf-8")
+        tolerances = {
+            precision: load_bundle(args.folder / precision).settings.golden_tolerance for precision in PRECISIONS
+        }
+        made = {"made_from": made_from, **sizes, "tolerances": tolerances}
+        about.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     write_workloads(args.folder, texts, args.pairs)
 
 
