@@ -14,8 +14,8 @@ products a query; one product a query, where there is nothing to share; and with
 model has a trained vocabulary's size, of which it uses only the rows of its tokenizer.
 
 Scores are checked in every turn. Those of float32 must be within the fp32 bundle's tolerance of the first contender's,
-each of them. A bundle of 8 or 4 bits is proven by its own golden pairs, within its own tolerance, when it is loaded; the
-mean difference of its scores must be within that tolerance too. Otherwise the cell is void, and so is the run.
+each of them. A bundle of 8 or 4 bits is proven by its own golden pairs, within its own tolerance, when it is loaded;
+the mean difference of its scores must be within that tolerance too. Otherwise the cell is void, and so is the run.
 
 The physical limit is the rate of the fastest float32 matrix product on the same threads, measured in turn with the
 contenders. A contender's share is that of the products with the layers' weights, for each token that it had to compute:
@@ -42,6 +42,8 @@ from speed_report import write_report
 HERE = Path(__file__).parent
 SPARK_CONTENDERS = ("ours-fp32", "spark-udf", "spark-ours")
 PACKAGES = ("torch", "onnxruntime", "transformers", "sentence-transformers", "optimum-onnx", "tokenizers", "pyspark")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+"""Of the processor, on which the speed of some precision depends."""
 CODE = ("csrm/**/*.py", "export/*.py", "tests/benchmarks/speed.py", "tests/benchmarks/speed_[ci]*.py")
 MIN_SPREAD = 10
 """Least standard deviation of the scores, in tolerances: where all scores are alike, agreement says nothing."""
@@ -101,11 +103,9 @@ def check_scores(scores: Mapping[str, np.ndarray], tolerances: Mapping[str, floa
         VoidError: a score is missing, they differ by more than they may, or they are all alike.
     """
     first, reference = next(iter(scores.items()))
-    exact = tolerances["fp32"]
-    if not np.std(reference) >= MIN_SPREAD * exact:
-        raise VoidError(
-            f"standard deviation of the scores is {np.std(reference):.1e}, expected {MIN_SPREAD * exact:.0e}"
-        )
+    exact, spread = tolerances["fp32"], float(np.std(reference))
+    if not spread >= MIN_SPREAD * exact:
+        raise VoidError(f"standard deviation of the scores is {spread:.1e}, expected {MIN_SPREAD * exact:.0e}")
     found = {}
     for name, values in scores.items():
         difference = np.abs(values - reference)
@@ -176,9 +176,7 @@ def machine(threads: int) -> dict[str, Any]:
     git = subprocess.run(described, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {
         "processor": names[0] if names else "unknown",
-        "instructions": [
-            flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags
-        ],
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

@@ -4,13 +4,14 @@
 
 A model's folder gets, for one and the same weights:
 
-    model/        trained folder, as jobs/train.py writes it (of a seeded model: without training)
-    classifier/   the body with a sequence-classification head whose rows are those of the label tokens, for CrossEncoder;
-                  onnx/model.onnx in it: its padded graph, by Optimum's own exporter
-    fp32/, int8/, int4/   bundles of the repository's exporter; those of 8 and 4 bits made by the first recipe of their
-                  precision, without the quality gate, which needs labels (see export_precisions.py)
-    workloads/    pairs with their texts and token ids
-    about.json    names and sizes
+    model/       of a seeded model: a trained folder as jobs/train.py writes it, without the training
+    classifier/  the body with a sequence-classification head whose rows are those of the label tokens, for
+                 CrossEncoder; onnx/model.onnx in it is its padded graph, by Optimum's own exporter
+    fp32/, int8/, int4/
+                 bundles of the repository's exporter; those of 8 and 4 bits by the first recipe of their precision,
+                 without the quality gate, which needs labels (see export_precisions.py)
+    workloads/   pairs with their texts and token ids
+    about.json   sizes and tolerances
 
 Queries and products are paired at random, and five random titles augment each query: what is scored does not matter
 here, how long it is does.
@@ -30,7 +31,7 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from csrm.bundle import TOKENIZER_NAME, load_bundle
+from csrm.bundle import TOKENIZER_NAME, Precision, load_bundle
 from csrm.labels import ESCI_LABELS
 from csrm.manifest import write_manifest
 from csrm.market import generate_market
@@ -43,7 +44,7 @@ REPOSITORY = Path(__file__).parents[2]
 PACK_TOKENS = 512
 NUM_TITLES = 5
 PARITY_PAIRS = 48
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8", "int4")
 MARKETS = {"us": "en", "kr": "ko", "tw": "zh-TW"}
 SEEDED_MODELS = {
     "qwen3": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536, "vocab_size": 151_936},

@@ -146,7 +146,7 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     yield ""
     yield (
         f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, "
-        f"{about['layer_weights'] / 1e6:,.1f} M of them in the layers' matrices; matmul, in 10^9 operations a second: {rates}."
+        f"{about['layer_weights'] / 1e6:,.1f} M of them in the layers' matrices. Matmul, 10^9 operations a second: {rates}."
     )
     yield ""
     yield (
@@ -157,22 +157,25 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     for name, contender in cell["contenders"].items():
         against = ratio(cell, name, first)
         assert against is not None
-        int8 = f"{matmul_share(cell, name, 'int8').median:.2f}" if name.endswith(("-int8", "-int4")) else ""
-        yield (
-            f"| {NAMES[name]} | {against.text(2)} | {pairs_per_s(cell, name).text(1)} | "
-            f"{contender['num_tokens'] / cell['num_pairs']:.1f} | {matmul_share(cell, name, 'fp32').median:.2f} | {int8} | "
-            f"{contender['largest_difference']:.1e} | {contender['mean_difference']:.1e} |"
+        columns = (
+            NAMES[name],
+            against.text(2),
+            pairs_per_s(cell, name).text(1),
+            f"{contender['num_tokens'] / cell['num_pairs']:.1f}",
+            f"{matmul_share(cell, name, 'fp32').median:.2f}",
+            f"{matmul_share(cell, name, 'int8').median:.2f}" if name.endswith(("-int8", "-int4")) else "",
+            f"{contender['largest_difference']:.1e}",
+            f"{contender['mean_difference']:.1e}",
         )
+        yield f"| {' | '.join(columns)} |"
 
 
 def plot_cells(cells: Sequence[Cell], path: Path) -> None:
     """Pairs a second of each contender, one panel a cell; bars end at the median, lines span all turns."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(7, 0.6 + sum(0.8 + 0.28 * len(cell["contenders"]) for cell in cells)), layout="constrained"
-    )
-    heights = [1.5 + len(cell["contenders"]) for cell in cells]
+    heights = [3 + len(cell["contenders"]) for cell in cells]
+    figure = Figure(figsize=(7, 0.5 + 0.28 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(cells), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, cell in zip(panels, cells, strict=True):
         names = list(cell["contenders"])
