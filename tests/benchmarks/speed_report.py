@@ -145,8 +145,8 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     yield f"## {cell['model']}/{cell['workload']}"
     yield ""
     yield (
-        f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, "
-        f"{about['layer_weights'] / 1e6:,.1f} M of them in the layers' matrices. Matmul, 10^9 operations a second: {rates}."
+        f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, {about['layer_weights'] / 1e6:,.1f} "
+        f"M of them in the layers' matrices. Matmul, 10^9 operations a second: {rates}."
     )
     yield ""
     yield (
