@@ -21,7 +21,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_scores_within_their_tolerance_are_accepted_with_their_differences(speed: ModuleType) -> None:
-    int8 = SCORES + [0.0, 0.0, 0.03]
+    int8 = SCORES + np.array([0.0, 0.0, 0.03])
     found = speed.check_scores({"crossencoder": SCORES, "ours-fp32": SCORES + 5e-5, "ours-int8": int8}, TOLERANCES)
     assert found["ours-fp32"]["largest_difference"] == pytest.approx(5e-5)
     assert found["ours-int8"] == pytest.approx({"largest_difference": 0.03, "mean_difference": 0.01})

@@ -144,9 +144,10 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     first = next(iter(cell["contenders"]))
     yield f"## {cell['model']}/{cell['workload']}"
     yield ""
+    weights = f"{about['layer_weights'] / 1e6:,.1f} M of them in the layers' matrices"
     yield (
-        f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, {about['layer_weights'] / 1e6:,.1f} "
-        f"M of them in the layers' matrices. Matmul, 10^9 operations a second: {rates}."
+        f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, {weights}. Matmul, 10^9 operations "
+        f"a second: {rates}."
     )
     yield ""
     yield (
