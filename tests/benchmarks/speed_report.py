@@ -145,10 +145,8 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     yield f"## {cell['model']}/{cell['workload']}"
     yield ""
     weights = f"{about['layer_weights'] / 1e6:,.1f} M of them in the layers' matrices"
-    yield (
-        f"{cell['num_pairs']} pairs; {about['num_parameters'] / 1e6:,.0f} M parameters, {weights}. Matmul, 10^9 operations "
-        f"a second: {rates}."
-    )
+    parameters = f"{about['num_parameters'] / 1e6:,.0f} M parameters"
+    yield f"{cell['num_pairs']} pairs; {parameters}, {weights}. Matmul, 10^9 operations a second: {rates}."
     yield ""
     yield (
         f"| contender | : {NAMES[first]} | pairs/s | tokens a pair | share of the fp32 matmul rate | of int8 | "
