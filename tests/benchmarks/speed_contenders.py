@@ -66,8 +66,11 @@ def session_options(threads: int) -> Any:
 
 def cross_encoder(folder: Path, threads: int, backend: str) -> Run:
     """CrossEncoder.predict with its defaults: batches of 32, sorted by the length of their texts."""
+    import torch
     from sentence_transformers import CrossEncoder
     from transformers import PreTrainedTokenizerFast
+
+    torch.set_num_threads(threads)
 
     class TokenTable(PreTrainedTokenizerFast):
         """Looks token ids up."""
@@ -235,6 +238,7 @@ def matmul_rates(threads: int) -> Callable[[], dict[str, float]]:
     import torch
     from onnx import TensorProto, helper, numpy_helper
 
+    torch.set_num_threads(threads)
     rows, inner, columns = MATMUL_SHAPE
     left, right = torch.randn(rows, inner), torch.randn(inner, columns)
     small_left, small_right = left.mul(30).to(torch.int8), right.mul(30).to(torch.int8)
@@ -289,9 +293,6 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand among the answers
-    import torch
-
-    torch.set_num_threads(args.threads)
     measure = matmul_rates(args.threads) if args.contender == MATMUL else None
     run = LOADERS[args.contender](args.folder, args.threads) if measure is None else None
     print(json.dumps({"loaded": args.contender}), file=answers, flush=True)
