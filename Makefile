@@ -19,6 +19,10 @@ setup-demo:
 setup-dev:
 	@.ci/setup dev
 
+.PHONY: setup-bench
+setup-bench:
+	@.ci/setup bench
+
 .PHONY: setup-airflow
 setup-airflow:
 	@.ci/setup airflow
@@ -43,6 +47,10 @@ test: setup-dev setup-airflow  ## Run all tests (TEST_ARGS="...")
 .PHONY: test-quick
 test-quick: setup-dev  ## Run the tests that need no Spark and take seconds
 	@$(run) python -m pytest -m "not spark and not slow and not gpu" $(TEST_ARGS)
+
+.PHONY: bench
+bench: setup-bench  ## Compare the speed with what else could score, in tests/benchmarks/speed.md (BENCH_ARGS="...")
+	@$(run) python tests/benchmarks/speed.py --spark $(BENCH_ARGS)
 
 .PHONY: lint
 lint: setup-dev  ## Lint, check the format, check the types
