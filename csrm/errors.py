@@ -44,6 +44,10 @@ class DeviceError(CsrmError):
     exit_code = 4
 
 
+class ScoringError(CsrmError):
+    """Spark gave up, for example after a task failed on every attempt; what was staged is kept."""
+
+
 class LeaseError(CsrmError):
     """Another run works on the market, or has taken it over."""
 

@@ -176,6 +176,9 @@ _REASONS = {
     "no_product": "the catalog does not have the product",
     "empty_query": "the query has no text",
     "empty_title": "the product has no title",
+    "tokenizer_error": "the tokenizer fails on the text",
+    "model_error": "the model fails on the pair",
+    "not_finite": "the model's answer is no number",
 }
 
 

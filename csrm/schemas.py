@@ -3,7 +3,7 @@
 Types are Spark SQL types. What a table means to its readers is in the comments, which the published tables carry.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ _SCORE_COLUMNS = (
     Column("pair_key", "bigint", "Hash of everything that the score depends on"),
     Column("scored_at", "timestamp", "When the pair was scored, UTC"),
 )
+_SCORE_VALUES = ("relevance_score", "predicted_grade")
 
 RELEVANCE_SCORES = Table(
     name="relevance_scores",
@@ -184,10 +185,15 @@ RELEVANCE_SCORES = Table(
 
 SCORES_STAGING = Table(
     name="scores_staging",
-    comment="Scores of runs, before their audit and publication",
-    columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that scored the pair")),
+    comment="Scores of runs, before their audit and publication, and the pairs that could not be scored",
+    columns=(
+        *(replace(column, required=column.name not in _SCORE_VALUES) for column in _SCORE_COLUMNS),
+        Column("run_id", "string", "Run that scored the pair"),
+        Column("reason", "string", "Why the pair has no score, as in rejected_pairs; null where it has one", False),
+    ),
     key=("run_id", "market", "query_id", "product_id"),
     partition_by=("run_id", "market"),
+    schema_version=2,
 )
 
 RUN_PAIRS = Table(
@@ -197,7 +203,9 @@ RUN_PAIRS = Table(
         MARKET,
         QUERY_ID,
         PRODUCT_ID,
-        Column("pair_key", "bigint", "Hash of everything that the score depends on; null if rejected", required=False),
+        Column(
+            "pair_key", "bigint", "Hash of everything that the score depends on; null without a text", required=False
+        ),
         Column(
             "state",
             "string",
@@ -218,7 +226,12 @@ REJECTED_PAIRS = Table(
         MARKET,
         QUERY_ID,
         PRODUCT_ID,
-        Column("reason", "string", "no_query, no_product, empty_query or empty_title"),
+        Column(
+            "reason",
+            "string",
+            "no_query, no_product, empty_query or empty_title; or found while scoring: tokenizer_error, model_error "
+            "(the model fails on the pair) or not_finite (its logits are no numbers)",
+        ),
         RUN_ID,
     ),
     key=("run_id", "market", "query_id", "product_id"),

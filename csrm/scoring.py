@@ -1,21 +1,32 @@
 """From a frame of pairs to their relevance scores, whatever computes the logits."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from csrm.errors import DeviceError
 from csrm.labels import Label, expected_gain
 from csrm.packing import Group, PackBatch, build_packs
 from csrm.prompts import Product, Query
 from csrm.tokenization import PromptTokenizer
+
+logger = logging.getLogger(__name__)
 
 PackScorer = Callable[[PackBatch], np.ndarray]
 """Logits of a batch of packs, shape (packs, pairs, labels), any float dtype; rows of absent pairs may hold anything."""
 
 PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
 """What a score depends on, apart from the bundle."""
+
+TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
+"""Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
+
+
+class _NotFiniteError(Exception):
+    """A logit is no number."""
 
 
 class PairScorer:
@@ -44,6 +55,8 @@ class PairScorer:
         self._pack_scorer = pack_scorer
         self._pack_tokens = pack_tokens
         self._packs_per_batch = packs_per_batch
+        self._known_good: tuple[PackBatch, np.ndarray] | None = None
+        """The first batch that was scored, and its logits: what a healthy process gives again."""
 
     def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """Score pairs.
@@ -58,26 +71,124 @@ class PairScorer:
         Raises:
             ValueError: a logit is not finite (the message names the row).
         """
-        logits = self.logits(pairs)
-        gains = np.array([label.gain for label in self.labels])
-        names = np.array([label.name for label in self.labels], dtype=object)
+        scores, grades = self._graded(self.logits(pairs))
+        return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)
+
+    def score_or_reject(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """Score pairs, and set those aside that cannot be scored.
+
+        Where a batch of packs fails, its pairs are halved until those that fail are alone: for one such pair at most
+        twice the logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy.
+        Where all halves succeed, the batch was too large, and later packs are made half as long.
+
+        Args:
+            pairs: as for score.
+
+        Returns:
+            relevance_score and predicted_grade as score gives them, NaN and None where there is a reason, and reason
+            (TOKENIZER_ERROR, MODEL_ERROR or NOT_FINITE; None for a pair with a score), on the index of `pairs`.
+
+        Raises:
+            DeviceError: a batch that was scored before fails too: the process is broken, not the pair.
+        """
+        logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
+        reasons = np.full(len(pairs), None, dtype=object)
+        self._try_rows(pairs, np.arange(len(pairs)), logits, reasons)
+        scores, grades = self._graded(logits)
+        is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
+        scores[is_rejected], grades[is_rejected] = np.nan, None
         return pd.DataFrame(
-            {"relevance_score": expected_gain(logits, gains), "predicted_grade": names[logits.argmax(axis=1)]},
-            index=pairs.index,
+            {"relevance_score": scores, "predicted_grade": grades, "reason": reasons}, index=pairs.index
         )
 
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens, shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
+        for rows, batch in self._batches(pairs):
+            logits[rows] = self._batch_logits(batch)
+        return logits
+
+    def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        gains = np.array([label.gain for label in self.labels])
+        names = np.array([label.name for label in self.labels], dtype=object)
+        return expected_gain(logits, gains), names[logits.argmax(axis=1)]
+
+    def _batches(self, pairs: pd.DataFrame) -> Iterator[tuple[np.ndarray, PackBatch]]:
+        """Batches of packs, each with the row numbers of its pairs."""
         groups, rows = pair_groups(pairs, self._tokenizer)
         self.num_prompt_tokens += sum(
             len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
         )
         for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch):
-            present = batch.pair_index >= 0
-            logits[rows[batch.pair_index[present]]] = self._pack_scorer(batch)[present]
-            self.num_tokens += int((batch.group_ids >= 0).sum())
+            yield rows[batch.pair_index[batch.pair_index >= 0]], batch
+
+    def _batch_logits(self, batch: PackBatch) -> np.ndarray:
+        """Of the pairs in a batch, shape (num_pairs, num_labels)."""
+        logits = self._pack_scorer(batch)[batch.pair_index >= 0]
+        self.num_tokens += int((batch.group_ids >= 0).sum())
+        if self._known_good is None:
+            self._known_good = batch, logits
         return logits
+
+    def _try_rows(self, pairs: pd.DataFrame, rows: np.ndarray, logits: np.ndarray, reasons: np.ndarray) -> None:
+        """Fill in the logits of some rows of `pairs`, or their reasons."""
+        try:
+            batches = list(self._batches(pairs.iloc[rows]))
+        except Exception as error:  # tokenizers raises Exception itself
+            if len(rows) == 1:
+                _reject(pairs, rows[0], TOKENIZER_ERROR, error, reasons)
+            else:
+                for half in np.array_split(rows, 2):
+                    self._try_rows(pairs, half, logits, reasons)
+            return
+        for places, batch in batches:
+            own = rows[places]
+            try:
+                found = self._batch_logits(batch)
+                if not np.isfinite(found).all():
+                    raise _NotFiniteError(f"logits are not finite: {found[:4].tolist()}")
+                logits[own] = found
+            except Exception as error:  # onnxruntime's errors have no common base
+                if len(own) == 1:
+                    self._require_health(error)
+                    reason = NOT_FINITE if isinstance(error, _NotFiniteError) else MODEL_ERROR
+                    _reject(pairs, own[0], reason, error, reasons)
+                    continue
+                for half in np.array_split(own, 2):
+                    self._try_rows(pairs, half, logits, reasons)
+                if all(reason is None for reason in reasons[own]):
+                    self._shorten_packs(int((batch.group_ids[0] >= 0).sum()), error)
+
+    def _require_health(self, error: Exception) -> None:
+        """Raises:
+        DeviceError: what could be scored once can not be scored any more.
+        """
+        if self._known_good is None:
+            raise error
+        batch, expected = self._known_good
+        present = batch.pair_index >= 0
+        try:
+            is_healthy = np.allclose(self._pack_scorer(batch)[present], expected, rtol=0.01, atol=0.01)
+        except Exception:
+            is_healthy = False
+        if not is_healthy:
+            raise DeviceError(
+                f"{self.provider or 'the model'}: a pair failed ({error}), and after it pairs fail that were scored "
+                "before: the device or its driver is in a broken state. This process ends; Spark tries again in a "
+                "fresh one."
+            ) from error
+
+    def _shorten_packs(self, num_tokens: int, error: Exception) -> None:
+        """After a pack whose halves can be scored, as it is where memory runs out."""
+        longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
+        self._pack_tokens = max(min(self._pack_tokens, num_tokens // 2), longest)
+        logger.warning("packs of at most %d tokens from now on; longer ones fail: %s", self._pack_tokens, error)
+
+
+def _reject(pairs: pd.DataFrame, row: int, reason: str, error: Exception, reasons: np.ndarray) -> None:
+    reasons[row] = reason
+    query, title = pairs["query"].iloc[row], pairs["title"].iloc[row]
+    logger.warning("rejected, %s: query %.80r, product %.80r: %.500s", reason, query, title, error)
 
 
 def pair_groups(pairs: pd.DataFrame, tokenizer: PromptTokenizer) -> tuple[list[Group], np.ndarray]:

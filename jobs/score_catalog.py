@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 from pyspark import StorageLevel
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -41,7 +42,7 @@ from csrm.schemas import (
     SCORES_STAGING,
     Table,
 )
-from csrm.spark.inputs import Input, read_inputs
+from csrm.spark.inputs import Input, errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.leases import LEASE_SECONDS, Lease, hold_leases
 from csrm.spark.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.spark.pairs import (
@@ -49,6 +50,7 @@ from csrm.spark.pairs import (
     num_scoring_partitions,
     plan_pairs,
     query_fields,
+    with_rejections,
     with_retrieved_titles,
     with_scoring_layout,
     with_texts,
@@ -65,7 +67,16 @@ from csrm.spark.runs import (
     record_run,
     write_run_rows,
 )
-from csrm.spark.scoring import ScorerInfo, ScoringProgress, probe_scorer, task_threads, with_relevance_score
+from csrm.spark.scoring import (
+    ScorerInfo,
+    ScoringProgress,
+    end_silent_workers,
+    errors_of_workers,
+    probe_scorer,
+    scoring_profile,
+    task_threads,
+    with_relevance_score,
+)
 from csrm.spark.session import build_session
 from csrm.spark.staging import Chunk, canary_pairs, in_chunk, stage_scores
 from csrm.spark.tables import read_table, table_path, table_version
@@ -97,7 +108,10 @@ class ScoringConfig(Settings):
     bundle_digest: str | None = None
     """Digest that the bundle must have, or its first characters; default: any."""
     device: str = "cpu"
-    """cpu, cuda, or cuda:<number>."""
+    """cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+    one_task_per_gpu: bool | None = None
+    """Whether a task that scores has a GPU for itself, while joins use every core (stage-level scheduling); default:
+    where the device is cuda and spark.executor.resource.gpu.amount is set."""
     use_retrieved_titles: bool = True
     """Whether retrieved titles augment the queries."""
     broadcast_limit_mb: int = Field(default=256, ge=0)
@@ -113,6 +127,8 @@ class ScoringConfig(Settings):
     """Unchanged pairs of each market that are scored again, and must have the score that is published."""
     audit: AuditLimits = AuditLimits()
     """Where the audit keeps a run from being published."""
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """A worker that gives back no scores for so long is ended, and its task tried again."""
     lease_seconds: float = Field(default=LEASE_SECONDS, gt=1)
     """A run that was silent for so long has lost its markets to whoever asks next."""
     progress_seconds: float = Field(default=10.0, gt=0)
@@ -147,11 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.say("already_published", text, run_id=run_id, version=version_)
         return 0
     _warn_of_languages(bundle, config.markets, console)
-    scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark))
     _end_by_signal()
-    night = Night(config, run_id, data_date, started_at, bundle, scorer, console, earlier is not None)
     with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
-        return score_and_publish(spark, night, leases)
+        profile = scoring_profile(spark, config.device, config.one_task_per_gpu)
+        scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark), profile)
+        night = Night(config, run_id, data_date, started_at, bundle, scorer, profile, console, earlier is not None)
+        clock = _Clock()
+        create_output_tables(spark, config.tables)
+        inputs = read_inputs(spark, _input_specs(config), config.markets)
+        end_silent_workers(spark, config.hang_minutes)
+        with errors_of_workers(), errors_of_inputs(spark, inputs):
+            return score_and_publish(spark, night, inputs, leases, clock)
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,7 @@ class Night:
     started_at: datetime
     bundle: Bundle
     scorer: ScorerInfo
+    profile: ResourceProfile | None
     console: Console
     is_repeated: bool
     """Whether there was an attempt before, which may have left rows."""
@@ -186,17 +209,17 @@ class PlanCounts:
         return int(self.to_score.sum())
 
 
-def score_and_publish(spark: SparkSession, night: Night, leases: Mapping[str, Lease]) -> int:
+def score_and_publish(
+    spark: SparkSession, night: Night, inputs: Mapping[str, Input], leases: Mapping[str, Lease], clock: "_Clock"
+) -> int:
     """A run, from its inputs to its row of scoring_runs; its markets are held by the leases.
 
     Raises:
-        InputError: see read_inputs; or a market has no candidates.
+        InputError: a market has no candidates, or an input was changed since it was read.
         AuditError: nothing was published.
         LeaseError: another run took over a market.
     """
-    config, run_id, console, clock = night.config, night.run_id, night.console, _Clock()
-    create_output_tables(spark, config.tables)
-    inputs = read_inputs(spark, _input_specs(config), config.markets)
+    config, run_id, console = night.config, night.run_id, night.console
     scores_path = table_path(config.tables, RELEVANCE_SCORES)
     base_version = table_version(spark, scores_path)
     published_df = read_table(spark, RELEVANCE_SCORES, scores_path, base_version).where(
@@ -233,16 +256,23 @@ def score_and_publish(spark: SparkSession, night: Night, leases: Mapping[str, Le
     with ScoringProgress(spark, counts.num_to_score, config.progress_seconds, lines) as progress:
         attempt = f"csrm-staging/{run_id}/{night.started_at.timestamp()}"
         stage_scores(spark, config.tables, attempt, counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
-    row |= {"num_scored": counts.num_to_score, "num_tokens": progress.num_tokens.value}
     clock.lap("scoring")
     _say_scored(console, counts.num_to_score, clock.seconds["scoring"], progress.share_saved)
+    staged_df = read_open_staging(spark, config.tables, config.markets)
+    if not staged_df.where("reason IS NOT NULL").isEmpty():
+        write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
+        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
+        write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
+        counts = _count_plan(planned_df, inputs["candidates"], config)
+        _say_rejected_pairs(console, counts.rejected)
+    row |= {name: getattr(counts, name) for name in ("num_reused", "rejected")}
+    row |= {"num_scored": counts.num_to_score, "num_tokens": progress.num_tokens.value}
 
     canaries = {}
     if counts.num_unchanged and config.canary_pairs:
         canaries = _score_canaries(spark, night, planned_df, published_df, inputs)
     clock.lap("canary")
 
-    staged_df = read_open_staging(spark, config.tables, config.markets)
     changes_df = run_changes(planned_df, published_df, staged_df, run_id).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         outcomes = _outcomes(night, inputs, planned_df, published_df, changes_df, canaries)
@@ -254,6 +284,7 @@ def score_and_publish(spark: SparkSession, night: Night, leases: Mapping[str, Le
         if failures(results):
             _record_end(spark, config, row, "rejected", None)
             raise AuditError(_say_rejected(night, results))
+        require_unchanged(spark, inputs)
         num_changes = {market: outcome.num_changes for market, outcome in outcomes.items() if outcome.num_changes}
         metadata = {"run_id": run_id, "bundle_digest": night.scorer.digest}
         try:
@@ -396,7 +427,7 @@ def _scored(
     texts_df = with_texts(pairs_df, queries_df, catalog_df)
     laid_out_df = with_scoring_layout(texts_df, num_partitions, config.products_per_chunk)
     return with_relevance_score(
-        laid_out_df, config.bundle, config.device, night.scorer.digest, night.run_id, threads, progress
+        laid_out_df, config.bundle, config.device, night.scorer.digest, night.run_id, threads, progress, night.profile
     )
 
 
@@ -451,6 +482,10 @@ def _say_plan(night: Night, row: Mapping[str, Any], num_to_score: int, pairs_per
         num_to_score=num_to_score,
         estimated_seconds=round(seconds, 1),
     )
+    _say_rejected_pairs(console, rejected)
+
+
+def _say_rejected_pairs(console: Console, rejected: Mapping[str, int]) -> None:
     if rejected:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items()))
         console.say("rejected_pairs", f"rejected {sum(rejected.values()):,} pairs: {listed}", **rejected)
@@ -479,7 +514,7 @@ def _say_rejected(night: Night, results: Sequence[AuditResult]) -> str:
     return (
         f"run {run_id}: the audit rejected it, nothing was published:\n"
         + "\n".join(f"  - {_described(result)}" for result in failed)
-        + f"\nIts scores are kept in {table_path(tables, SCORES_STAGING)}, the pairs without text in "
+        + f"\nIts scores are kept in {table_path(tables, SCORES_STAGING)}, the pairs without a score in "
         f"{table_path(tables, REJECTED_PAIRS)}.\n"
         f"Where the state is right all the same: jobs/publish.py --run-id {run_id} "
         + " ".join(f"--accept {name}" for name in names if name not in NEVER_ACCEPTED)

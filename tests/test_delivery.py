@@ -88,7 +88,7 @@ def test_a_damaged_entry_in_use_is_an_error_and_not_a_hang(
         folder = Path(holder.stdout.readline().strip())
         (folder / "model.onnx").write_text("b" * 1000)
         monkeypatch.setattr(delivery, "_PATIENCE_S", 0.2)
-        with pytest.raises(BundleError, match="was changed while other processes use it. End them"):
+        with pytest.raises(BundleError, match=r"was changed while other processes use it\. End them"):
             fetch_folder(uri, KIND)
     finally:
         holder.kill()

@@ -1,8 +1,10 @@
 """Input tables: read in any format, columns mapped to CSRM's names, everything checked before use."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
@@ -31,6 +33,14 @@ _INTEGRAL = (ByteType, ShortType, IntegerType, LongType)
 _NUM_EXAMPLES = 3
 
 
+class FileState(NamedTuple):
+    """What tells one content of a file from another."""
+
+    num_bytes: int
+    changed_at: int
+    """Milliseconds since 1970."""
+
+
 @dataclass(frozen=True)
 class Input:
     """An input table that passed its checks."""
@@ -40,6 +50,8 @@ class Input:
     path: str
     version: int | None
     """Version of a Delta table that df is pinned to; None for other formats."""
+    files: Mapping[str, FileState | None] = field(default_factory=dict)
+    """Of formats without versions: the files that df reads, as they were when it was opened."""
 
 
 def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Collection[str] | None = None) -> Input:
@@ -85,7 +97,8 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
         raise InputError(f"{where}: cannot be read: {_reason(error)}. Are its files complete?") from error
     if problems:
         raise InputError(_message(where, problems))
-    return Input(checked_df.select(*table.column_names), spec.path, version)
+    files = _file_states(spark, source_df.inputFiles()) if version is None else {}
+    return Input(checked_df.select(*table.column_names), spec.path, version, files)
 
 
 def read_inputs(
@@ -108,6 +121,57 @@ def read_inputs(
     if errors:
         raise InputError("\n".join(map(str, errors)))
     return {name: read.result() for name, read in reads.items()}
+
+
+def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
+    """Check that the files of inputs without versions are those that were opened; later files are not read.
+
+    Raises:
+        InputError: some were replaced or deleted; all of them in one message.
+    """
+    problems = []
+    for name, read in inputs.items():
+        now = _file_states(spark, list(read.files))
+        changed = sorted(file for file, state in read.files.items() if now[file] != state)
+        if changed:
+            problems.append(
+                f"input {name} at {read.path!r}: {len(changed)} of its {len(now)} files were replaced or deleted while "
+                f"the run read them, for example {changed[0]}"
+            )
+    if problems:
+        listed = "\n".join(problems)
+        raise InputError(
+            f"{listed}\nNothing was published. Run it again once they are complete; write them to a new folder each "
+            "time, or as Delta tables, whose versions stay as they are."
+        )
+
+
+@contextmanager
+def errors_of_inputs(spark: SparkSession, inputs: Mapping[str, Input]) -> Iterator[None]:
+    """Where Spark fails in the block, see first whether an input was changed; see require_unchanged."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError):
+        require_unchanged(spark, inputs)
+        raise
+
+
+def _file_states(spark: SparkSession, files: Collection[str]) -> dict[str, FileState | None]:
+    """Each file's state; None where it is gone. One listing for each folder."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    paths = {file: jvm.org.apache.hadoop.fs.Path(jvm.java.net.URI(file)) for file in files}
+    folders = {path.getParent().toString(): path for path in paths.values()}
+    states = {}
+    for path in folders.values():
+        try:
+            listed = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).listStatus(path.getParent())
+        except Py4JJavaError:  # the folder is gone, and with it its files
+            continue
+        for status in listed:
+            name = (path.getParent().toString(), status.getPath().getName())
+            states[name] = FileState(status.getLen(), status.getModificationTime())
+    return {file: states.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}
 
 
 def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:

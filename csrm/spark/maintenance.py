@@ -132,7 +132,8 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
     retention = {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}
     retention["spark.databricks.delta.vacuum.retentionWindowIgnore.enabled"] = "false"
     with session_settings(spark, retention):
-        listed_df = spark.sql(f"VACUUM {sql_path(path)} RETAIN {hours} HOURS DRY RUN")  # folders that would be empty too
+        # Listed are also the folders that would be empty.
+        listed_df = spark.sql(f"VACUUM {sql_path(path)} RETAIN {hours} HOURS DRY RUN")
         num_files = listed_df.where(F.col("path").endswith(".parquet")).count()
     return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
 

@@ -344,7 +344,8 @@ def _staged(spark: SparkSession, tables_dir: str) -> DataFrame:
         staged_df = spark.createDataFrame([], spark_schema(SCORES_STAGING))
     order = F.struct("scored_at", *_VALUES)
     return (
-        staged_df.groupBy(*_KEY, "pair_key")
+        staged_df.where("reason IS NULL")
+        .groupBy(*_KEY, "pair_key")
         .agg(F.max(order).alias("best"))
         .select(*_KEY, "pair_key", "best.relevance_score", "best.predicted_grade")
     )

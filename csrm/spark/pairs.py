@@ -114,6 +114,29 @@ def plan_pairs(
     )
 
 
+def with_rejections(planned_df: DataFrame, staged_df: DataFrame) -> DataFrame:
+    """Planned pairs, of which those that could not be scored are rejected now, with the reason that scoring found.
+
+    Args:
+        planned_df: columns of run_pairs.
+        staged_df: columns of scores_staging. Where a pair has a score there too, the score counts.
+    """
+    key = ["market", "query_id", "product_id", "pair_key"]
+    failed_df = (
+        staged_df.groupBy(*key)
+        .agg(F.min("reason").alias("found_reason"), F.count("relevance_score").alias("num_scores"))
+        .where((F.col("num_scores") == 0) & F.col("found_reason").isNotNull())
+    )
+    is_waiting = F.col("state").isin("staged", "to_score")
+    is_failed = is_waiting & F.col("found_reason").isNotNull()
+    return (
+        planned_df.join(failed_df, on=key, how="left")
+        .withColumn("reason", F.when(is_failed, F.col("found_reason")).otherwise(F.col("reason")))
+        .withColumn("state", F.when(is_failed, "rejected").otherwise(F.col("state")))
+        .select(*planned_df.columns)
+    )
+
+
 def with_texts(pairs_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame) -> DataFrame:
     """Planned pairs with everything that a prompt is made of.
 

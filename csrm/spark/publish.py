@@ -55,7 +55,8 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
         F.col("relevance_score").alias("old_score"),
         F.col("predicted_grade").alias("old_grade"),
     )
-    new_df = staged_df.groupBy(*key, "pair_key").agg(F.max_by(F.struct(*scored), "scored_at").alias("new"))
+    scored_df = staged_df.where(F.col("reason").isNull())
+    new_df = scored_df.groupBy(*key, "pair_key").agg(F.max_by(F.struct(*scored), "scored_at").alias("new"))
     scorable_df = planned_df.where(F.col("reason").isNull()).select(*key, "pair_key", F.lit(True).alias("is_planned"))
     operation = (
         F.when(F.col("is_planned").isNull(), "delete").when(F.col("old_key").isNull(), "insert").otherwise("update")

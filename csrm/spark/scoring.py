@@ -1,15 +1,20 @@
 """Scores of pairs: one pandas operator for the scoring job, and a pandas UDF for any DataFrame."""
 
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TextIO
 
 import pandas as pd
-from pyspark import Accumulator
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark import Accumulator, TaskContext
+from pyspark.errors import PySparkException
+from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import pandas_udf
@@ -18,7 +23,7 @@ from tqdm import tqdm
 from csrm import errors
 from csrm.bundle import load_bundle, load_scorer
 from csrm.cli import Console
-from csrm.errors import BundleError, CsrmError, InputError
+from csrm.errors import BundleError, ConfigError, CsrmError, InputError, ScoringError
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring import PAIR_COLUMNS, PairScorer
 
@@ -58,8 +63,78 @@ def task_threads(spark: SparkSession) -> int:
     return int(spark.sparkContext.getConf().get("spark.task.cpus", "1") or "1")
 
 
-def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int) -> ScorerInfo:
+def scoring_profile(spark: SparkSession, device: str, one_task_per_gpu: bool | None = None) -> ResourceProfile | None:
+    """Resources of a task that scores: a GPU for itself, while the tasks of other stages use every core.
+
+    Args:
+        spark: the session.
+        device: as in with_relevance_score.
+        one_task_per_gpu: None: where the device is cuda and Spark's executors have GPU resources.
+
+    Returns:
+        The profile; None where a task that scores has what any task has.
+
+    Raises:
+        ConfigError: it was asked for, and the executors have no GPU resources.
+    """
+    conf = spark.sparkContext.getConf()
+    has_gpus = int(conf.get("spark.executor.resource.gpu.amount", "0") or "0") > 0
+    if one_task_per_gpu and not has_gpus:
+        raise ConfigError(
+            "one_task_per_gpu: expected executors with GPU resources, found none. Submit the job with "
+            "--conf spark.executor.resource.gpu.amount=1, or leave this setting out."
+        )
+    if not has_gpus or not (device == "cuda" if one_task_per_gpu is None else one_task_per_gpu):
+        return None
+    return ResourceProfileBuilder().require(TaskResourceRequests().cpus(task_threads(spark)).resource("gpu", 1)).build
+
+
+def _task_device(device: str) -> str:
+    """The device of this task: cuda is the GPU that Spark gave it, if it gave one."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context is not None else None
+    return f"cuda:{gpu.addresses[0]}" if device == "cuda" and gpu is not None else device
+
+
+def end_silent_workers(spark: SparkSession, minutes: float) -> None:
+    """Have Spark kill Python workers that give no sign of life for so long; their tasks are tried again."""
+    spark.conf.set("spark.sql.execution.pyspark.udf.idleTimeoutSeconds", str(max(1, round(60 * minutes))))
+    spark.conf.set("spark.sql.execution.pyspark.udf.killOnIdleTimeout", "true")
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Where Spark fails in the block, raise what CSRM raised in a worker, as if it had been raised here.
+
+    Raises:
+        CsrmError: of a worker; ScoringError where it was something else that failed.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        text = str(error)
+        found = re.search(r"^csrm\.errors\.(\w+): (.+?)$", text, re.MULTILINE)
+        if found is not None and hasattr(errors, found[1]):
+            raise getattr(errors, found[1])(found[2]) from error
+        raise ScoringError(
+            f"Spark gave up: {_cause(text)}\nNothing was published, and what was staged is kept: start it again. The "
+            "log of the executor that is named says more."
+        ) from error
+
+
+def _cause(text: str) -> str:
+    """The line of a failure that says what it was: Spark's own about a task, where there is one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "Job aborted due to stage failure" in line), lines[0])
+
+
+def probe_scorer(
+    spark: SparkSession, bundle_dir: str, device: str, threads: int, profile: ResourceProfile | None = None
+) -> ScorerInfo:
     """Load the bundle in a worker, where the scores will be made, and say what it is.
+
+    Args:
+        profile: as in with_relevance_score, as the others.
 
     Raises:
         CsrmError: what loading raised there: BundleError, DeviceError, ...
@@ -68,14 +143,14 @@ def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int
     def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             try:
-                scorer = _loaded_scorer(bundle_dir, device, threads, load_bundle(bundle_dir).digest)
+                scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, load_bundle(bundle_dir).digest)
                 found = (scorer.digest, scorer.provider, "", "")
             except CsrmError as error:
                 found = ("", "", type(error).__name__, str(error))
             yield pd.DataFrame([found], columns=["digest", "provider", "error", "message"])
 
     schema = "digest string, provider string, error string, message string"
-    row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema).head()
+    row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema, profile=profile).head()
     assert row is not None
     if row["error"]:
         raise getattr(errors, row["error"])(row["message"])
@@ -85,7 +160,7 @@ def probe_scorer(spark: SparkSession, bundle_dir: str, device: str, threads: int
 def score_pair_batches(
     batches: Iterator[pd.DataFrame], scorer: PairScorer, on_scored: Callable[[int, int, int], None]
 ) -> Iterator[pd.DataFrame]:
-    """Scores of Arrow batches of pairs, in the order of their rows; tested without Spark.
+    """Scores of Arrow batches of pairs, or why they have none, in the order of their rows; tested without Spark.
 
     Args:
         batches: market, query_id, product_id, pair_key and PAIR_COLUMNS; pairs of one query best side by side.
@@ -97,7 +172,7 @@ def score_pair_batches(
         for start in range(0, len(batch), _PAIRS_PER_CALL):
             pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
             before = (scorer.num_tokens, scorer.num_prompt_tokens)
-            scores = scorer.score(pairs)
+            scores = scorer.score_or_reject(pairs)
             on_scored(len(pairs), scorer.num_tokens - before[0], scorer.num_prompt_tokens - before[1])
             yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
 
@@ -110,17 +185,19 @@ def with_relevance_score(
     run_id: str,
     threads: int = 1,
     progress: "ScoringProgress | None" = None,
+    profile: ResourceProfile | None = None,
 ) -> DataFrame:
-    """Pairs with their scores, as rows of scores_staging. One Python operator.
+    """Pairs with their scores, or why they have none, as rows of scores_staging. One Python operator.
 
     Args:
         pairs_df: market, query_id, product_id, pair_key and PAIR_COLUMNS, laid out by with_scoring_layout.
         bundle_dir: the bundle's folder, the same path on every machine.
-        device: cpu, cuda, or cuda:<number>.
+        device: cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>.
         bundle_digest: digest that the bundle must have on every machine.
         run_id: run that scores.
         threads: threads of one forward pass on the CPU.
         progress: counts what is scored; None where there are no accumulators (Spark Connect).
+        profile: see scoring_profile.
     """
     counters = () if progress is None else (progress.num_pairs, progress.num_tokens, progress.num_prompt_tokens)
 
@@ -129,16 +206,16 @@ def with_relevance_score(
             counter.add(count)
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        scorer = _loaded_scorer(bundle_dir, device, threads, bundle_digest)
+        scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, bundle_digest)
         yield from score_pair_batches(batches, scorer, on_scored)
 
     schema = (
         "market string, query_id string, product_id string, pair_key bigint, "
-        "relevance_score float, predicted_grade string"
+        "relevance_score float, predicted_grade string, reason string"
     )
     return (
         pairs_df.select(*_KEY_COLUMNS, *[name for name in PAIR_COLUMNS if name not in _KEY_COLUMNS])
-        .mapInPandas(score, schema)
+        .mapInPandas(score, schema, profile=profile)
         .withColumns(
             {
                 "bundle_digest": F.lit(bundle_digest),
@@ -166,7 +243,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
     digest = load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
-        scorer = _loaded_scorer(bundle_dir, device, threads, digest)
+        scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, digest)
         for batch in batches:
             yield scorer.score(_with_pair_columns(batch))["relevance_score"]
 

@@ -302,7 +302,8 @@ def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
 def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
     """Bring a table of an older version to the declared columns, in place.
 
-    Columns that it lacks are added, and are null in its rows; their order becomes the declared one.
+    Columns that it lacks are added, and are null in its rows; their order becomes the declared one; columns that may be
+    null now lose their constraint.
 
     Returns:
         The columns that were added.
@@ -331,6 +332,8 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
             change = f"ADD COLUMNS (`{name}` {field.dataType.simpleString()} COMMENT {comment} {after})"
         else:
             change = f"ALTER COLUMN `{name}` {after}"
+            if field.nullable:
+                spark.sql(f"ALTER TABLE {sql_path(path)} ALTER COLUMN `{name}` DROP NOT NULL")
         spark.sql(f"ALTER TABLE {sql_path(path)} {change}")
     spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_SCHEMA_VERSION}' = '{table.schema_version}')")
     return added

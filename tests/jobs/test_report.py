@@ -35,7 +35,7 @@ def folder(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
     write(spark, tables, RELEVANCE_SCORES, scores([("kr", HOSTILE, HOSTILE, 0.25, "S", "r0")]))
     pairs = [("kr", HOSTILE, HOSTILE, 7, "to_score", None, 0, RUN), ("kr", "q", "p", None, "rejected", HOSTILE, 0, RUN)]
     write(spark, tables, RUN_PAIRS, pairs)
-    write(spark, tables, SCORES_STAGING, [("kr", HOSTILE, HOSTILE, 0.75, "E", DIGEST, 7, STARTED, RUN)])
+    write(spark, tables, SCORES_STAGING, [("kr", HOSTILE, HOSTILE, 0.75, "E", DIGEST, 7, STARTED, RUN, None)])
     first = run_row("r0", 0, "published", published_version=1, markets=["kr"], changes={"insert": 1})
     second = run_row(RUN, 1, "rejected", base_version=1, markets=["kr"], audit=json.dumps(AUDIT), rejected={HOSTILE: 1})
     write(spark, tables, SCORING_RUNS, [first, second])

@@ -107,7 +107,7 @@ def write_tables(spark: SparkSession, tables: Path) -> None:
     assert write(spark, tables, RELEVANCE_SCORES, scores(BEFORE)) == 1
     assert write(spark, tables, RELEVANCE_SCORES, scores(AFTER)) == 2
     write(spark, tables, RUN_PAIRS, [(*row[:6], 0, row[6]) for row in PAIRS])
-    staged = [(*row[:5], DIGEST, row[5], STARTED + timedelta(seconds=row[7]), row[6]) for row in STAGED]
+    staged = [(*row[:5], DIGEST, row[5], STARTED + timedelta(seconds=row[7]), row[6], None) for row in STAGED]
     write(spark, tables, SCORES_STAGING, staged)
     catalog = f"{tables}/catalog"
     runs = [

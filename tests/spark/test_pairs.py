@@ -12,6 +12,7 @@ from csrm.spark.pairs import (
     pair_key,
     plan_pairs,
     query_fields,
+    with_rejections,
     with_retrieved_titles,
     with_scoring_layout,
     with_texts,
@@ -229,3 +230,43 @@ def test_partitions_hold_about_4096_pairs_and_use_every_core() -> None:
     assert num_scoring_partitions(200_000, num_cores=2) == 64
     assert num_scoring_partitions(4_096_000, num_cores=2) == 1_000
     assert num_scoring_partitions(100, num_cores=64) == 64
+
+
+def test_pairs_that_could_not_be_scored_are_rejected_unless_an_attempt_has_scored_them(spark: SparkSession) -> None:
+    planned_df = spark.createDataFrame(
+        [
+            ("kr", "q", "scored", 1, "to_score", None),
+            ("kr", "q", "failed", 2, "to_score", None),
+            ("kr", "q", "failed before", 3, "staged", None),
+            ("kr", "q", "failed, then scored", 4, "staged", None),
+            ("kr", "q", "failed with another text", 5, "to_score", None),
+            ("kr", "q", "published", 6, "unchanged", None),
+            ("kr", "q", "gone", None, "rejected", "no_product"),
+        ],
+        "market string, query_id string, product_id string, pair_key bigint, state string, reason string",
+    )
+    staged_df = spark.createDataFrame(
+        [
+            ("kr", "q", "scored", 1, 0.5, None),
+            ("kr", "q", "failed", 2, None, "model_error"),
+            ("kr", "q", "failed before", 3, None, "not_finite"),
+            ("kr", "q", "failed, then scored", 4, None, "model_error"),
+            ("kr", "q", "failed, then scored", 4, 0.5, None),
+            ("kr", "q", "failed with another text", 55, None, "model_error"),
+            ("kr", "q", "published", 6, None, "model_error"),
+        ],
+        "market string, query_id string, product_id string, pair_key bigint, relevance_score float, reason string",
+    )
+
+    rows = with_rejections(planned_df, staged_df).collect()
+
+    assert {row["product_id"]: (row["state"], row["reason"]) for row in rows} == {
+        "scored": ("to_score", None),
+        "failed": ("rejected", "model_error"),
+        "failed before": ("rejected", "not_finite"),
+        "failed, then scored": ("staged", None),
+        "failed with another text": ("to_score", None),
+        "published": ("unchanged", None),
+        "gone": ("rejected", "no_product"),
+    }
+    assert len(rows) == 7

@@ -72,6 +72,14 @@ def scores(
     return spark.createDataFrame(values, SCHEMA)
 
 
+def staged(
+    spark: SparkSession, run_id: str, *rows: tuple[str, str, float | None, str, int], **values: Any
+) -> DataFrame:
+    """The same as rows of scores_staging; those without a score have a reason."""
+    reason = F.when(F.col("relevance_score").isNull(), "model_error")
+    return scores(spark, run_id, *rows, **values).withColumn("reason", reason)
+
+
 def planned(spark: SparkSession, *pairs: tuple[str, str, int | None]) -> DataFrame:
     """Rows of (market, product_id, pair_key) of run r for query q; those without a key were rejected."""
     rows = [
@@ -154,9 +162,9 @@ def test_a_run_changes_the_pairs_whose_key_differs(spark: SparkSession) -> None:
     planned_df = planned(
         spark, ("kr", "same", 1), ("kr", "key", 20), ("kr", "new", 5), ("kr", "missing", 6), ("kr", "rejected", None)
     )
-    staged_df = scores(
+    staged_df = staged(
         spark, "x", ("kr", "key", 0.1, "no", 20), ("kr", "new", 0.3, "no", 5), ("kr", "same", 0.9, "no", 99)
-    ).union(scores(spark, "y", ("kr", "key", 0.2, "no", 20), scored_at=SCORED_AT.replace(hour=9)))
+    ).union(staged(spark, "y", ("kr", "key", 0.2, "no", 20), scored_at=SCORED_AT.replace(hour=9)))
 
     rows = run_changes(planned_df, published_df, staged_df, "r").orderBy("product_id").collect()
 
@@ -241,9 +249,9 @@ def test_staged_scores_are_open_until_their_run_is_published_or_discarded(spark:
     create_output_tables(spark, tables)
     verdicts = {"p": "published", "ap": "already_published", "r": "rejected", "run'": "running", "s": "superseded"}
     for run_id, verdict in verdicts.items():
-        write_run_rows(scores(spark, run_id, ("kr", run_id, 0.1, "no", 1)), SCORES_STAGING, tables, run_id)
+        write_run_rows(staged(spark, run_id, ("kr", run_id, 0.1, "no", 1)), SCORES_STAGING, tables, run_id)
         record_run(spark, tables, {**RUN, "run_id": run_id, "verdict": verdict})
-    write_run_rows(scores(spark, "no row", ("kr", "no row", 0.1, "no", 1)), SCORES_STAGING, tables, "no row")
+    write_run_rows(staged(spark, "no row", ("kr", "no row", 0.1, "no", 1)), SCORES_STAGING, tables, "no row")
 
     def open_runs(markets: list[str]) -> set[str]:
         return {row["run_id"] for row in read_open_staging(spark, tables, markets).collect()}

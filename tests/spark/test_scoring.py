@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import itertools
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,17 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.bundle import GOLDEN_NAME, KIND, load_bundle, load_scorer
-from csrm.errors import BundleError, DeviceError
+from csrm.errors import BundleError, ConfigError, DeviceError, ScoringError
 from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring import PAIR_COLUMNS
 from csrm.spark.scoring import (
     ScoringProgress,
+    errors_of_workers,
     probe_scorer,
     relevance_score_udf,
     score_pair_batches,
+    scoring_profile,
     with_relevance_score,
 )
 
@@ -37,12 +41,12 @@ class LengthScorer:
         self.num_tokens = self.num_prompt_tokens = 0
         self.call_sizes: list[int] = []
 
-    def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
+    def score_or_reject(self, pairs: pd.DataFrame) -> pd.DataFrame:
         self.num_tokens += 10 * len(pairs)
         self.num_prompt_tokens += 20 * len(pairs)
         self.call_sizes.append(len(pairs))
         scores = pairs["title"].str.len().to_numpy(dtype=np.float32) / 10_000
-        return pd.DataFrame({"relevance_score": scores, "predicted_grade": "yes"}, index=pairs.index)
+        return pd.DataFrame({"relevance_score": scores, "predicted_grade": "yes", "reason": None}, index=pairs.index)
 
 
 def pairs_pdf(num_pairs: int = 30) -> pd.DataFrame:
@@ -91,6 +95,7 @@ def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> Non
         "pair_key",
         "relevance_score",
         "predicted_grade",
+        "reason",
     ]
 
 
@@ -156,6 +161,35 @@ def test_a_worker_with_another_bundle_stops_the_run(spark: SparkSession, tiny_bu
 
     with pytest.raises(PythonException, match="expected digest another, this worker has"):
         scores_df.collect()
+
+
+@pytest.mark.spark
+def test_an_error_of_ours_in_a_worker_is_that_error_in_the_driver(spark: SparkSession, tiny_bundle: Path) -> None:
+    scores_df = with_relevance_score(pairs_df(spark, pairs_pdf(1)), str(tiny_bundle), "cpu", "another", "run")
+
+    with pytest.raises(BundleError, match=r"^bundle .*: expected digest another, this worker has"), errors_of_workers():
+        scores_df.collect()
+    with pytest.raises(BundleError, match=r"^bundle .*: expected digest another, this worker has"), errors_of_workers():
+        scores_df.write.format("noop").mode("overwrite").save()
+
+
+@pytest.mark.spark
+def test_what_spark_gives_up_on_is_said_in_one_line(spark: SparkSession) -> None:
+    def leave(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        os._exit(3)
+        yield from batches
+
+    left_df = spark.range(1).mapInPandas(leave, "id bigint")
+
+    with pytest.raises(ScoringError, match=r"^Spark gave up: .*Python worker exited unexpectedly"), errors_of_workers():
+        left_df.collect()
+
+
+@pytest.mark.spark
+def test_a_gpu_for_each_task_needs_executors_that_have_some(spark: SparkSession) -> None:
+    assert scoring_profile(spark, "cuda") is None
+    with pytest.raises(ConfigError, match=r"found none\. Submit the job with --conf spark\.executor\.resource\.gpu"):
+        scoring_profile(spark, "cpu", one_task_per_gpu=True)
 
 
 @pytest.mark.spark

@@ -43,7 +43,7 @@ def test_a_night_is_staged_in_chunks_of_the_measured_length(spark: SparkSession,
     def score(chunk: Chunk) -> DataFrame:
         chunks.append(chunk)
         time.sleep(0.2)
-        row = ("tw", "q", f"p{chunk.number}", 0.5, "E", "d", 1, datetime(2026, 1, 2, tzinfo=UTC), "r")
+        row = ("tw", "q", f"p{chunk.number}", 0.5, "E", "d", 1, datetime(2026, 1, 2, tzinfo=UTC), "r", None)
         return spark.createDataFrame([row], spark_schema(SCORES_STAGING))
 
     num_chunks = stage_scores(spark, tables, "app", pairs_in_bucket, score, chunk_seconds=1e-3, pairs_per_s=4_000)

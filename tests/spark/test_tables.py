@@ -10,8 +10,10 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE
+from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING
 from csrm.spark.tables import (
+    Transaction,
+    append_rows,
     create_table,
     migrate_table,
     open_table,
@@ -129,6 +131,21 @@ def test_a_table_of_an_older_version_is_refused_until_it_is_migrated(spark: Spar
     )
     with pytest.raises(InputError, match=r"it has version 2. Use the newer CSRM that wrote it"):
         create_table(spark, older, path)
+
+
+def test_staging_of_version_1_takes_pairs_without_a_score_after_its_migration(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "staging")
+    columns = tuple(replace(column, required=True) for column in SCORES_STAGING.columns if column.name != "reason")
+    create_table(spark, replace(SCORES_STAGING, columns=columns, schema_version=1), path)
+
+    assert migrate_table(spark, SCORES_STAGING, path) == ["reason"]
+
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    row = ("kr", "q", "p", None, None, "digest", 1, at, "run", "model_error")
+    append_rows(spark.createDataFrame([row], spark_schema(SCORES_STAGING)), SCORES_STAGING, path, Transaction("app", 1))
+    assert read_table(spark, SCORES_STAGING, path).head()["reason"] == "model_error"
 
 
 def test_what_is_no_older_version_is_not_migrated(spark: SparkSession, tmp_path: Path) -> None:
