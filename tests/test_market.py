@@ -319,7 +319,9 @@ def test_all_problems_of_a_taxonomy_folder_come_in_one_message(taxonomy: Path) -
 
 
 @pytest.mark.parametrize(
-    "content", [b"", gzip.compress(b""), gzip.compress(b"id\ten\n\xff\t1\n"), gzip.compress(b"x" * 99)[:20]]
+    "content",
+    [b"", gzip.compress(b""), gzip.compress(b"id\ten\n\xff\t1\n"), gzip.compress(b"x" * 99)[:20]],
+    ids=["no gzip", "empty", "no UTF-8", "cut off"],
 )
 def test_a_damaged_taxonomy_file_is_an_input_error(taxonomy: Path, content: bytes) -> None:
     (taxonomy / "attributes.tsv.gz").write_bytes(content)
