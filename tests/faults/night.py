@@ -1,0 +1,92 @@
+"""Input tables of two markets, the scoring job on them, and what must hold after it whatever happened on the way."""
+
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import numpy as np
+import pandas as pd
+import yaml
+
+from csrm.bundle import load_scorer
+
+KR, TW = "kr", "tw"
+LEASE_SECONDS = 5
+KEY = ["market", "query_id", "product_id"]
+_LANGUAGES = {KR: "ko", TW: "zh-TW"}
+_TITLES = ["캠핑 텐트", "수건 세트", "등산화 270", "露營帳篷", "防水登山外套", "Wireless Mouse"]
+_QUERIES = ["텐트", "신발", "帳篷", "mouse"]
+
+
+class Night:
+    """A night's inputs and outputs in a folder."""
+
+    def __init__(self, folder: Path, bundle: Path, num_products: int = 40) -> None:
+        self.folder, self.bundle = folder, bundle
+        self.catalog = pd.DataFrame(
+            [(market, f"p{n:03}", f"{_TITLES[n % 6]} {n}") for market in (KR, TW) for n in range(num_products)],
+            columns=["market", "product_id", "title"],
+        )
+        self.queries = pd.DataFrame(
+            [(market, f"q{n}", query) for market in (KR, TW) for n, query in enumerate(_QUERIES)],
+            columns=["market", "query_id", "query"],
+        )
+        self.candidates = self.queries[["market", "query_id"]].merge(self.catalog[["market", "product_id"]])
+
+    def arguments(self, run_id: str, **settings: Any) -> list[str]:
+        """Command line of the scoring job, after the tables were written."""
+        values: dict[str, Any] = {
+            "markets": _LANGUAGES,
+            "inputs": {},
+            "tables": str(self.folder / "tables"),
+            "bundle": self.bundle.as_uri(),
+            "use_retrieved_titles": False,
+            "lease_seconds": LEASE_SECONDS,
+            **settings,
+        }
+        for name in ("catalog", "queries", "candidates"):
+            path = self.folder / f"{name}.parquet"
+            if not path.exists():
+                getattr(self, name).to_parquet(path)
+            values["inputs"][name] = {"path": str(path), "format": "parquet"}
+        config = self.folder / "score_catalog.yaml"
+        config.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        return ["--config", str(config), "--run-id", run_id]
+
+    def table(self, name: str) -> pd.DataFrame:
+        return deltalake.DeltaTable(str(self.folder / "tables" / name)).to_pandas()
+
+    def version(self, name: str) -> int:
+        """Newest version of a table; -1 where there is none."""
+        log = self.folder / "tables" / name / "_delta_log"
+        return max((int(path.stem) for path in log.glob("*.json") if path.stem.isdigit()), default=-1)
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        (row,) = self.table("scoring_runs").query("run_id == @run_id").to_dict("records")
+        return {**row, **{name: dict(row[name] or {}) for name in ("rejected", "changes", "seconds")}}
+
+    def scores(self) -> pd.DataFrame:
+        return self.table("relevance_scores").sort_values(KEY, ignore_index=True)
+
+    def expected_scores(self) -> pd.DataFrame:
+        """Of all candidates, by the core alone, without Spark: KEY and relevance_score."""
+        pairs = self.candidates.merge(self.queries).merge(self.catalog)
+        pairs["language"] = pairs["market"].map(_LANGUAGES)
+        pairs = pairs.assign(retrieved_titles=None, brand=None, category=None, attributes=None)
+        scores = load_scorer(self.bundle, "cpu", threads=1).score(pairs)["relevance_score"]
+        return pairs[KEY].assign(relevance_score=scores).sort_values(KEY, ignore_index=True)
+
+    def check_scores(self, run_ids: set[str]) -> None:
+        """Every candidate is there once, with the score that a night without faults gives it."""
+        scores, expected = self.scores(), self.expected_scores()
+        assert expected["relevance_score"].std() > 0.01
+        assert scores[KEY].equals(expected[KEY])
+        np.testing.assert_allclose(scores["relevance_score"], expected["relevance_score"], atol=1e-5)
+        assert set(scores["run_id"]) == run_ids
+
+    def check_published(self, run_id: str) -> None:
+        """The run published every candidate, once and with the right score, and its row says so."""
+        self.check_scores({run_id})
+        run = self.run(run_id)
+        assert (run["verdict"], run["changes"]) == ("published", {"insert": len(self.candidates)})
+        assert self.table("scores_staging").groupby(KEY).size().max() == 1
