@@ -53,6 +53,7 @@ def test_a_ratio_is_the_median_over_turns_of_the_two_runs_of_a_turn(speed: Modul
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_tiny_benchmark_measures_two_contenders_and_keeps_the_cell(tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.onnx")
     command = [sys.executable, str(BENCHMARKS / "speed.py"), "--models", "tiny", "--cells", "tiny/12-ko"]
