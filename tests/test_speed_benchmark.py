@@ -43,7 +43,7 @@ def test_scores_that_differ_make_a_cell_void(speed: ModuleType, name: str, score
 
 def test_scores_of_other_pairs_make_a_cell_void_however_wide_the_tolerance(speed: ModuleType) -> None:
     scores = {"crossencoder": SCORES, "ours-int4": np.array([0.5, 0.9, 0.1])}
-    with pytest.raises(speed.VoidError, match="ours-int4: correlation with crossencoder is -0.50"):
+    with pytest.raises(speed.VoidError, match="ours-int4: correlation with crossencoder"):
         speed.check_scores(scores, TOLERANCES | {"int4": 1.0})
 
 
