@@ -15,7 +15,9 @@ model has a trained vocabulary's size, of which it uses only the rows of its tok
 
 Scores are checked in every turn. Those of float32 must be within the fp32 bundle's tolerance of the first contender's,
 each of them. A bundle of 8 or 4 bits is proven by its own golden pairs, within its own tolerance, when it is loaded;
-the mean difference of its scores must be within that tolerance too. Otherwise the cell is void, and so is the run.
+the mean difference of its scores must be within that tolerance too, and they must correlate with the first contender's.
+Otherwise the cell is void, and so is the run. What 8 and 4 bits do to the ranking is for the export's quality gate to
+say (export_precisions.py): a seeded model has no quality to lose.
 
 The physical limit is the rate of the fastest float32 matrix product on the same threads, measured in turn with the
 contenders. A contender's share is that of the products with the layers' weights, for each token that it had to compute:
@@ -47,6 +49,9 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 CODE = ("csrm/**/*.py", "export/*.py", "tests/benchmarks/speed.py", "tests/benchmarks/speed_[ci]*.py")
 MIN_SPREAD = 10
 """Least standard deviation of the scores, in tolerances: where all scores are alike, agreement says nothing."""
+
+MIN_CORRELATION = 0.5
+"""Of the scores of 8 and 4 bits with those of float32. Those of other pairs have about 0."""
 
 
 class VoidError(Exception):
@@ -97,7 +102,7 @@ def check_scores(scores: Mapping[str, np.ndarray], tolerances: Mapping[str, floa
         tolerances: of the bundles, by precision.
 
     Returns:
-        The largest and the mean difference of each.
+        The largest and the mean difference of each, and the correlation.
 
     Raises:
         VoidError: a score is missing, they differ by more than they may, or they are all alike.
@@ -109,13 +114,21 @@ def check_scores(scores: Mapping[str, np.ndarray], tolerances: Mapping[str, floa
     found = {}
     for name, values in scores.items():
         difference = np.abs(values - reference)
-        found[name] = {"largest_difference": float(difference.max()), "mean_difference": float(difference.mean())}
+        found[name] = {
+            "largest_difference": float(difference.max()),
+            "mean_difference": float(difference.mean()),
+            "correlation": float(np.corrcoef(values, reference)[0, 1]),
+        }
         precision = name.rpartition("-")[2]
         kind, allowed = ("mean", tolerances[precision]) if is_quantised(name) else ("largest", exact)
         if not found[name][f"{kind}_difference"] <= allowed:
             raise VoidError(
                 f"{name}: {kind} difference from {first} is {found[name][f'{kind}_difference']:.1e}, "
                 f"allowed {allowed:.0e}"
+            )
+        if not found[name]["correlation"] >= MIN_CORRELATION:
+            raise VoidError(
+                f"{name}: correlation with {first} is {found[name]['correlation']:.2f}, expected {MIN_CORRELATION}"
             )
     return found
 

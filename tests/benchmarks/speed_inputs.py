@@ -147,13 +147,18 @@ def write_workloads(folder: Path, texts: Texts, num_pairs: int) -> None:
 
 
 def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
-    """A random Qwen3 model as a trained folder. Its weights are large enough that scores differ from pair to pair."""
+    """A random Qwen3 model as a trained folder.
+
+    Its weights are large enough that scores differ from pair to pair, and the embeddings so much larger than what the
+    layers add that 8 and 4 bits move the scores little: 38 M weights all of one size scramble them at 4 bits.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from csrm.training.stage import KIND, ModelCard
 
     torch.manual_seed(0)
+    width = SEEDED_MODELS[name]["hidden_size"] ** 0.5
     heads = SEEDED_MODELS[name]["hidden_size"] // 64
     config = Qwen3Config(
         **SEEDED_MODELS[name],
@@ -162,8 +167,12 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
         head_dim=64,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=2 / SEEDED_MODELS[name]["hidden_size"] ** 0.5,
+        initializer_range=0.9 / width,
     )
+    language_model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        language_model.model.embed_tokens.weight /= config.initializer_range
+        language_model.model.norm.weight.fill_(2 / width)  # logits with a standard deviation of about 2
     card = ModelCard(
         base_model={"folder": str(folder / "weights")},
         tuning={"method": "full"},
@@ -175,7 +184,7 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
         fingerprint="",
         versions={},
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "weights")
+    language_model.save_pretrained(folder / "weights")
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_NAME)
     (folder / "model.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
     write_manifest(folder, KIND)

@@ -150,9 +150,9 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
     yield ""
     yield (
         f"| contender | : {NAMES[first]} | pairs/s | tokens a pair | share of the fp32 matmul rate | of int8 | "
-        "largest score difference | mean |"
+        "largest score difference | mean | correlation |"
     )
-    yield "| --- |" + " --- |" * 7
+    yield "| --- |" + " --- |" * 8
     for name, contender in cell["contenders"].items():
         against = ratio(cell, name, first)
         assert against is not None
@@ -165,6 +165,7 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
             f"{matmul_share(cell, name, 'int8').median:.2f}" if name.endswith(("-int8", "-int4")) else "",
             f"{contender['largest_difference']:.1e}",
             f"{contender['mean_difference']:.1e}",
+            f"{contender['correlation']:.4f}",
         )
         yield f"| {' | '.join(columns)} |"
 
