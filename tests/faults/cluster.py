@@ -53,7 +53,6 @@ class Submitted:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self.jvm = psutil.Process(self._process.pid)
 
     @property
     def is_running(self) -> bool:
@@ -62,10 +61,6 @@ class Submitted:
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
-
-    def driver(self) -> psutil.Process:
-        """The Python that runs the job."""
-        return next(child for child in self.jvm.children() if "score_catalog" in " ".join(child.cmdline()))
 
     def end(self) -> Finished:
         """Wait until it has ended by itself."""
