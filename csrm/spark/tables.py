@@ -175,7 +175,7 @@ def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction
 
 def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
     """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
-    append_rows(spark.createDataFrame([], spark_schema(table)), table, path, transaction)
+    append_rows(spark.read.format("delta").load(path).limit(0), table, path, transaction)
 
 
 def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:

@@ -130,9 +130,10 @@ def test_a_bundle_that_is_replaced_while_the_job_runs_never_scores_under_the_old
     def replace() -> None:
         about = load_bundle(folder).settings.model_dump(mode="json")
         write_manifest(folder, KIND, {**about, "device": "cuda"})
-        for worker in psutil.Process().children(recursive=True):  # those that have loaded the old one
-            if "pyspark.daemon" in " ".join(worker.cmdline()):
-                worker.kill()
+        for process in psutil.Process().children(recursive=True):
+            if "pyspark.daemon" in " ".join(process.cmdline()):
+                for worker in process.children():  # those that have loaded the old one; the daemon starts others
+                    worker.kill()
 
     before_scoring(replace)
 
