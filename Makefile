@@ -46,7 +46,7 @@ test: setup-dev setup-airflow  ## Run the tests (all but the longer ones of make
 
 .PHONY: faults
 faults: setup-dev  ## Break nights on a real cluster in every way that is known (TEST_ARGS="...")
-	@$(run) python -m pytest tests/faults $(TEST_ARGS)
+	@$(run) python -m pytest tests/faults --fault-table docs/faults.md $(TEST_ARGS)
 
 .PHONY: test-quick
 test-quick: setup-dev  ## Run the tests that need no Spark and take seconds

@@ -179,6 +179,7 @@ _REASONS = {
     "tokenizer_error": "the tokenizer fails on the text",
     "model_error": "the model fails on the pair",
     "not_finite": "the model's answer is no number",
+    "process_died": "the process died at the pair, or was silent for too long, again and again",
 }
 
 

@@ -230,7 +230,8 @@ REJECTED_PAIRS = Table(
             "reason",
             "string",
             "no_query, no_product, empty_query or empty_title; or found while scoring: tokenizer_error, model_error "
-            "(the model fails on the pair) or not_finite (its logits are no numbers)",
+            "(the model fails on the pair), not_finite (its logits are no numbers) or process_died (at it, again and "
+            "again)",
         ),
         RUN_ID,
     ),

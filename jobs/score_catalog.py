@@ -25,6 +25,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import csrm
+from csrm.attempts import forget_attempts
 from csrm.audit import NEVER_ACCEPTED, AuditLimits, AuditResult, Canary, MarketOutcome, audit_market, failures
 from csrm.bundle import Bundle, load_bundle
 from csrm.cli import Console, add_log_format, job_parser, run_job
@@ -61,10 +62,10 @@ from csrm.spark.runs import (
     check_same_run,
     create_output_tables,
     find_run,
-    last_rate,
     read_open_staging,
     read_run_rows,
     record_run,
+    scoring_rate,
     write_run_rows,
 )
 from csrm.spark.scoring import (
@@ -79,7 +80,7 @@ from csrm.spark.scoring import (
 )
 from csrm.spark.session import build_session
 from csrm.spark.staging import Chunk, canary_pairs, in_chunk, stage_scores
-from csrm.spark.tables import read_table, table_path, table_version
+from csrm.spark.tables import attempts_path, read_table, table_path, table_version
 
 
 class ScoringInputs(Settings):
@@ -128,7 +129,8 @@ class ScoringConfig(Settings):
     audit: AuditLimits = AuditLimits()
     """Where the audit keeps a run from being published."""
     hang_minutes: float = Field(default=30.0, gt=0)
-    """A worker that gives back no scores for so long is ended, and its task tried again."""
+    """A worker that gives back no scores for so long is ended, and its task tried again; a pair at which that happens
+    again is set aside."""
     lease_seconds: float = Field(default=LEASE_SECONDS, gt=1)
     """A run that was silent for so long has lost its markets to whoever asks next."""
     progress_seconds: float = Field(default=10.0, gt=0)
@@ -243,7 +245,7 @@ def score_and_publish(
     if counts.rejected or night.is_repeated:
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
     row |= {name: getattr(counts, name) for name in ("num_candidates", "num_unchanged", "num_reused", "rejected")}
-    pairs_per_s = last_rate(spark, config.tables, night.scorer.digest, row["device"]) or _exported_rate(spark, night)
+    pairs_per_s = scoring_rate(spark, config.tables, night.scorer.digest, row["device"]) or _exported_rate(spark, night)
     clock.lap("plan")
     _say_plan(night, row, counts.num_to_score, pairs_per_s)
 
@@ -256,6 +258,7 @@ def score_and_publish(
     with ScoringProgress(spark, counts.num_to_score, config.progress_seconds, lines) as progress:
         attempt = f"csrm-staging/{run_id}/{night.started_at.timestamp()}"
         stage_scores(spark, config.tables, attempt, counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
+    forget_attempts(attempts_path(config.tables, run_id))
     clock.lap("scoring")
     _say_scored(console, counts.num_to_score, clock.seconds["scoring"], progress.share_saved)
     staged_df = read_open_staging(spark, config.tables, config.markets)
@@ -427,7 +430,16 @@ def _scored(
     texts_df = with_texts(pairs_df, queries_df, catalog_df)
     laid_out_df = with_scoring_layout(texts_df, num_partitions, config.products_per_chunk)
     return with_relevance_score(
-        laid_out_df, config.bundle, config.device, night.scorer.digest, night.run_id, threads, progress, night.profile
+        laid_out_df,
+        config.bundle,
+        config.device,
+        night.scorer.digest,
+        night.run_id,
+        threads,
+        progress,
+        night.profile,
+        attempts_path(config.tables, night.run_id),
+        night.is_repeated,
     )
 
 

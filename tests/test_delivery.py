@@ -14,6 +14,7 @@ from csrm import delivery
 from csrm.delivery import fetch_folder
 from csrm.errors import BundleError, ConfigError
 from csrm.manifest import verify_manifest, write_manifest
+from tests.disks import small_disk
 
 KIND = "bundle"
 
@@ -113,6 +114,15 @@ def test_what_a_killed_download_leaves_is_not_used(cache: Path, tmp_path: Path) 
     folder = fetch_folder(uri, KIND)
     assert verify_manifest(folder, KIND) == folder.name
     assert [path for path in cache.iterdir() if path.is_dir()] == [folder]
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = artefact(tmp_path / "far", 2_000_000)
+    with small_disk(tmp_path / "cache", "1m") as cache:
+        monkeypatch.setenv("CSRM_CACHE_DIR", str(cache))
+        with pytest.raises(BundleError, match=r"did not arrive whole: .*No space left on device"):
+            fetch_folder(uri, KIND)
+        assert not any(path.is_dir() for path in cache.iterdir())
 
 
 def test_a_copy_that_was_damaged_in_the_cache_is_fetched_again(cache: Path, tmp_path: Path) -> None:

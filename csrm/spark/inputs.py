@@ -72,6 +72,7 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
     """
     where = f"input {table.name} at {spec.path!r} ({spec.format})"
     source_df, version = _load(spark, spec, where)
+    files = _file_states(spark, source_df.inputFiles()) if version is None else {}
     problems = [
         f"'columns' maps {name!r}, which is no column of {table.name}; it has {table.column_names}"
         for name in spec.columns
@@ -97,7 +98,6 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
         raise InputError(f"{where}: cannot be read: {_reason(error)}. Are its files complete?") from error
     if problems:
         raise InputError(_message(where, problems))
-    files = _file_states(spark, source_df.inputFiles()) if version is None else {}
     return Input(checked_df.select(*table.column_names), spec.path, version, files)
 
 
@@ -148,11 +148,26 @@ def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
 
 @contextmanager
 def errors_of_inputs(spark: SparkSession, inputs: Mapping[str, Input]) -> Iterator[None]:
-    """Where Spark fails in the block, see first whether an input was changed; see require_unchanged."""
+    """Where Spark fails in the block, see first whether an input is the cause.
+
+    Raises:
+        InputError: see require_unchanged; or files of a Delta table's version are gone.
+    """
     try:
         yield
-    except (PySparkException, Py4JJavaError):
+    except (PySparkException, Py4JJavaError) as error:
         require_unchanged(spark, inputs)
+        for name, read in inputs.items():
+            if read.version is None:
+                continue
+            states = _file_states(spark, read.df.inputFiles())
+            gone = sorted(file for file, state in states.items() if state is None)
+            if gone:
+                raise InputError(
+                    f"input {name} at {read.path!r}: {len(gone)} of the {len(states)} files of its version "
+                    f"{read.version} are gone, for example {gone[0]}: the table was vacuumed while the run read it. "
+                    "Nothing was published. Run it again, and let VACUUM keep files for longer than a run takes."
+                ) from error
         raise
 
 

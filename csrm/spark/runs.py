@@ -132,14 +132,17 @@ def find_later_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any])
     return None if row is None else str(row["run_id"])
 
 
-def last_rate(spark: SparkSession, tables_dir: str, bundle_digest: str, device: str) -> float | None:
-    """Pairs a second of the last run that scored with a bundle on a device; None where there is none."""
+def scoring_rate(spark: SparkSession, tables_dir: str, bundle_digest: str, device: str) -> float | None:
+    """Pairs a second of the run that scored most pairs with a bundle on a device; None where there is none.
+
+    The fixed cost of a run that scored few would hide the rate.
+    """
     seconds = F.col("seconds")["scoring"]
     same = (F.col("bundle_digest") == bundle_digest) & (F.col("device") == device)
     row = (
         read_newest(spark, SCORING_RUNS, tables_dir)
         .where(same & (F.col("num_scored") > 0) & (seconds > 0))
-        .orderBy(F.desc("started_at"))
+        .orderBy(F.desc("num_scored"))
         .select((F.col("num_scored") / seconds).alias("rate"))
         .head()
     )

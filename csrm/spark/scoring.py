@@ -21,6 +21,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from tqdm import tqdm
 
 from csrm import errors
+from csrm.attempts import Attempts, open_attempts
 from csrm.bundle import load_bundle, load_scorer
 from csrm.cli import Console
 from csrm.errors import BundleError, ConfigError, CsrmError, InputError, ScoringError
@@ -158,7 +159,10 @@ def probe_scorer(
 
 
 def score_pair_batches(
-    batches: Iterator[pd.DataFrame], scorer: PairScorer, on_scored: Callable[[int, int, int], None]
+    batches: Iterator[pd.DataFrame],
+    scorer: PairScorer,
+    on_scored: Callable[[int, int, int], None],
+    attempts: Attempts | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Scores of Arrow batches of pairs, or why they have none, in the order of their rows; tested without Spark.
 
@@ -167,14 +171,19 @@ def score_pair_batches(
         scorer: a loaded bundle.
         on_scored: called after each step of at most 1,024 pairs with the number of pairs, of tokens that were computed,
             and of tokens of their prompts, whose prefixes are computed once a pack.
+        attempts: of earlier processes that may have died at one of these pairs; None: there were none.
     """
-    for batch in batches:
-        for start in range(0, len(batch), _PAIRS_PER_CALL):
-            pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
-            before = (scorer.num_tokens, scorer.num_prompt_tokens)
-            scores = scorer.score_or_reject(pairs)
-            on_scored(len(pairs), scorer.num_tokens - before[0], scorer.num_prompt_tokens - before[1])
-            yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
+    try:
+        for batch in batches:
+            for start in range(0, len(batch), _PAIRS_PER_CALL):
+                pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
+                before = (scorer.num_tokens, scorer.num_prompt_tokens)
+                scores = scorer.score_or_reject(pairs) if attempts is None else attempts.score(scorer, pairs)
+                on_scored(len(pairs), scorer.num_tokens - before[0], scorer.num_prompt_tokens - before[1])
+                yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
+    finally:
+        if attempts is not None:
+            attempts.close()
 
 
 def with_relevance_score(
@@ -186,6 +195,8 @@ def with_relevance_score(
     threads: int = 1,
     progress: "ScoringProgress | None" = None,
     profile: ResourceProfile | None = None,
+    attempts_dir: str | None = None,
+    is_repeated: bool = False,
 ) -> DataFrame:
     """Pairs with their scores, or why they have none, as rows of scores_staging. One Python operator.
 
@@ -198,6 +209,8 @@ def with_relevance_score(
         threads: threads of one forward pass on the CPU.
         progress: counts what is scored; None where there are no accumulators (Spark Connect).
         profile: see scoring_profile.
+        attempts_dir: where attempts of the run note what they are at (see csrm.attempts); None: they do not.
+        is_repeated: whether the run was started before. Else the first attempt of a task notes nothing.
     """
     counters = () if progress is None else (progress.num_pairs, progress.num_tokens, progress.num_prompt_tokens)
 
@@ -207,7 +220,10 @@ def with_relevance_score(
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, bundle_digest)
-        yield from score_pair_batches(batches, scorer, on_scored)
+        context = TaskContext.get()
+        is_again = is_repeated or (context is not None and context.attemptNumber() > 0)
+        attempts = open_attempts(attempts_dir) if is_again and attempts_dir is not None else None
+        yield from score_pair_batches(batches, scorer, on_scored, attempts)
 
     schema = (
         "market string, query_id string, product_id string, pair_key bigint, "

@@ -41,6 +41,11 @@ def table_path(tables_dir: str, table: Table) -> str:
     return f"{_absolute(tables_dir)}/{table.name}"
 
 
+def attempts_path(tables_dir: str, run_id: str) -> str:
+    """Folder beside the tables for what attempts of a run are at; see csrm.attempts."""
+    return f"{_absolute(tables_dir)}/_attempts/{run_id}"
+
+
 def spark_schema(table: Table) -> StructType:
     """The declaration as a Spark schema: comments kept, nullable where a column is not required."""
     return StructType(

@@ -8,7 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Submitted:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        self.jvm = psutil.Process(self._process.pid)
 
     @property
     def is_running(self) -> bool:
@@ -61,6 +62,10 @@ class Submitted:
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def driver(self) -> psutil.Process:
+        """The Python that runs the job."""
+        return next(child for child in self.jvm.children() if "score_catalog" in " ".join(child.cmdline()))
 
     def end(self) -> Finished:
         """Wait until it has ended by itself."""
@@ -75,26 +80,86 @@ class Submitted:
 
 
 class Cluster:
-    """A running cluster."""
+    """A master and two workers of two cores and one GPU address each, on free ports of the loopback."""
 
-    def __init__(self, folder: Path, url: str, workers: list[psutil.Process]) -> None:
-        self.folder, self.url, self.workers = folder, url, workers
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.url = folder, ""
         self._archive = folder / "csrm.zip"
         with zipfile.ZipFile(self._archive, "w") as archive:
             for path in sorted((ROOT / "csrm").rglob("*")):
                 if path.is_file() and "__pycache__" not in path.parts:
                     archive.write(path, path.relative_to(ROOT))
         (folder / "events").mkdir()
+        decoy = folder / "decoy" / "csrm"
+        decoy.mkdir(parents=True)
+        (decoy / "__init__.py").write_text(_NOT_SHIPPED)
+        self._environment = {**_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._workers: dict[str, psutil.Process] = {}
+        """GPU address to the daemon that has it."""
+
+    def start(self) -> None:
+        log = self._start("master", "master.Master")
+        pattern = re.compile(r"Starting Spark master at (spark://127\.0\.0\.1:\d+)")
+        self.url = wait_for(lambda: pattern.search(log.read_text()), "master")[1]
+        for address in ("0", "1"):
+            self._start_worker(address)
+
+    def stop(self) -> None:
+        for process in reversed(self._started):
+            process.terminate()
+        for process in self._started:
+            process.wait(PATIENCE_S)
+
+    def _start(self, name: str, class_name: str, *arguments: str) -> Path:
+        log = self.folder / f"{name}-{len(self._started)}.log"
+        command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{class_name}"]
+        command += ["--host", "127.0.0.1", "--port", "0", "--webui-port", "0", *arguments]
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, env=self._environment, stdout=stream, stderr=subprocess.STDOUT)
+        self._started.append(process)
+        return log
+
+    def _start_worker(self, address: str) -> None:
+        script = self.folder / f"gpus-{address}.sh"
+        script.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{address}"]}}\'\n')
+        script.chmod(0o755)
+        resource = "spark.worker.resource.gpu"
+        properties = self.folder / f"worker-{address}.properties"
+        properties.write_text(f"{resource}.amount 1\n{resource}.discoveryScript {script}\n")
+        arguments = ["--cores", "2", "--memory", "1g", "--work-dir", str(self.folder / f"work-{address}")]
+        arguments += ["--properties-file", str(properties), self.url]
+        log = self._start(f"worker-{address}", "worker.Worker", *arguments)
+        wait_for(lambda: "Successfully registered with master" in log.read_text(), f"worker {log}")
+        self._workers[address] = psutil.Process(self._started[-1].pid)
+
+    @contextmanager
+    def lost_machine(self) -> Iterator[None]:
+        """While the block runs, one of the two machines is gone, and all that ran on it."""
+        worker = self._workers.pop("0")
+        for process in [worker, *worker.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        try:
+            yield
+        finally:
+            self._start_worker("0")
 
     @contextmanager
     def submit(
-        self, *arguments: str, job: Path = ROOT / "jobs" / "score_catalog.py", cores: int = 1, **conf: object
+        self,
+        *arguments: str,
+        job: Path = ROOT / "jobs" / "score_catalog.py",
+        master: str = "",
+        cores: int = 1,
+        **conf: object,
     ) -> Iterator[Submitted]:
         """A job on the cluster, which is killed where it is left running.
 
         Args:
             arguments: of the job.
             job: its script.
+            master: another one than the cluster's.
             cores: of each executor.
             conf: of Spark, with __ for each point of a name.
         """
@@ -121,7 +186,13 @@ class Cluster:
             "spark.eventLog.compress": "false",
             **{name.replace("__", "."): value for name, value in conf.items()},
         }
-        command = [str(SPARK_HOME / "bin" / "spark-submit"), "--master", self.url, "--py-files", str(self._archive)]
+        command = [
+            str(SPARK_HOME / "bin" / "spark-submit"),
+            "--master",
+            master or self.url,
+            "--py-files",
+            str(self._archive),
+        ]
         command += [word for name, value in settings.items() for word in ("--conf", f"{name}={value}")]
         environment = {**_environment(), "CSRM_CACHE_DIR": str(self.folder / "cache")}
         submitted = Submitted([*command, str(job), *arguments], environment, self.folder)
@@ -137,7 +208,7 @@ class Cluster:
 
     def executors(self) -> list[psutil.Process]:
         """JVMs of the executors that are running."""
-        return [child for worker in self.workers for child in worker.children() if _is_executor(child)]
+        return [child for worker in self._workers.values() for child in worker.children() if _is_executor(child)]
 
     def python_workers(self) -> list[psutil.Process]:
         """Python workers of the executors: children of each one's daemon."""
@@ -156,45 +227,13 @@ class Cluster:
 
 @contextmanager
 def run_cluster(folder: Path) -> Iterator[Cluster]:
-    """A master and two workers of two cores and one GPU address each, on free ports of the loopback."""
-    decoy = folder / "decoy" / "csrm"
-    decoy.mkdir(parents=True)
-    (decoy / "__init__.py").write_text(_NOT_SHIPPED)
-    environment = {**_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(name: str, *arguments: str) -> Path:
-        log = folder / f"{name}.log"
-        command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
-        with log.open("w") as stream:
-            started.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
-        return log
-
+    """A cluster while the block runs."""
+    cluster = Cluster(folder)
     try:
-        deploy = "org.apache.spark.deploy"
-        log = start("master", f"{deploy}.master.Master", "--host", "127.0.0.1", "--port", "0", "--webui-port", "0")
-        pattern = re.compile(r"Starting Spark master at (spark://127\.0\.0\.1:\d+)")
-        url = wait_for(lambda: pattern.search(log.read_text()), "master")[1]
-        logs = []
-        for address in ("0", "1"):
-            script = folder / f"gpus-{address}.sh"
-            script.write_text(f'#!/bin/sh\necho \'{{"name": "gpu", "addresses": ["{address}"]}}\'\n')
-            script.chmod(0o755)
-            properties = folder / f"worker-{address}.properties"
-            properties.write_text(
-                f"spark.worker.resource.gpu.amount 1\nspark.worker.resource.gpu.discoveryScript {script}\n"
-            )
-            arguments = ["--host", "127.0.0.1", "--port", "0", "--webui-port", "0", "--cores", "2", "--memory", "1g"]
-            arguments += ["--work-dir", str(folder / f"work-{address}"), "--properties-file", str(properties)]
-            logs.append(start(f"worker-{address}", f"{deploy}.worker.Worker", *arguments, url))
-        for log in logs:
-            wait_for(lambda log=log: "Successfully registered with master" in log.read_text(), f"worker {log}")
-        yield Cluster(folder, url, [psutil.Process(process.pid) for process in started[1:]])
+        cluster.start()
+        yield cluster
     finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait(PATIENCE_S)
+        cluster.stop()
 
 
 def _is_executor(process: psutil.Process) -> bool:

@@ -18,11 +18,17 @@ _TITLES = ["캠핑 텐트", "수건 세트", "등산화 270", "露營帳篷", "�
 _QUERIES = ["텐트", "신발", "帳篷", "mouse"]
 
 
+RESULTS = ("complete", "no duplicates", "equal scores", "bounded rework", "exit code and message")
+"""What must hold after a fault."""
+
+
 class Night:
     """A night's inputs and outputs in a folder."""
 
     def __init__(self, folder: Path, bundle: Path) -> None:
         self.folder, self.bundle = folder, bundle
+        self.shown: set[str] = set()
+        """Those of RESULTS that were checked, and held."""
         self.catalog = pd.DataFrame(
             [(market, f"p{n:03}", f"{_TITLES[n % 6]} {n}") for market in (KR, TW) for n in range(40)],
             columns=["market", "product_id", "title"],
@@ -76,13 +82,37 @@ class Night:
         scores = load_scorer(self.bundle, "cpu", threads=1).score(pairs)["relevance_score"]
         return pairs[KEY].assign(relevance_score=scores).sort_values(KEY, ignore_index=True)
 
-    def check_published(self, run_id: str) -> None:
-        """The run published every candidate, once and with the score of a night without faults, and its row says so."""
+    def check_ended(self, code: int, output: str, expected_code: int, *texts: str) -> None:
+        """The job ended with a code, and said some texts."""
+        assert code == expected_code, output
+        for text in texts:
+            assert text in output, output
+        self.shown.add("exit code and message")
+
+    def check_reused(self, run_id: str, num_staged: int) -> None:
+        """The run took every pair that was staged before it as it was."""
+        run = self.run(run_id)
+        assert run["num_reused"] == num_staged > 0
+        assert run["num_scored"] == len(self.candidates) - run["num_unchanged"] - num_staged
+        self.shown.add("bounded rework")
+
+    def check_staged_once(self) -> None:
+        """No pair was staged twice: what was done is not done again."""
+        assert self.table("scores_staging").groupby(KEY).size().max() == 1
+        self.shown.add("bounded rework")
+
+    def check_scores(self, run_ids: set[str]) -> None:
+        """Every candidate is there once, with the score that a night without faults gives it."""
         scores, expected = self.scores(), self.expected_scores()
         assert expected["relevance_score"].std() > 0.01
         assert scores[KEY].equals(expected[KEY])
         np.testing.assert_allclose(scores["relevance_score"], expected["relevance_score"], atol=1e-5)
-        assert set(scores["run_id"]) == {run_id}
+        assert set(scores["run_id"]) == run_ids
+        self.shown |= {"complete", "no duplicates", "equal scores"}
+
+    def check_published(self, run_id: str) -> None:
+        """The run published every candidate, once and with the right score, and its row says so."""
+        self.check_scores({run_id})
         run = self.run(run_id)
         assert (run["verdict"], run["changes"]) == ("published", {"insert": len(self.candidates)})
-        assert self.table("scores_staging").groupby(KEY).size().max() == 1
+        self.check_staged_once()

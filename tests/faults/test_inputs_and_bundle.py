@@ -7,11 +7,13 @@ from typing import Any
 
 import psutil
 import pytest
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from csrm.bundle import KIND, load_bundle
 from csrm.errors import BundleError, InputError
 from csrm.manifest import write_manifest
+from csrm.spark.tables import session_settings
 from jobs import score_catalog
 from tests.faults.cluster import ROOT
 from tests.faults.night import Night
@@ -37,6 +39,7 @@ def before_scoring(monkeypatch: pytest.MonkeyPatch) -> Fault:
     return plan
 
 
+@pytest.mark.fault("a Delta input is overwritten while the job runs")
 def test_a_delta_input_that_is_overwritten_is_read_as_it_was(
     spark: SparkSession, night: Night, before_scoring: Fault
 ) -> None:
@@ -51,12 +54,39 @@ def test_a_delta_input_that_is_overwritten_is_read_as_it_was(
     before_scoring(overwrite)
     delta = ["--set", f"inputs.catalog={{path: '{path}', format: delta}}"]
 
-    assert score_catalog.main([*arguments, *delta]) == 0
-
+    night.check_ended(score_catalog.main([*arguments, *delta]), "", 0)
     night.check_published("night")
     assert dict(night.run("night")["inputs"])["catalog"] == f"{path}@v0"
 
 
+@pytest.mark.fault("the version of a Delta input is vacuumed while the job runs; then it is started again")
+def test_a_delta_input_whose_version_is_vacuumed_is_an_error_and_nothing_is_published(
+    spark: SparkSession, night: Night, before_scoring: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = night.arguments("night")
+    path = str(night.folder / "catalog_delta")
+    catalog_df = spark.read.parquet(str(night.folder / "catalog.parquet"))
+    catalog_df.write.format("delta").save(path)
+
+    def vacuum() -> None:
+        catalog_df.write.format("delta").mode("overwrite").save(path)
+        with session_settings(spark, {"spark.databricks.delta.retentionDurationCheck.enabled": "false"}):
+            DeltaTable.forPath(spark, path).vacuum(0)
+
+    before_scoring(vacuum)
+    delta = ["--set", f"inputs.catalog={{path: '{path}', format: delta}}"]
+
+    with pytest.raises(InputError, match=r"input catalog at .* files of its version 0 are gone") as caught:
+        score_catalog.main([*arguments, *delta])
+
+    night.check_ended(caught.value.exit_code, "", 2)
+    assert len(night.scores()) == 0
+    monkeypatch.undo()
+    assert score_catalog.main([*arguments, *delta]) == 0
+    night.check_published("night")
+
+
+@pytest.mark.fault("files of a Parquet input change while the job runs")
 @pytest.mark.parametrize("how", ["replaced", "deleted"])
 def test_a_parquet_input_that_changes_is_an_error_and_nothing_is_published(
     spark: SparkSession, night: Night, before_scoring: Fault, how: str
@@ -75,7 +105,7 @@ def test_a_parquet_input_that_changes_is_an_error_and_nothing_is_published(
     with pytest.raises(InputError, match=r"input catalog at .*: 1 of its 1 files were replaced or deleted") as caught:
         score_catalog.main(arguments)
 
-    assert caught.value.exit_code == 2
+    night.check_ended(caught.value.exit_code, "", 2)
     assert len(night.scores()) == 0
     assert night.run("night")["verdict"] != "published"
 
@@ -94,6 +124,7 @@ def damage(folder: Path, how: str) -> None:
         model.write_bytes(content)
 
 
+@pytest.mark.fault("a bundle is damaged, in a folder (False) or at a URI (True)")
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -116,10 +147,11 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(
     with pytest.raises(BundleError, match="did not arrive whole" if missing_uri else message) as caught:
         score_catalog.main([*night.arguments("night", bundle=folder.as_uri() if as_uri else str(folder))])
 
-    assert caught.value.exit_code == 2
+    night.check_ended(caught.value.exit_code, "", 2)
     assert not (night.folder / "tables").exists()
 
 
+@pytest.mark.fault("the bundle is replaced while the job runs")
 def test_a_bundle_that_is_replaced_while_the_job_runs_never_scores_under_the_old_digest(
     spark: SparkSession, night: Night, before_scoring: Fault, tmp_path: Path
 ) -> None:
@@ -140,6 +172,6 @@ def test_a_bundle_that_is_replaced_while_the_job_runs_never_scores_under_the_old
     with pytest.raises(BundleError, match=f"expected digest {digest}, this worker has") as caught:
         score_catalog.main(night.arguments("night", bundle=str(folder)))
 
-    assert caught.value.exit_code == 2
+    night.check_ended(caught.value.exit_code, "", 2)
     assert len(night.scores()) == 0
     assert len(night.table("scores_staging")) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def market(spark: SparkSession, tmp_path: Path, tiny_bundle: Path) -> Market:
     return Market(tmp_path, tiny_bundle)
 
 
+@pytest.fixture(scope="module")
+def first_night(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
+    """Folder of a market after its first night."""
+    market = Market(tmp_path_factory.mktemp("first"), tiny_bundle)
+    market.score("first")
+    assert market.run("first")["changes"] == {"insert": 48}
+    return market.folder
+
+
+@pytest.fixture
+def scored_market(market: Market, first_night: Path, said: Callable[[], object]) -> Market:
+    """A market after its first night."""
+    shutil.copytree(first_night, market.folder, dirs_exist_ok=True)
+    said()
+    return market
+
+
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, dict[str, Any]]]:
     """What the job has printed since the last call: event to its fields."""
@@ -111,12 +129,10 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, dict[str,
 
 
 def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
-    spark: SparkSession, market: Market, said: Callable[[], dict[str, dict[str, Any]]], tmp_path: Path
+    spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    market.score("first")
-    assert said()["plan"]["num_to_score"] == 48
+    market = scored_market
     first = market.scores()
-    assert market.run("first")["changes"] == {"insert": 48}
     assert len(first) == 48
 
     market.score("second")
@@ -180,7 +196,9 @@ def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
     rebuilt = deltalake.DeltaTable(str(market.folder / "tables" / "relevance_scores"), version=version)
     assert rebuilt.to_pandas().sort_values(KEY, ignore_index=True).equals(first)
 
+    said()
     market.score("scratch", tables=str(tmp_path / "scratch"), audit={"rejected_share": 0.1})
+    assert said()["plan"]["num_to_score"] == 48
     scratch = deltalake.DeltaTable(str(tmp_path / "scratch" / "relevance_scores")).to_pandas()
     scratch = scratch.sort_values(KEY, ignore_index=True)
     assert third[[*KEY, "pair_key"]].equals(scratch[[*KEY, "pair_key"]])
@@ -188,14 +206,13 @@ def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
 
 
 def test_a_rejected_run_is_repeated_reused_and_published_by_a_person(
-    market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+    scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
 ) -> None:
-    market.score("first")
+    market = scored_market
     before = market.scores()
     market.candidates = market.candidates[market.candidates["product_id"] != "p0"]
     market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
     strict = {"audit": {"deleted_share": 0.1}}
-    said()
     with pytest.raises(AuditError, match=r"deleted: 0\.1667, expected <= 0\.1\. 4 of 24 published rows would be"):
         market.score("second", **strict)
     assert said()["plan"]["num_to_score"] == 8
@@ -239,8 +256,8 @@ def test_discarded_scores_are_never_used_again(market: Market, said: Callable[[]
         market.publish("--run-id", "good", "--discard")
 
 
-def test_a_published_score_that_is_wrong_fails_the_canary(spark: SparkSession, market: Market) -> None:
-    market.score("first")
+def test_a_published_score_that_is_wrong_fails_the_canary(spark: SparkSession, scored_market: Market) -> None:
+    market = scored_market
     path = str(market.folder / "tables" / "relevance_scores")
     DeltaTable.forPath(spark, path).update(f"market = '{KR}'", {"relevance_score": "relevance_score * 0.5"})
 
@@ -267,8 +284,8 @@ def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catal
     assert market.scores().equals(before)
 
 
-def test_a_new_bundle_scores_everything_and_is_judged_by_its_order(market: Market) -> None:
-    market.score("first")
+def test_a_new_bundle_scores_everything_and_is_judged_by_its_order(scored_market: Market) -> None:
+    market = scored_market
 
     with pytest.raises(AuditError, match=r"drift\.rank_agreement"):
         market.score(
@@ -323,8 +340,8 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(
     assert len(market.table("scores_staging").drop_duplicates(KEY)) == 48
 
 
-def test_a_rejected_run_is_not_published_over_a_later_one(market: Market) -> None:
-    market.score("first")
+def test_a_rejected_run_is_not_published_over_a_later_one(scored_market: Market) -> None:
+    market = scored_market
     market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
     with pytest.raises(AuditError):
         market.score("second", audit={"product_coverage": {"limit": 1.1, "severity": "error"}})

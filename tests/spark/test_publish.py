@@ -20,11 +20,11 @@ from csrm.spark.runs import (
     discard_staging,
     find_later_run,
     find_run,
-    last_rate,
     read_open_staging,
     read_run_rows,
     record_run,
     require_run,
+    scoring_rate,
     write_run_rows,
 )
 from csrm.spark.tables import read_table, spark_schema, sql_path, table_path, table_version
@@ -302,5 +302,5 @@ def test_a_run_has_one_row_which_is_found(spark: SparkSession, tmp_path: Path) -
     record_run(spark, tables, {**later, "verdict": "published", "markets": ["tw"]})
     assert find_later_run(spark, tables, found.asDict()) == "b"
     assert find_later_run(spark, tables, {**found.asDict(), "markets": ["kr"]}) is None
-    assert last_rate(spark, tables, "d1", RUN["device"]) == pytest.approx(4)
-    assert last_rate(spark, tables, "d1", "cuda") is None
+    assert scoring_rate(spark, tables, "d1", RUN["device"]) == pytest.approx(4)
+    assert scoring_rate(spark, tables, "d1", "cuda") is None
