@@ -1,4 +1,4 @@
-"""Faults of processes and machines: workers, executors and drivers that are killed or hang, two drivers, a full disk."""
+"""Faults of processes and machines: what runs a night is killed or hangs, two drivers at once, a full disk."""
 
 import signal
 import time
