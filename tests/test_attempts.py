@@ -40,7 +40,7 @@ def scorer(tokenizer: PromptTokenizer, deadly: set[int] | None = None) -> PairSc
 def keyed_pairs(pairs_pdf: pd.DataFrame) -> pd.DataFrame:
     """Pairs of one query and 12 products of different lengths, with keys, on an index of their own."""
     pairs = pd.concat([pairs_pdf.iloc[[0]]] * 12, ignore_index=True)
-    pairs["title"] = ["x" + " y" * (3 * n) for n in range(12)]
+    pairs["title"] = ["x" + " y" * n for n in range(12)]
     pairs["pair_key"] = np.arange(12, dtype=np.int64) - 2**62
     return pairs.set_index(np.arange(100, 112))
 

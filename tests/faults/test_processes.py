@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -89,10 +90,13 @@ def test_a_pair_at_which_its_worker_hangs_every_time_is_found_and_set_aside(
     cluster: Cluster, night: Night, tmp_path: Path
 ) -> None:
     night.bundle = faulty_bundle(ROOT / "conf" / "demo_bundle", tmp_path / "bundle")
-    is_poison = night.catalog["market"].eq(KR) & night.catalog["product_id"].eq("p007")
-    night.catalog.loc[is_poison, "title"] += HANG_MARK
-    hangs = night.candidates["market"].eq(KR) & night.candidates["product_id"].eq("p007")
-    night.candidates = night.candidates[~hangs | night.candidates["query_id"].eq("q1")]
+    poison = (KR, "p007")
+    titles = night.catalog.set_index(["market", "product_id"])["title"]
+    titles[poison] += HANG_MARK
+    night.catalog = titles.reset_index()
+    queries = night.candidates.set_index(["market", "product_id"])["query_id"]
+    sound = queries.drop(index=poison).reset_index()[KEY]
+    night.candidates = pd.concat([sound, pd.DataFrame([(KR, "q1", "p007")], columns=KEY)])
 
     finished = cluster.run(*night.arguments("night", hang_minutes=0.25, audit={"rejected_share": 0.5}))
 
@@ -100,7 +104,7 @@ def test_a_pair_at_which_its_worker_hangs_every_time_is_found_and_set_aside(
     rejected = night.table("rejected_pairs")
     assert rejected[[*KEY, "reason"]].to_numpy().tolist() == [[KR, "q1", "p007", "process_died"]]
     assert not (night.folder / "tables" / "_attempts" / "night").exists()
-    night.candidates = night.candidates[~hangs]
+    night.candidates = sound
     night.bundle = ROOT / "conf" / "demo_bundle"
     night.check_scores({"night"})
     night.check_staged_once()
@@ -170,7 +174,7 @@ def test_a_driver_killed_anywhere_loses_no_work_and_publishes_nothing_by_halves(
     assert 0 < num_staged < num_pairs
 
     die("publish")
-    assert (night.run("night")["verdict"], night.version("relevance_scores")) == ("running", 0)
+    assert (night.run("night")["verdict"], len(night.scores())) == ("running", 0)
     assert len(night.table("scores_staging")) == num_pairs
 
     die("in a commit")
