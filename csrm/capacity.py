@@ -63,12 +63,12 @@ STAGES = {
 }
 """start: of Python and Spark, until the bundle is loaded in a worker. Without the canary, of which a first night has
 none."""
-TABLE_BYTES = {"scores_staging": 30.0, "run_pairs": 25.0, "relevance_scores": 25.0}
+TABLE_BYTES = {"scores_staging": 18.0, "run_pairs": 10.0, "relevance_scores": 11.0}
 """Bytes of a pair in each table that grows with the pairs. relevance_scores as one version: rows that a night replaces
 stay on storage until jobs/maintain.py, and the change feed of an update holds both."""
-SHUFFLED_KEY_BYTES = 100.0
+SHUFFLED_KEY_BYTES = 90.0
 """Of a candidate pair, in the joins of keys."""
-SHUFFLED_TEXT = 1.0
+SHUFFLED_TEXT = 0.9
 """Bytes that are shuffled for each byte of a scored pair's text."""
 
 PAIRS_PER_FILE = 4_096
@@ -296,6 +296,7 @@ def read_run(tables: str, run_id: str) -> Run:
         MissingDependencyError: deltalake is not installed.
     """
     try:
+        import pyarrow as pa
         import pyarrow.dataset as ds
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
@@ -316,7 +317,8 @@ def read_run(tables: str, run_id: str) -> Run:
     )
     query_ids: set[tuple[str, str]] = set()
     for batch in scored.to_batches():
-        query_ids.update(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        distinct = pa.Table.from_batches([batch]).group_by(["market", "query_id"]).aggregate([])
+        query_ids.update(zip(*(column.to_pylist() for column in distinct.columns), strict=True))
     table_bytes = {}
     for name in TABLE_BYTES:
         size, num_rows = _size(opened[name], run_id)

@@ -327,7 +327,7 @@ def report(results: dict[str, dict[str, Any]], about: dict[str, Any], args: argp
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else made_by["processor"]
     head = (
         f"`tests/benchmarks/bench_gpu.py`, {made_by['date']}, commit {made_by['commit']}, {device}: "
-        f"{about['num_parameters'] / 1e6:,.0f} M weights, {about['layer_weights'] / 1e6:,.0f} M in the layers; "
+        f"{about['num_parameters'] / 1e6:,.1f} M weights, {about['layer_weights'] / 1e6:,.1f} M in the layers; "
         f"{len(reference):,} pairs, {args.products_per_query} products a query; packs of {args.pack_tokens} tokens, "
         f"{args.packs_per_batch} at a time; batches of {args.batch}; torch in {args.torch_precision}; medians of "
         f"{args.repeats} runs, with the smallest and the largest. torch {torch.__version__}, "
