@@ -28,7 +28,7 @@ a pair's text), and the retrieved titles follow the queries, as csrm.spark.pairs
 p, s and the length of texts are means over the bundle's golden pairs, which are real ones. The rate is what the
 bundle's export measured, --tokens-per-second, or that of a run, which also says how many tokens a pair took, how many
 bytes its rows take in the tables, and, if it had 100,000 pairs or more, what Spark costs there.
-tests/benchmarks/night_cost.py measured the constants, and compares the formula with nights of other sizes.
+tests/benchmarks/night_cost.py measures the constants, and compares the formula with nights of other sizes.
 """
 
 import argparse
@@ -62,7 +62,7 @@ STAGES = {
     "publish": StageCost(3.0, 8.0),
 }
 """start: of Python and Spark, until the bundle is loaded in a worker. Without the canary, of which a first night has
-none."""
+none. Estimates: night_cost.py has not run on a quiet machine yet."""
 TABLE_BYTES = {"scores_staging": 18.0, "run_pairs": 10.0, "relevance_scores": 11.0}
 """Bytes of a pair in each table that grows with the pairs. relevance_scores as one version: rows that a night replaces
 stay on storage until jobs/maintain.py, and the change feed of an update holds both."""
