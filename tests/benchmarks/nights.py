@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ class Nights:
         return num_staged
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows with the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default=str(REPOSITORY / "conf" / "demo_bundle"))
@@ -143,10 +150,7 @@ def main() -> None:
             rows.append(nights.run(f"first, killed with {num_staged:,} pairs staged, started again", "1", "killed"))
     for row in rows:
         row["of the first"] = f"{row['seconds'] / rows[0]['seconds']:.1%}"
-    table = pd.DataFrame(rows)
-    print("| " + " | ".join(table.columns) + " |\n|" + " --- |" * len(table.columns))
-    for row in table.itertuples(index=False):
-        print("| " + " | ".join(map(str, row)) + " |")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

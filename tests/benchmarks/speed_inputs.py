@@ -22,10 +22,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -146,8 +146,8 @@ def write_workloads(folder: Path, texts: Texts, num_pairs: int) -> None:
         with_prompts(pairs, tokenizer).to_pickle(folder / "workloads" / f"{name}.pkl")
 
 
-def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
-    """A random Qwen3 model as a trained folder.
+def seeded_language_model(sizes: Mapping[str, int]) -> Any:
+    """A random Qwen3 model.
 
     Its weights are large enough that scores differ from pair to pair, and the embeddings so much larger than what the
     layers add that 8 and 4 bits move the scores little: 38 M weights all of one size scramble them at 4 bits.
@@ -155,24 +155,22 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from csrm.training.stage import KIND, ModelCard
-
     torch.manual_seed(0)
-    width = SEEDED_MODELS[name]["hidden_size"] ** 0.5
-    heads = SEEDED_MODELS[name]["hidden_size"] // 64
-    config = Qwen3Config(
-        **SEEDED_MODELS[name],
-        num_attention_heads=max(2, heads),
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.9 / width,
-    )
+    width = sizes["hidden_size"] ** 0.5
+    heads = sizes["hidden_size"] // 64
+    shape = {"num_attention_heads": max(2, heads), "num_key_value_heads": max(1, heads // 2), "head_dim": 64, **sizes}
+    config = Qwen3Config(**shape, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.9 / width)
     language_model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         language_model.model.embed_tokens.weight /= config.initializer_range
         language_model.model.norm.weight.fill_(2 / width)  # logits with a standard deviation of about 2
+    return language_model
+
+
+def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
+    """A random Qwen3 model as a trained folder."""
+    from csrm.training.stage import KIND, ModelCard
+
     card = ModelCard(
         base_model={"folder": str(folder / "weights")},
         tuning={"method": "full"},
@@ -184,7 +182,7 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
         fingerprint="",
         versions={},
     )
-    language_model.save_pretrained(folder / "weights")
+    seeded_language_model(SEEDED_MODELS[name]).save_pretrained(folder / "weights")
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_NAME)
     (folder / "model.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
     write_manifest(folder, KIND)
