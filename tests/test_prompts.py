@@ -1,9 +1,11 @@
 import re
+import unicodedata
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from csrm import prompts
 from csrm.prompts import ANSWER_CUE, Product, Query, neutralize, prefix_lines, prompt_text, suffix_lines
 
 LINE_NAMES = (
@@ -89,6 +91,14 @@ def test_neutral_text_holds_no_structure(text: str) -> None:
     assert not re.search(r"\[/?[A-Z_]{2,32}\]", clean)
     assert not re.search(rf"(?<![a-zA-Z])({'|'.join(LINE_NAMES)})\s*[:：]", clean, re.IGNORECASE)
     clean.encode("utf-8")
+
+
+@given(st.one_of(hostile_text, st.text()))
+@example("a[INST]b：<c>")
+def test_looking_before_substituting_changes_nothing(text: str) -> None:
+    visible = unicodedata.normalize("NFC", prompts._INVISIBLE.sub(" ", text)).translate(prompts._ANGLES)
+    visible = prompts._LINE_START.sub(r"\1 ", prompts._SQUARE_TOKEN.sub(r"(\1)", visible))
+    assert neutralize(text) == " ".join(visible.split())
 
 
 @given(
