@@ -36,6 +36,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
     if threads is not None:
         session_options.intra_op_num_threads = threads
     session_options.inter_op_num_threads = 1
+    if provider == "CUDAExecutionProvider":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installed them, which no linker looks for; else the system's
     try:
         session = onnxruntime.InferenceSession(str(model_path), session_options, providers=[(provider, options)])
     except Exception as error:  # onnxruntime's errors have no common base
