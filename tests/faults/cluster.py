@@ -88,7 +88,13 @@ class Cluster:
 
     @contextmanager
     def submit(
-        self, *arguments: str, job: Path = ROOT / "jobs" / "score_catalog.py", cores: int = 1, **conf: object
+        self,
+        *arguments: str,
+        job: Path = ROOT / "jobs" / "score_catalog.py",
+        cores: int = 1,
+        properties: Path | None = None,
+        program: tuple[str, ...] = (str(SPARK_HOME / "bin" / "spark-submit"),),
+        **conf: object,
     ) -> Iterator[Submitted]:
         """A job on the cluster, which is killed where it is left running.
 
@@ -96,6 +102,8 @@ class Cluster:
             arguments: of the job.
             job: its script.
             cores: of each executor.
+            properties: file with more of them.
+            program: what submits it.
             conf: of Spark, with __ for each point of a name.
         """
         settings = {
@@ -121,9 +129,10 @@ class Cluster:
             "spark.eventLog.compress": "false",
             **{name.replace("__", "."): value for name, value in conf.items()},
         }
-        command = [str(SPARK_HOME / "bin" / "spark-submit"), "--master", self.url, "--py-files", str(self._archive)]
+        command = [*program, "--master", self.url, "--py-files", str(self._archive)]
+        command += ["--properties-file", str(properties)] if properties is not None else []
         command += [word for name, value in settings.items() for word in ("--conf", f"{name}={value}")]
-        environment = {**_environment(), "CSRM_CACHE_DIR": str(self.folder / "cache")}
+        environment = {**clean_environment(), "CSRM_CACHE_DIR": str(self.folder / "cache")}
         submitted = Submitted([*command, str(job), *arguments], environment, self.folder)
         try:
             yield submitted
@@ -160,7 +169,7 @@ def run_cluster(folder: Path) -> Iterator[Cluster]:
     decoy = folder / "decoy" / "csrm"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text(_NOT_SHIPPED)
-    environment = {**_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
+    environment = {**clean_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
     started: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, *arguments: str) -> Path:
@@ -204,7 +213,7 @@ def _is_executor(process: psutil.Process) -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Of this process, without what would bring its own code, Spark or session to another one."""
     dropped = ("PYTHONPATH", "SPARK_HOME", "PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
