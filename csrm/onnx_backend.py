@@ -47,7 +47,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
     if session.get_providers()[0] != provider:
         raise DeviceError(
             f"device {device!r}: expected {provider}, got {session.get_providers()}. "
-            f"Does the CUDA version fit onnxruntime {onnxruntime.__version__}?"
+            "Has the machine NVIDIA's driver (nvidia-smi), and one that fits the CUDA of onnxruntime "
+            f"{onnxruntime.__version__}? Its own message before this one names the library that was missing."
         )
 
     expected = set(PackBatch._fields) - {"pair_index"}
