@@ -225,3 +225,37 @@ def test_spark_knows_every_property_of_a_template(spark: Any, path: Path) -> Non
     assert unknown == []
     parsed = core.deploy.k8s.KubernetesVolumeUtils.parseVolumesWithPrefix(conf, volumes)
     assert parsed.size() == len({name.split(".")[5] for name in properties if name.startswith(volumes)})
+
+
+@pytest.mark.spark
+def test_the_pod_that_spark_makes_of_the_template_has_a_gpu_and_what_the_start_script_reads(spark: Any) -> None:
+    jvm = spark.sparkContext._jvm
+    core, nothing = jvm.org.apache.spark, getattr(getattr(jvm.scala, "None$"), "MODULE$")
+    conf = core.SparkConf(False)
+    for name, value in {**read_properties(DEPLOY / "kubernetes.conf"), "spark.driver.host": "d"}.items():
+        conf.set(name, value)
+    conf.set("spark.driver.port", "7078")
+    executor = core.deploy.k8s.KubernetesConf.createExecutorConf(conf, "3", "night", nothing, 0)
+    profiles = getattr(getattr(core.resource, "ResourceProfile$"), "MODULE$")
+    security = spark.sparkContext._jsc.sc().env().securityManager()
+    profiles.clearDefaultProfile()  # that of the session, of which Spark keeps one
+    try:
+        profile = profiles.getOrCreateDefaultProfile(conf)
+    finally:
+        profiles.clearDefaultProfile()
+    builder = core.scheduler.cluster.k8s.KubernetesExecutorBuilder()
+    pod = builder.buildFromFeatures(executor, security, None, profile).pod()
+    container = json.loads(jvm.io.fabric8.kubernetes.client.utils.Serialization.asJson(pod.container()))
+
+    assert container["args"] == ["executor"]
+    assert container["image"] == f"csrm-gpu:{csrm.__version__}"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": f"{(8 + 16) * 1024}Mi"}
+    assert container["resources"]["requests"]["cpu"] == "8"
+    given = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert given["SPARK_LOCAL_DIRS"] == "/var/spark"
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {given["SPARK_CONF_DIR"], "/var/cache/csrm", "/var/spark"}
+    script = (DEPLOY / "start.sh").read_text(encoding="utf-8").partition("executor)")[2]
+    optional = {"SPARK_HOME", "SPARK_EXTRA_CLASSPATH"}  # of the image; where spark.executor.extraClassPath is set
+    read = set(re.findall(r"\$\{?(SPARK_\w+)", script)) - optional
+    assert {"SPARK_DRIVER_URL", "SPARK_EXECUTOR_MEMORY", "SPARK_RESOURCE_PROFILE_ID"} <= read <= given.keys()
