@@ -52,7 +52,7 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise BundleError(f"{kind} {uri!r}: {MANIFEST_NAME} cannot be read: {error}. Is the URI right?") from error
     manifest = parse_manifest(text, f"{kind} {uri!r}", kind)
-    cache = _cache_dir()
+    cache = cache_dir()
     folder = cache / manifest.digest
     if folder in _used:
         return folder
@@ -75,7 +75,8 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
     return folder
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Folder of the cache on this machine, made where there is none."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csrm"
     folder = Path(os.environ.get("CSRM_CACHE_DIR") or default)
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
     if threads is not None:
         session_options.intra_op_num_threads = threads
     session_options.inter_op_num_threads = 1
+    if provider == "CUDAExecutionProvider":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installed them, which no linker looks for; else the system's
     try:
         session = onnxruntime.InferenceSession(str(model_path), session_options, providers=[(provider, options)])
     except Exception as error:  # onnxruntime's errors have no common base
@@ -45,7 +47,8 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
     if session.get_providers()[0] != provider:
         raise DeviceError(
             f"device {device!r}: expected {provider}, got {session.get_providers()}. "
-            f"Does the CUDA version fit onnxruntime {onnxruntime.__version__}?"
+            "Has the machine NVIDIA's driver (nvidia-smi), and one that fits the CUDA of onnxruntime "
+            f"{onnxruntime.__version__}? Its own message before this one names the library that was missing."
         )
 
     expected = set(PackBatch._fields) - {"pair_index"}

@@ -41,6 +41,11 @@ def delta_coordinate() -> str:
     return f"io.delta:delta-spark_{spark_major_minor}_2.13:{version('delta-spark')}"
 
 
+def spark_jars_dir() -> Path:
+    """Folder of the jars of the Spark that a session starts: that of SPARK_HOME, else pyspark's own."""
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
+
+
 def install_delta_jars(jars_dir: Path) -> list[str]:
     """Resolve Delta's jars with Ivy and copy them into a folder; jars of another Delta version there are removed.
 

@@ -90,7 +90,7 @@ def scoring_profile(spark: SparkSession, device: str, one_task_per_gpu: bool | N
     return ResourceProfileBuilder().require(TaskResourceRequests().cpus(task_threads(spark)).resource("gpu", 1)).build
 
 
-def _task_device(device: str) -> str:
+def task_device(device: str) -> str:
     """The device of this task: cuda is the GPU that Spark gave it, if it gave one."""
     context = TaskContext.get()
     gpu = context.resources().get("gpu") if context is not None else None
@@ -144,7 +144,7 @@ def probe_scorer(
     def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             try:
-                scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, load_bundle(bundle_dir).digest)
+                scorer = _loaded_scorer(bundle_dir, task_device(device), threads, load_bundle(bundle_dir).digest)
                 found = (scorer.digest, scorer.provider, "", "")
             except CsrmError as error:
                 found = ("", "", type(error).__name__, str(error))
@@ -219,7 +219,7 @@ def with_relevance_score(
             counter.add(count)
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, bundle_digest)
+        scorer = _loaded_scorer(bundle_dir, task_device(device), threads, bundle_digest)
         context = TaskContext.get()
         is_again = is_repeated or (context is not None and context.attemptNumber() > 0)
         attempts = open_attempts(attempts_dir) if is_again and attempts_dir is not None else None
@@ -259,7 +259,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
     digest = load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
-        scorer = _loaded_scorer(bundle_dir, _task_device(device), threads, digest)
+        scorer = _loaded_scorer(bundle_dir, task_device(device), threads, digest)
         for batch in batches:
             yield scorer.score(_with_pair_columns(batch))["relevance_score"]
 

@@ -13,6 +13,7 @@ from pyspark import SparkConf, SparkContext
 from pyspark.sql import SparkSession
 
 from csrm.errors import ConfigError
+from csrm.spark.jars import spark_jars_dir
 
 _DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
@@ -87,8 +88,7 @@ def _local_profile(master: str) -> dict[str, str]:
 
 
 def _delta_jar_is_installed() -> bool:
-    home = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
-    return any((home / "jars").glob("delta-spark*.jar"))
+    return any(spark_jars_dir().glob("delta-spark*.jar"))
 
 
 def _check_delta_is_loadable() -> None:

@@ -192,6 +192,14 @@ def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
     return num_rows
 
 
+def delete_table(spark: SparkSession, path: str) -> None:
+    """Delete a table's folder and all that is in it, where there is one."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    folder = jvm.org.apache.hadoop.fs.Path(path)
+    folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).delete(folder, True)
+
+
 def merge_changes(
     changes_df: DataFrame,
     table: Table,

@@ -93,7 +93,7 @@ class Cluster:
         decoy = folder / "decoy" / "csrm"
         decoy.mkdir(parents=True)
         (decoy / "__init__.py").write_text(_NOT_SHIPPED)
-        self._environment = {**_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
+        self._environment = {**clean_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
         self._started: list[subprocess.Popen[bytes]] = []
         self._workers: dict[str, psutil.Process] = {}
         """GPU address to the daemon that has it."""
@@ -152,6 +152,8 @@ class Cluster:
         job: Path = ROOT / "jobs" / "score_catalog.py",
         master: str = "",
         cores: int = 1,
+        properties: Path | None = None,
+        program: tuple[str, ...] = (str(SPARK_HOME / "bin" / "spark-submit"),),
         **conf: object,
     ) -> Iterator[Submitted]:
         """A job on the cluster, which is killed where it is left running.
@@ -161,6 +163,8 @@ class Cluster:
             job: its script.
             master: another one than the cluster's.
             cores: of each executor.
+            properties: file with more of them.
+            program: what submits it.
             conf: of Spark, with __ for each point of a name.
         """
         settings = {
@@ -186,15 +190,10 @@ class Cluster:
             "spark.eventLog.compress": "false",
             **{name.replace("__", "."): value for name, value in conf.items()},
         }
-        command = [
-            str(SPARK_HOME / "bin" / "spark-submit"),
-            "--master",
-            master or self.url,
-            "--py-files",
-            str(self._archive),
-        ]
+        command = [*program, "--master", master or self.url, "--py-files", str(self._archive)]
+        command += ["--properties-file", str(properties)] if properties is not None else []
         command += [word for name, value in settings.items() for word in ("--conf", f"{name}={value}")]
-        environment = {**_environment(), "CSRM_CACHE_DIR": str(self.folder / "cache")}
+        environment = {**clean_environment(), "CSRM_CACHE_DIR": str(self.folder / "cache")}
         submitted = Submitted([*command, str(job), *arguments], environment, self.folder)
         try:
             yield submitted
@@ -243,7 +242,7 @@ def _is_executor(process: psutil.Process) -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """Of this process, without what would bring its own code, Spark or session to another one."""
     dropped = ("PYTHONPATH", "SPARK_HOME", "PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
