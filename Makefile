@@ -41,8 +41,12 @@ demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores
 	@$(run) python jobs/demo_bundle.py
 
 .PHONY: test
-test: setup-dev setup-airflow  ## Run the tests (all but the longer ones of make faults; TEST_ARGS="...")
-	@$(run) python -m pytest -n 2 --dist loadfile -m "not faults" $(TEST_ARGS)
+test: setup-dev setup-airflow  ## Run the tests, in two processes (all but those of make test-long; TEST_ARGS="...")
+	@$(run) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(TEST_ARGS)
+
+.PHONY: test-long
+test-long: setup-dev  ## Run the tests that take a minute or more each and are left out of make test (TEST_ARGS="...")
+	@$(run) python -m pytest -m long $(TEST_ARGS)
 
 .PHONY: faults
 faults: setup-dev  ## Break nights on a real cluster in every way that is known (TEST_ARGS="...")

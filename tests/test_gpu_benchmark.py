@@ -29,6 +29,7 @@ def test_without_a_cuda_device_it_says_so_and_ends_with_exit_code_2() -> None:
     assert found.stdout == ""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_on_a_cpu_padding_prefix_caching_and_packs_give_the_same_scores(tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.onnx")

@@ -121,6 +121,7 @@ def test_nights_that_are_as_foretold_are_reported_so(night_cost: ModuleType) -> 
     assert f'"plan": StageCost({STAGES["plan"].fixed_s}, {STAGES["plan"].pair_us}),' in text
 
 
+@pytest.mark.long
 @pytest.mark.spark
 @pytest.mark.slow
 @pytest.mark.timeout(600)

@@ -13,7 +13,7 @@ import pytest
 from tests.faults.cluster import ROOT, Cluster, clean_environment, wait_for
 from tests.faults.night import Night
 
-pytestmark = [pytest.mark.faults, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
 DOCTOR = ROOT / "jobs" / "doctor.py"
 DEPLOY = ROOT / "conf" / "deploy"

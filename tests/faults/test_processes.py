@@ -15,7 +15,7 @@ from tests.faults.bundles import HANG_MARK, faulty_bundle
 from tests.faults.cluster import ROOT, Cluster, Submitted, kill, wait_for
 from tests.faults.night import KEY, KR, LEASE_SECONDS, Night
 
-pytestmark = [pytest.mark.faults, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 stopped: list[psutil.Process] = []
 SMALL_CHUNKS = {"chunk_minutes": 1e-6, "num_partitions": 1}

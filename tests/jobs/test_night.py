@@ -307,7 +307,6 @@ def test_a_second_run_at_once_ends_with_the_name_of_the_first(spark: SparkSessio
     assert caught.value.exit_code == 5
     assert "run other (process" in str(caught.value)
     assert not (market.folder / "tables" / "relevance_scores").exists()
-    market.score("first")
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(
