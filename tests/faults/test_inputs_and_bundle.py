@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,10 @@ def test_a_bundle_that_is_replaced_while_the_job_runs_never_scores_under_the_old
         about = load_bundle(folder).settings.model_dump(mode="json")
         write_manifest(folder, KIND, {**about, "device": "cuda"})
         for process in psutil.Process().children(recursive=True):
-            if "pyspark.daemon" in " ".join(process.cmdline()):
-                for worker in process.children():  # those that have loaded the old one; the daemon starts others
-                    worker.kill()
+            with suppress(psutil.Error):  # some have ended, and are zombies
+                if "pyspark.daemon" in " ".join(process.cmdline()):
+                    for worker in process.children():  # those that have loaded the old one; the daemon starts others
+                        worker.kill()
 
     before_scoring(replace)
 
