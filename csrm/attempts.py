@@ -33,13 +33,14 @@ class Attempts:
             folder: a path, or a URI of a storage that pyarrow.fs reaches; made where there is none.
 
         Raises:
-            OSError, pa.ArrowException: it cannot be read.
+            OSError, pa.ArrowException: it cannot be made or read.
         """
         self._files, self._folder = _open(folder)
+        self._files.create_dir(self._folder)
         self._own = f"{self._folder}/{uuid.uuid4().hex}.json"
         self._guilty: set[int] = set()
         self._suspects: set[int] = set()
-        for info in self._files.get_file_info(pa_fs.FileSelector(self._folder, allow_not_found=True)):
+        for info in self._files.get_file_info(pa_fs.FileSelector(self._folder)):
             keys = self._read(info.path)
             (self._guilty if len(keys) == 1 else self._suspects).update(keys)
 
@@ -65,7 +66,6 @@ class Attempts:
             self._files.delete_file(self._own)
 
     def _note(self, pair_keys: Sequence[int]) -> None:
-        self._files.create_dir(self._folder)
         with self._files.open_output_stream(self._own) as stream:
             stream.write(json.dumps(sorted({int(key) for key in pair_keys})).encode())
 

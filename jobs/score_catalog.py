@@ -259,7 +259,6 @@ def score_and_publish(
     with ScoringProgress(spark, counts.num_to_score, config.progress_seconds, lines) as progress:
         attempt = f"csrm-staging/{run_id}/{night.started_at.timestamp()}"
         stage_scores(spark, config.tables, attempt, counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
-    forget_attempts(attempts_path(config.tables, run_id))
     clock.lap("scoring")
     _say_scored(console, counts.num_to_score, clock.seconds["scoring"], progress.share_saved)
     staged_df = read_open_staging(spark, config.tables, config.markets)
@@ -275,6 +274,7 @@ def score_and_publish(
     canaries = {}
     if counts.num_unchanged and config.canary_pairs:
         canaries = _score_canaries(spark, night, planned_df, published_df, inputs)
+    forget_attempts(attempts_path(config.tables, run_id))
     clock.lap("canary")
 
     changes_df = run_changes(planned_df, published_df, staged_df, run_id).persist(StorageLevel.MEMORY_AND_DISK)
