@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from csrm.bundle import KIND, load_bundle
 from csrm.errors import BundleError, InputError
@@ -40,20 +40,25 @@ def before_scoring(monkeypatch: pytest.MonkeyPatch) -> Fault:
     return plan
 
 
+def delta_catalog(spark: SparkSession, night: Night) -> tuple[DataFrame, str, list[str]]:
+    """The night's catalog as a Delta table: its rows, its path, and the arguments that make it the input."""
+    path = str(night.folder / "catalog_delta")
+    catalog_df = spark.read.parquet(str(night.folder / "catalog.parquet"))
+    catalog_df.write.format("delta").save(path)
+    return catalog_df, path, ["--set", f"inputs.catalog={{path: '{path}', format: delta}}"]
+
+
 @pytest.mark.fault("a Delta input is overwritten while the job runs")
 def test_a_delta_input_that_is_overwritten_is_read_as_it_was(
     spark: SparkSession, night: Night, before_scoring: Fault
 ) -> None:
     arguments = night.arguments("night")
-    path = str(night.folder / "catalog_delta")
-    catalog_df = spark.read.parquet(str(night.folder / "catalog.parquet"))
-    catalog_df.write.format("delta").save(path)
+    catalog_df, path, delta = delta_catalog(spark, night)
 
     def overwrite() -> None:
         catalog_df.selectExpr("market", "product_id", "'x' AS title").write.format("delta").mode("overwrite").save(path)
 
     before_scoring(overwrite)
-    delta = ["--set", f"inputs.catalog={{path: '{path}', format: delta}}"]
 
     night.check_ended(score_catalog.main([*arguments, *delta]), "", 0)
     night.check_published("night")
@@ -65,9 +70,7 @@ def test_a_delta_input_whose_version_is_vacuumed_is_an_error_and_nothing_is_publ
     spark: SparkSession, night: Night, before_scoring: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = night.arguments("night")
-    path = str(night.folder / "catalog_delta")
-    catalog_df = spark.read.parquet(str(night.folder / "catalog.parquet"))
-    catalog_df.write.format("delta").save(path)
+    catalog_df, path, delta = delta_catalog(spark, night)
 
     def vacuum() -> None:
         catalog_df.write.format("delta").mode("overwrite").save(path)
@@ -75,7 +78,6 @@ def test_a_delta_input_whose_version_is_vacuumed_is_an_error_and_nothing_is_publ
             DeltaTable.forPath(spark, path).vacuum(0)
 
     before_scoring(vacuum)
-    delta = ["--set", f"inputs.catalog={{path: '{path}', format: delta}}"]
 
     with pytest.raises(InputError, match=r"input catalog at .* files of its version 0 are gone") as caught:
         score_catalog.main([*arguments, *delta])
