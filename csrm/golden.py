@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, ValidationError
 
+from csrm.config import Settings
 from csrm.errors import BundleError
 from csrm.scoring import PAIR_COLUMNS, PairScorer, pair_groups
 from csrm.tokenization import PromptTokenizer
@@ -45,12 +47,35 @@ class GoldenPairs:
         BundleError: the file does not hold golden pairs.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            records = pd.DataFrame(values["pairs"], columns=[*PAIR_COLUMNS, "prompt_ids", "score"])
-            scores = records["score"].to_numpy(dtype=np.float64)
-            return cls(str(values["source"]), records[PAIR_COLUMNS], records["prompt_ids"].tolist(), scores)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise BundleError(f"{path.name}: does not hold golden pairs ({error!r}).") from error
+            file = _GoldenFile.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise BundleError(
+                f"bundle {str(path.parent)!r}: {path.name} does not hold golden pairs: {error}. Export the model again."
+            ) from error
+        records = pd.DataFrame([pair.model_dump() for pair in file.pairs])
+        return cls(
+            file.source, records[PAIR_COLUMNS], records["prompt_ids"].tolist(), records["score"].to_numpy(np.float64)
+        )
+
+
+class _GoldenPair(Settings):
+    """PAIR_COLUMNS of a pair, and what was computed from them."""
+
+    market: str
+    language: str
+    query: str | None
+    retrieved_titles: list[str] | None
+    title: str | None
+    brand: str | None
+    category: str | None
+    attributes: dict[str, str | None] | None
+    prompt_ids: list[int]
+    score: float = Field(allow_inf_nan=False)
+
+
+class _GoldenFile(Settings):
+    source: str
+    pairs: list[_GoldenPair] = Field(min_length=1)
 
 
 def choose_golden_pairs(

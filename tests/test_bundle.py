@@ -172,7 +172,7 @@ def weights_outside(folder: Path) -> None:
         (other_tokenizer, r"golden pair 0 .*The tokenizer is another model's"),
         (no_graph, "onnxruntime cannot read it"),
         (graph_with_other_inputs, r"expected inputs \['group_ids', .*got inputs \['x'\] and outputs \['y'\]"),
-        (no_golden_pairs, "golden.json: does not hold golden pairs"),
+        (no_golden_pairs, "golden.json does not hold golden pairs"),
         (weights_outside, "onnxruntime cannot read it: .*weights"),
     ],
 )

@@ -59,7 +59,9 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
 
     Required columns must exist and hold no null; the key must be unique. An optional column that is absent becomes
     null. Types must match, or convert without loss: integers to wider integers and to string (ids), text to numbers
-    (csv; a value that is no number is a problem), a struct or JSON text to a map. The checks take one scan.
+    (csv; a value that is no number is a problem), a struct or JSON text to a map. Bytes that are no UTF-8, which
+    Parquet and Spark let pass and Arrow does not, become U+FFFD; not those of a market, by which files are found. The
+    checks take one scan.
 
     Args:
         spark: the session.
@@ -84,7 +86,7 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
         value, failed, problem = _converted(source_df, column, spec)
         if problem:
             problems.append(problem)
-        values.append(value.alias(column.name))
+        values.append((value if column.name == "market" else _valid_text(value, column.type)).alias(column.name))
         if failed is not None:
             failures[column.name] = failed
     if problems:
@@ -249,6 +251,16 @@ def _try_convert(value: Column, found: DataType, wanted: DataType) -> Column | N
     if isinstance(wanted, (*_INTEGRAL, FloatType, DoubleType)) and isinstance(found, (*_INTEGRAL, StringType)):
         return value.try_cast(wanted)
     return None
+
+
+def _valid_text(value: Column, wanted: str) -> Column:
+    """Text whose bytes are UTF-8; of a map, entries whose name is not are left out."""
+    if wanted == "string":
+        return F.make_valid_utf8(value)
+    if wanted == "map<string,string>":
+        valid = F.transform_values(value, lambda _, text: F.make_valid_utf8(text))
+        return F.map_filter(valid, lambda name, _: F.is_valid_utf8(name))
+    return value
 
 
 def _value_problems(checked_df: DataFrame, table: Table, converted: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 
 from csrm.bundle import load_scorer
+from csrm.scoring import PAIR_COLUMNS
 
 KR, TW = "kr", "tw"
 LEASE_SECONDS = 5
@@ -38,6 +39,7 @@ class Night:
             columns=["market", "query_id", "query"],
         )
         self.candidates = self.queries[["market", "query_id"]].merge(self.catalog[["market", "product_id"]])
+        self.retrieval_table: pd.DataFrame | None = None
 
     def arguments(self, run_id: str, **settings: Any) -> list[str]:
         """Command line of the scoring job, after the tables were written."""
@@ -46,14 +48,17 @@ class Night:
             "inputs": {},
             "tables": str(self.folder / "tables"),
             "bundle": self.bundle.as_uri(),
-            "use_retrieved_titles": False,
+            "use_retrieved_titles": self.retrieval_table is not None,
             "lease_seconds": LEASE_SECONDS,
             **settings,
         }
-        for name in ("catalog", "queries", "candidates"):
+        tables = {"catalog": self.catalog, "queries": self.queries, "candidates": self.candidates}
+        if self.retrieval_table is not None:
+            tables["retrieval_table"] = self.retrieval_table
+        for name, table in tables.items():
             path = self.folder / f"{name}.parquet"
             if not path.exists():
-                getattr(self, name).to_parquet(path)
+                table.to_parquet(path)
             values["inputs"][name] = {"path": str(path), "format": "parquet"}
         config = self.folder / "score_catalog.yaml"
         config.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
@@ -77,8 +82,12 @@ class Night:
     def expected_scores(self) -> pd.DataFrame:
         """Of all candidates, by the core alone, without Spark: KEY and relevance_score."""
         pairs = self.candidates.merge(self.queries).merge(self.catalog)
-        pairs["language"] = pairs["market"].map(_LANGUAGES)
-        pairs = pairs.assign(retrieved_titles=None, brand=None, category=None, attributes=None)
+        if self.retrieval_table is not None:
+            by_rank = self.retrieval_table.sort_values("rank").groupby(["market", "query_id"])["title"]
+            pairs = pairs.merge(by_rank.agg(list).rename("retrieved_titles").reset_index(), how="left")
+        pairs = pairs.assign(**{name: None for name in PAIR_COLUMNS if name not in pairs})
+        pairs["language"] = pairs["language"].fillna(pairs["market"].map(_LANGUAGES))
+        pairs = pairs.astype(object).where(pairs.notna(), None)
         scores = load_scorer(self.bundle, "cpu", threads=1).score(pairs)["relevance_score"]
         return pairs[KEY].assign(relevance_score=scores).sort_values(KEY, ignore_index=True)
 

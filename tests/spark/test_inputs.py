@@ -1,7 +1,10 @@
 """Input tables: mapping, conversion, and every problem in one message."""
 
+import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
@@ -69,6 +72,41 @@ def test_attributes_are_read_from_objects_and_from_json_text(spark: SparkSession
     for spec in (objects, texts):
         rows = read_input(spark, CATALOG, spec).df.orderBy("product_id").collect()
         assert [row["attributes"] for row in rows] == [{"color": "red"}, None]
+
+
+def test_bytes_that_are_no_utf8_are_replaced(spark: SparkSession, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    pieces = [
+        b"tent",
+        "텐트 👩\u200d👧".encode(),
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xe2\x82",
+        b"\xf0\x9f\x8f",
+        b"\xc0\xaf",
+        b"\x80",
+    ]
+    titles = [b"".join(rng.choices(pieces, k=5)) for _ in range(200)] + [bytes(rng.choices(range(256), k=20))]
+    columns = {
+        "market": pa.array([b"kr"] * len(titles)),
+        "product_id": pa.array([b"%d \xff" % number for number in range(len(titles))]),
+        "title": pa.array(titles),
+        "attributes": pa.array(
+            [[(b"color", b"\xff"), (b"\xff", b"red")]] * len(titles), pa.map_(pa.binary(), pa.binary())
+        ),
+    }
+    path = tmp_path / "catalog.parquet"
+    pq.write_table(pa.table(columns), path)
+    # Bytes are written as such and read as text, as by systems that do not check what they write.
+    source_df = spark.read.schema("market string, product_id string, title string, attributes map<string,string>")
+    source_df.parquet(str(path)).write.parquet(str(tmp_path / "catalog"))
+
+    read = read_input(spark, CATALOG, InputSpec(path=str(tmp_path / "catalog"), format="parquet")).df.toPandas()
+
+    by_id = dict(zip(read["product_id"], read["title"], strict=True))
+    expected = {f"{number} \ufffd": title.decode(errors="replace") for number, title in enumerate(titles)}
+    assert by_id == expected
+    assert read["attributes"].tolist() == [{"color": "\ufffd"}] * len(titles)
 
 
 def test_all_problems_of_the_columns_come_in_one_message(spark: SparkSession, tmp_path: Path) -> None:
