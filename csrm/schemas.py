@@ -261,6 +261,7 @@ SCORING_RUNS = Table(
         Column("rejected", "map<string,bigint>", "Reason to pairs that could not be scored", required=False),
         Column("changes", "map<string,bigint>", "insert, update, delete to published rows", required=False),
         Column("num_tokens", "bigint", "Tokens that were computed", required=False),
+        Column("num_halved_packs", "bigint", "Packs for which the device's memory did not suffice", required=False),
         Column("seconds", "map<string,double>", "Stage to its wall-clock time in seconds"),
         Column(
             "audit",
@@ -272,7 +273,7 @@ SCORING_RUNS = Table(
         Column("published_version", "bigint", "Version of relevance_scores after this run", required=False),
     ),
     key=("run_id",),
-    schema_version=2,
+    schema_version=3,
 )
 
 OUTPUTS = (

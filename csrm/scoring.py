@@ -51,6 +51,8 @@ class PairScorer:
         """Tokens computed so far, prefixes counted once per pack."""
         self.num_prompt_tokens = 0
         """Tokens of the prompts so far, prefixes counted once per pair."""
+        self.num_halved_packs = 0
+        """Packs so far that failed and whose halves did not: memory does not suffice for their length."""
         self._tokenizer = tokenizer
         self._pack_scorer = pack_scorer
         self._pack_tokens = pack_tokens
@@ -181,6 +183,7 @@ class PairScorer:
     def _shorten_packs(self, num_tokens: int, error: Exception) -> None:
         """After a pack whose halves can be scored, as it is where memory runs out."""
         longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
+        self.num_halved_packs += 1
         self._pack_tokens = max(min(self._pack_tokens, num_tokens // 2), longest)
         logger.warning("packs of at most %d tokens from now on; longer ones fail: %s", self._pack_tokens, error)
 

@@ -269,7 +269,9 @@ def score_and_publish(
         counts = _count_plan(planned_df, inputs["candidates"], config)
         _say_rejected_pairs(console, counts.rejected)
     row |= {name: getattr(counts, name) for name in ("num_reused", "rejected")}
-    row |= {"num_scored": counts.num_to_score, "num_tokens": progress.num_tokens.value}
+    row |= {"num_scored": counts.num_to_score}
+    row |= {name: getattr(progress, name).value for name in ("num_tokens", "num_halved_packs")}
+    _say_halved_packs(console, row["num_halved_packs"])
 
     canaries = {}
     if counts.num_unchanged and config.canary_pairs:
@@ -502,6 +504,15 @@ def _say_rejected_pairs(console: Console, rejected: Mapping[str, int]) -> None:
     if rejected:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items()))
         console.say("rejected_pairs", f"rejected {sum(rejected.values()):,} pairs: {listed}", **rejected)
+
+
+def _say_halved_packs(console: Console, num_packs: int) -> None:
+    if num_packs:
+        text = (
+            f"halved {num_packs:,} packs, for which the device's memory did not suffice; later ones were made shorter. "
+            "Shorter packs take longer: give a task more memory."
+        )
+        console.say("packs_halved", text, num_packs=num_packs)
 
 
 def _say_scored(console: Console, num_pairs: int, seconds: float, share_saved: float) -> None:

@@ -189,10 +189,11 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
     small.score(pairs_pdf.iloc[:2])
 
     scored = small.score_or_reject(pairs)
-    first_time, sizes[:] = max(sizes), []
+    first_time, sizes[:], num_halved = max(sizes), [], small.num_halved_packs
     again = small.score_or_reject(pairs)
 
     assert first_time > 500 >= max(sizes)
+    assert small.num_halved_packs == num_halved > 0
     assert scored["reason"].isna().all()
     expected = scorer().score(pairs)
     np.testing.assert_allclose(scored["relevance_score"], expected["relevance_score"], atol=1e-7)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TextIO
 
+import numpy as np
 import pandas as pd
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark import Accumulator, TaskContext
@@ -161,7 +162,7 @@ def probe_scorer(
 def score_pair_batches(
     batches: Iterator[pd.DataFrame],
     scorer: PairScorer,
-    on_scored: Callable[[int, int, int], None],
+    on_scored: Callable[[int, int, int, int], None],
     attempts: Attempts | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Scores of Arrow batches of pairs, or why they have none, in the order of their rows; tested without Spark.
@@ -170,20 +171,24 @@ def score_pair_batches(
         batches: market, query_id, product_id, pair_key and PAIR_COLUMNS; pairs of one query best side by side.
         scorer: a loaded bundle.
         on_scored: called after each step of at most 1,024 pairs with the number of pairs, of tokens that were computed,
-            and of tokens of their prompts, whose prefixes are computed once a pack.
+            of tokens of their prompts, whose prefixes are computed once a pack, and of packs that had to be halved.
         attempts: of earlier processes that may have died at one of these pairs; None: there were none.
     """
     try:
         for batch in batches:
             for start in range(0, len(batch), _PAIRS_PER_CALL):
                 pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
-                before = (scorer.num_tokens, scorer.num_prompt_tokens)
+                before = np.array(_counts(scorer))
                 scores = scorer.score_or_reject(pairs) if attempts is None else attempts.score(scorer, pairs)
-                on_scored(len(pairs), scorer.num_tokens - before[0], scorer.num_prompt_tokens - before[1])
+                on_scored(len(pairs), *(np.array(_counts(scorer)) - before).tolist())
                 yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
     finally:
         if attempts is not None:
             attempts.close()
+
+
+def _counts(scorer: PairScorer) -> tuple[int, int, int]:
+    return scorer.num_tokens, scorer.num_prompt_tokens, scorer.num_halved_packs
 
 
 def with_relevance_score(
@@ -212,7 +217,7 @@ def with_relevance_score(
         attempts_dir: where attempts of the run note what they are at (see csrm.attempts); None: they do not.
         is_repeated: whether the run was started before. Else the first attempt of a task notes nothing.
     """
-    counters = () if progress is None else (progress.num_pairs, progress.num_tokens, progress.num_prompt_tokens)
+    counters = () if progress is None else progress.counters
 
     def on_scored(*counts: int) -> None:
         for counter, count in zip(counters, counts, strict=False):
@@ -302,6 +307,9 @@ class ScoringProgress:
         self.num_pairs: Accumulator[int] = spark.sparkContext.accumulator(0)
         self.num_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
         self.num_prompt_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.num_halved_packs: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.counters = (self.num_pairs, self.num_tokens, self.num_prompt_tokens, self.num_halved_packs)
+        """What score_pair_batches counts, in its order."""
         self.seconds = 0.0
         """That the block took."""
         self._total = num_pairs

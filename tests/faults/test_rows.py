@@ -60,6 +60,8 @@ def test_pairs_that_cannot_be_scored_are_set_aside_with_their_reason(
     assert run["rejected"] == {"empty_title": 12, "model_error": 4, "not_finite": 8, "tokenizer_error": 4}
     num_candidates = len(night.candidates)
     assert run["num_scored"] == num_candidates - num_poison - num_empty
+    assert run["num_halved_packs"] > 0
+    assert f"halved {run['num_halved_packs']:.0f} packs" in refused.output
     num_staged = len(night.table("scores_staging"))
     assert num_staged == num_candidates - num_empty
 

@@ -38,7 +38,7 @@ class LengthScorer:
     """Scores a pair by the length of its title; counts ten tokens a pair, and twenty in prompts."""
 
     def __init__(self) -> None:
-        self.num_tokens = self.num_prompt_tokens = 0
+        self.num_tokens = self.num_prompt_tokens = self.num_halved_packs = 0
         self.call_sizes: list[int] = []
 
     def score_or_reject(self, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> Non
     scored = pd.concat(score_pair_batches(iter(batches), scorer, lambda *numbers: counts.append(numbers)))
 
     assert scorer.call_sizes == [1_024, 476, 10]
-    assert counts == [(1_024, 10_240, 20_480), (476, 4_760, 9_520), (10, 100, 200)]
+    assert counts == [(1_024, 10_240, 20_480, 0), (476, 4_760, 9_520, 0), (10, 100, 200, 0)]
     assert scored["product_id"].tolist() == [str(n) for n in itertools.chain(range(1_500), range(10))]
     assert scored["relevance_score"].tolist()[7] == np.float32(len("camping tent, green 7") / 10_000)
     assert scored.columns.tolist() == [
