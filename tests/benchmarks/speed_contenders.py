@@ -102,13 +102,15 @@ def padded_scorer(folder: Path, threads: int) -> Callable[[Sequence[Sequence[int
     """Scores of one batch of prompts, padded to the longest, by the padded graph in ONNX Runtime."""
     import onnxruntime
 
-    path = str(folder / "classifier" / "onnx" / "model.onnx")
+    classifier = folder / "classifier"
+    path = str(classifier / "onnx" / "model.onnx")
+    padding_id = json.loads((classifier / "config.json").read_text(encoding="utf-8"))["pad_token_id"]
     session = onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     gains = label_gains(folder)
 
     def score(prompts: Sequence[Sequence[int]]) -> np.ndarray:
         mask = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
-        input_ids = np.zeros_like(mask)
+        input_ids = np.full_like(mask, padding_id)
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = prompt
             mask[row, : len(prompt)] = 1

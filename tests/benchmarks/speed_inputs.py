@@ -200,17 +200,17 @@ def write_classifier(model_dir: Path, folder: Path) -> dict[str, float | str]:
 
     model, _, card = load_trained(model_dir)
     tokenizer = Tokenizer.from_file(str(model_dir / TOKENIZER_NAME))
-    padding_id = 0
-    padding = tokenizer.id_to_token(padding_id)
-    if padding_id not in tokenizer.get_added_tokens_decoder():
-        raise SystemExit(f"{model_dir}: token 0 is {padding!r}: expected a special one, which no prompt holds")
+    special_ids = [id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    if not special_ids:
+        raise SystemExit(f"{model_dir}: its tokenizer has no special token, which no prompt holds, to pad with")
+    padding_id = min(special_ids)
     config = type(model.config).from_dict(model.config.to_dict())
     config.num_labels, config.pad_token_id = len(card.labels), padding_id
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     classifier.model.load_state_dict(model.language_model.get_decoder().state_dict())
     classifier.score.weight.data = model.label_rows().detach().clone()
     classifier.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=padding).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(padding_id)).save_pretrained(folder)
     # Optimum has the graph of every decoder, but lists some (gemma3_text) without this task.
     task = {"exporter": "onnx", "model_type": config.model_type, "library_name": "transformers"}
     exporter = TasksManager.get_exporter_config_constructor(task="feature-extraction", **task)

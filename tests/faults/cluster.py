@@ -93,7 +93,12 @@ class Cluster:
         decoy = folder / "decoy" / "csrm"
         decoy.mkdir(parents=True)
         (decoy / "__init__.py").write_text(_NOT_SHIPPED)
-        self._environment = {**clean_environment(), "PYTHONPATH": str(decoy.parent), "SPARK_NO_DAEMONIZE": "1"}
+        self._environment = {
+            **clean_environment(),
+            "PYTHONPATH": str(decoy.parent),
+            "SPARK_NO_DAEMONIZE": "1",
+            "SPARK_LOCAL_DIRS": str(folder / "local"),
+        }
         self._started: list[subprocess.Popen[bytes]] = []
         self._workers: dict[str, psutil.Process] = {}
         """GPU address to the daemon that has it."""
@@ -244,6 +249,9 @@ def _is_executor(process: psutil.Process) -> bool:
 
 def clean_environment() -> dict[str, str]:
     """Of this process, without what would bring its own code, Spark or session to another one."""
-    dropped = ("PYTHONPATH", "SPARK_HOME", "PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS")
+    dropped = (
+        *("PYTHONPATH", "SPARK_HOME", "SPARK_LOCAL_DIRS"),
+        *("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "PYSPARK_SUBMIT_ARGS"),
+    )
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "SPARK_HOME": str(SPARK_HOME), "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_DAEMON_MEMORY": "256m"}

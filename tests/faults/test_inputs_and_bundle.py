@@ -127,7 +127,7 @@ def damage(folder: Path, how: str) -> None:
         model.write_bytes(content)
 
 
-@pytest.mark.fault("a bundle is damaged, in a folder (False) or at a URI (True)")
+@pytest.mark.fault("a bundle is damaged")
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -136,8 +136,9 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", r"model\.onnx has \d+ bytes, expected \d+"),
         ("one byte flipped", r"model\.onnx has another content \(sha256\)"),
     ],
+    ids=["missing", "a file is missing", "truncated", "one byte flipped"],
 )
-@pytest.mark.parametrize("as_uri", [False, True])
+@pytest.mark.parametrize("as_uri", [False, True], ids=["in a folder", "at a URI"])
 def test_a_damaged_bundle_is_refused_before_anything_is_written(
     night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, message: str, as_uri: bool
 ) -> None:
