@@ -10,6 +10,7 @@ pair's score is that of its own prompt alone, and the prefix is computed once.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -45,45 +46,42 @@ class Group(NamedTuple):
 
 
 class _Pack:
-    """A pack while it is filled."""
+    """A pack while it is filled: pieces of tokens, each a prefix or a product."""
 
     def __init__(self) -> None:
-        self.input_ids: list[int] = []
-        self.position_ids: list[int] = []
-        self.group_ids: list[int] = []
-        self.segment_ids: list[int] = []
-        self.last_index: list[int] = []
-        self.pair_index: list[int] = []
-        self.num_groups = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
+        self.num_tokens = 0
+        self._pieces: list[Sequence[int]] = []
+        self._places: list[tuple[int, int, int]] = []
+        """Of each piece its first token's position, its group and its segment."""
+        self._pair_index: list[int] = []
+        self._num_groups = 0
 
     def add_prefix(self, ids: Sequence[int]) -> None:
-        self._add(ids, start=0, group=self.num_groups, segment=0)
-        self.num_groups += 1
+        self._add(ids, 0, self._num_groups, 0)
+        self._num_groups += 1
 
     def add_suffix(self, ids: Sequence[int], start: int, segment: int, pair: int) -> None:
-        self._add(ids, start, self.num_groups - 1, segment)
-        self.last_index.append(len(self.input_ids) - 1)
-        self.pair_index.append(pair)
+        self._add(ids, start, self._num_groups - 1, segment)
+        self._pair_index.append(pair)
 
     def as_batch(self) -> PackBatch:
+        lengths = np.array([len(piece) for piece in self._pieces])
+        ends = lengths.cumsum()
+        starts, groups, segments = np.array(self._places, dtype=np.int64).T
         rows = (
-            self.input_ids,
-            self.position_ids,
-            self.group_ids,
-            self.segment_ids,
-            self.last_index,
-            self.pair_index,
+            np.fromiter(chain.from_iterable(self._pieces), dtype=np.int64, count=self.num_tokens),
+            np.arange(self.num_tokens) + np.repeat(starts - ends + lengths, lengths),
+            np.repeat(groups, lengths),
+            np.repeat(segments, lengths),
+            ends[segments > 0] - 1,
+            np.array(self._pair_index, dtype=np.int64),
         )
-        return PackBatch(*(np.array([row], dtype=np.int64) for row in rows))
+        return PackBatch(*(row[np.newaxis] for row in rows))
 
     def _add(self, ids: Sequence[int], start: int, group: int, segment: int) -> None:
-        self.input_ids.extend(ids)
-        self.position_ids.extend(range(start, start + len(ids)))
-        self.group_ids.extend([group] * len(ids))
-        self.segment_ids.extend([segment] * len(ids))
+        self._pieces.append(ids)
+        self._places.append((start, group, segment))
+        self.num_tokens += len(ids)
 
 
 def build_packs(groups: Sequence[Group], pack_tokens: int, packs_per_batch: int = 1) -> Iterator[PackBatch]:
@@ -137,7 +135,7 @@ def _filled_packs(groups: Sequence[Group], pack_tokens: int) -> Iterator[_Pack]:
                     f"pair {pair}: {len(prefix_ids)} prefix and {len(suffix_ids)} suffix tokens; both must be at "
                     f"least 1 and together at most pack_tokens ({pack_tokens})"
                 )
-            if len(pack) + (len(suffix_ids) if in_pack else alone) > pack_tokens:
+            if pack.num_tokens + (len(suffix_ids) if in_pack else alone) > pack_tokens:
                 yield pack
                 pack, in_pack = _Pack(), False
             if not in_pack:
@@ -146,5 +144,5 @@ def _filled_packs(groups: Sequence[Group], pack_tokens: int) -> Iterator[_Pack]:
             segment += 1
             pack.add_suffix(suffix_ids, len(prefix_ids), segment, pair)
             pair += 1
-    if len(pack):
+    if pack.num_tokens:
         yield pack

@@ -95,7 +95,9 @@ def neutralize(text: str | None) -> str:
         return ""
     # Each look is a fraction of the substitution that it spares: of most texts nothing is taken.
     visible = text if text.isprintable() else _INVISIBLE.sub(" ", text)
-    visible = unicodedata.normalize("NFC", visible).translate(_ANGLES)
+    visible = unicodedata.normalize("NFC", visible)
+    if "<" in visible or ">" in visible:
+        visible = visible.translate(_ANGLES)
     if "[" in visible:
         visible = _SQUARE_TOKEN.sub(r"(\1)", visible)
     if ":" in visible or "：" in visible:
@@ -153,4 +155,5 @@ def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
 
 def _entry_text(text: str | None) -> str:
     """A name or value that cannot be taken for several."""
-    return neutralize(text).translate(_ENTRY_MARKS)
+    clean = neutralize(text)
+    return clean.translate(_ENTRY_MARKS) if ";" in clean or "=" in clean else clean

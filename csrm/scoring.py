@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,15 @@ PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "bra
 
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
 """Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
+
+
+class PreparedPairs(NamedTuple):
+    """Pairs that are ready for the model."""
+
+    batches: list[tuple[np.ndarray, PackBatch]]
+    """Batches of packs, each with the row numbers of its pairs."""
+    num_prompt_tokens: int
+    """Of all prompts, prefixes counted once per pair."""
 
 
 class _NotFiniteError(Exception):
@@ -76,7 +85,22 @@ class PairScorer:
         scores, grades = self._graded(self.logits(pairs))
         return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)
 
-    def score_or_reject(self, pairs: pd.DataFrame) -> pd.DataFrame:
+    def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
+        """Tokens and packs of pairs, with which score and score_or_reject begin.
+
+        Reads nothing that scoring changes but the length of packs: another thread may prepare the next pairs meanwhile.
+        """
+        groups, rows = pair_groups(pairs, self._tokenizer)
+        num_prompt_tokens = sum(
+            len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
+        )
+        batches = [
+            (rows[batch.pair_index[batch.pair_index >= 0]], batch)
+            for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch)
+        ]
+        return PreparedPairs(batches, num_prompt_tokens)
+
+    def score_or_reject(self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None) -> pd.DataFrame:
         """Score pairs, and set those aside that cannot be scored.
 
         Where a batch of packs fails, its pairs are halved until those that fail are alone: for one such pair at most
@@ -85,6 +109,7 @@ class PairScorer:
 
         Args:
             pairs: as for score.
+            prepared: of these pairs; None: they are prepared now.
 
         Returns:
             relevance_score and predicted_grade as score gives them, NaN and None where there is a reason, and reason
@@ -95,7 +120,7 @@ class PairScorer:
         """
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
         reasons = np.full(len(pairs), None, dtype=object)
-        self._try_rows(pairs, np.arange(len(pairs)), logits, reasons)
+        self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
         scores, grades = self._graded(logits)
         is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
         scores[is_rejected], grades[is_rejected] = np.nan, None
@@ -106,7 +131,9 @@ class PairScorer:
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens, shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
-        for rows, batch in self._batches(pairs):
+        batches, num_prompt_tokens = self.prepare(pairs)
+        self.num_prompt_tokens += num_prompt_tokens
+        for rows, batch in batches:
             logits[rows] = self._batch_logits(batch)
         return logits
 
@@ -114,15 +141,6 @@ class PairScorer:
         gains = np.array([label.gain for label in self.labels])
         names = np.array([label.name for label in self.labels], dtype=object)
         return expected_gain(logits, gains), names[logits.argmax(axis=1)]
-
-    def _batches(self, pairs: pd.DataFrame) -> Iterator[tuple[np.ndarray, PackBatch]]:
-        """Batches of packs, each with the row numbers of its pairs."""
-        groups, rows = pair_groups(pairs, self._tokenizer)
-        self.num_prompt_tokens += sum(
-            len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
-        )
-        for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch):
-            yield rows[batch.pair_index[batch.pair_index >= 0]], batch
 
     def _batch_logits(self, batch: PackBatch) -> np.ndarray:
         """Of the pairs in a batch, shape (num_pairs, num_labels)."""
@@ -132,10 +150,17 @@ class PairScorer:
             self._known_good = batch, logits
         return logits
 
-    def _try_rows(self, pairs: pd.DataFrame, rows: np.ndarray, logits: np.ndarray, reasons: np.ndarray) -> None:
+    def _try_rows(
+        self,
+        pairs: pd.DataFrame,
+        rows: np.ndarray,
+        logits: np.ndarray,
+        reasons: np.ndarray,
+        prepared: PreparedPairs | None = None,
+    ) -> None:
         """Fill in the logits of some rows of `pairs`, or their reasons."""
         try:
-            batches = list(self._batches(pairs.iloc[rows]))
+            batches, num_prompt_tokens = prepared or self.prepare(pairs.iloc[rows])
         except Exception as error:  # tokenizers raises Exception itself
             if len(rows) == 1:
                 _reject(pairs, rows[0], TOKENIZER_ERROR, error, reasons)
@@ -143,6 +168,7 @@ class PairScorer:
                 for half in np.array_split(rows, 2):
                     self._try_rows(pairs, half, logits, reasons)
             return
+        self.num_prompt_tokens += num_prompt_tokens
         for places, batch in batches:
             own = rows[places]
             try:

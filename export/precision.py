@@ -11,8 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from csrm.bundle import Precision
 from csrm.errors import BundleError
 
-BLOCK_SIZE = 32
-"""Weights that share a scale, and activations of one token that do. With 128, shifts on Gemma 3 are twice as large."""
 _INLINE_BYTES = 1_900_000_000
 """Above it, weights go beside the graph: a protobuf file holds 2 GB."""
 
@@ -23,6 +21,8 @@ class Recipe:
 
     precision: Precision
     bits: int = 32
+    block_size: int = 32
+    """Weights that share a scale, and activations of one token that do. Larger blocks are faster and less exact."""
     float_layers: tuple[str, ...] = ()
     """Parts of the names of matrix products that stay in float32."""
     float_activations: bool = False
@@ -35,13 +35,17 @@ class Recipe:
             return "weights and activations in float16, norms in float32"
         activations = "float32" if self.float_activations else "8-bit"
         kept = f", {' and '.join(self.float_layers)} in float32" if self.float_layers else ""
-        return f"{self.bits}-bit weights in blocks of {BLOCK_SIZE}, {activations} activations{kept}"
+        return f"{self.bits}-bit weights in blocks of {self.block_size}, {activations} activations{kept}"
 
 
 RECIPES: dict[Precision, tuple[Recipe, ...]] = {
     "fp32": (Recipe("fp32"),),
     "fp16": (Recipe("fp16", bits=16),),
-    "int8": (Recipe("int8", bits=8), Recipe("int8", bits=8, float_activations=True)),
+    "int8": (
+        Recipe("int8", bits=8, block_size=128),
+        Recipe("int8", bits=8),
+        Recipe("int8", bits=8, float_activations=True),
+    ),
     "int4": (Recipe("int4", bits=4), Recipe("int4", bits=4, float_layers=("down_proj", "o_proj"))),
 }
 """Recipes of each precision, the fastest first."""
@@ -92,7 +96,7 @@ def _quantised(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
     quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
         model,
         bits=recipe.bits,
-        block_size=BLOCK_SIZE,
+        block_size=recipe.block_size,
         accuracy_level=1 if recipe.float_activations else 4,
         nodes_to_exclude=kept,
     )

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,7 @@ from csrm.bundle import load_bundle, load_scorer
 from csrm.cli import Console
 from csrm.errors import BundleError, ConfigError, CsrmError, InputError, ScoringError
 from csrm.schemas import SCORES_STAGING
-from csrm.scoring import PAIR_COLUMNS, PairScorer
+from csrm.scoring import PAIR_COLUMNS, PairScorer, PreparedPairs
 
 _PAIRS_PER_CALL = 1_024
 _KEY_COLUMNS = ["market", "query_id", "product_id", "pair_key"]
@@ -174,17 +175,43 @@ def score_pair_batches(
             of tokens of their prompts, whose prefixes are computed once a pack, and of packs that had to be halved.
         attempts: of earlier processes that may have died at one of these pairs; None: there were none.
     """
+    steps = (
+        batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
+        for batch in batches
+        for start in range(0, len(batch), _PAIRS_PER_CALL)
+    )
     try:
-        for batch in batches:
-            for start in range(0, len(batch), _PAIRS_PER_CALL):
-                pairs = batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
-                before = np.array(_counts(scorer))
-                scores = scorer.score_or_reject(pairs) if attempts is None else attempts.score(scorer, pairs)
-                on_scored(len(pairs), *(np.array(_counts(scorer)) - before).tolist())
-                yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
+        ready = _prepared_ahead(steps, scorer) if attempts is None else ((step, None) for step in steps)
+        for pairs, prepared in ready:
+            before = np.array(_counts(scorer))
+            scores = scorer.score_or_reject(pairs, prepared) if attempts is None else attempts.score(scorer, pairs)
+            on_scored(len(pairs), *(np.array(_counts(scorer)) - before).tolist())
+            yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
     finally:
         if attempts is not None:
             attempts.close()
+
+
+def _prepared_ahead(
+    steps: Iterator[pd.DataFrame], scorer: PairScorer
+) -> Iterator[tuple[pd.DataFrame, PreparedPairs | None]]:
+    """Each step's pairs with their packs, which a thread makes while the step before is scored: a GPU does not wait.
+
+    None where they cannot be made: score_or_reject finds out why.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="csrm-prepare") as pool:
+        waiting: tuple[pd.DataFrame, Future[PreparedPairs]] | None = None
+        for pairs in steps:
+            following = pairs, pool.submit(scorer.prepare, pairs)
+            if waiting is not None:
+                yield _once_prepared(*waiting)
+            waiting = following
+        if waiting is not None:
+            yield _once_prepared(*waiting)
+
+
+def _once_prepared(pairs: pd.DataFrame, preparing: Future[PreparedPairs]) -> tuple[pd.DataFrame, PreparedPairs | None]:
+    return pairs, None if preparing.exception() else preparing.result()
 
 
 def _counts(scorer: PairScorer) -> tuple[int, int, int]:

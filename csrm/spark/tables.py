@@ -22,6 +22,8 @@ from csrm.errors import InputError
 from csrm.schemas import Table
 
 USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+_MERGE_BY_PARTITION = "spark.databricks.delta.merge.repartitionBeforeWrite.enabled"
+"""Delta's default gathers all rows of a partition, here a market, in one task before it writes them."""
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _SCHEMA_VERSION = "csrm.schemaVersion"
@@ -242,7 +244,7 @@ def merge_changes(
     )
     # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
     carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
-    settings = {USER_METADATA: carried}
+    settings = {USER_METADATA: carried, _MERGE_BY_PARTITION: "false"}
     if transaction is not None:  # MERGE takes it from the session alone
         settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
     with session_settings(spark, settings):

@@ -231,7 +231,7 @@ def cell_settings(model: str, contenders: Sequence[str], args: argparse.Namespac
         "threads": args.threads,
         "repeats": args.repeats,
         "contenders": list(contenders),
-        "text": str(args.data.resolve()) if args.data else "generated market",
+        "text": f"folder {args.data.resolve().name}" if args.data else "generated market",
         "tokenizer": str(args.tokenizer.resolve()) if args.tokenizer else None,
         "source": str(args.gemma.resolve()) if model == "gemma" else "seeded",
         "code": code_digest(*CODE),

@@ -204,13 +204,14 @@ def write_classifier(model_dir: Path, folder: Path) -> dict[str, float | str]:
     if not special_ids:
         raise SystemExit(f"{model_dir}: its tokenizer has no special token, which no prompt holds, to pad with")
     padding_id = min(special_ids)
+    padding = tokenizer.id_to_token(padding_id)
     config = type(model.config).from_dict(model.config.to_dict())
     config.num_labels, config.pad_token_id = len(card.labels), padding_id
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     classifier.model.load_state_dict(model.language_model.get_decoder().state_dict())
     classifier.score.weight.data = model.label_rows().detach().clone()
     classifier.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(padding_id)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=padding).save_pretrained(folder)
     # Optimum has the graph of every decoder, but lists some (gemma3_text) without this task.
     task = {"exporter": "onnx", "model_type": config.model_type, "library_name": "transformers"}
     exporter = TasksManager.get_exporter_config_constructor(task="feature-extraction", **task)

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,11 @@ class LengthScorer:
         self.num_tokens = self.num_prompt_tokens = self.num_halved_packs = 0
         self.call_sizes: list[int] = []
 
-    def score_or_reject(self, pairs: pd.DataFrame) -> pd.DataFrame:
+    def prepare(self, pairs: pd.DataFrame) -> str:
+        return f"{len(pairs)} pairs"
+
+    def score_or_reject(self, pairs: pd.DataFrame, prepared: str) -> pd.DataFrame:
+        assert prepared == f"{len(pairs)} pairs"
         self.num_tokens += 10 * len(pairs)
         self.num_prompt_tokens += 20 * len(pairs)
         self.call_sizes.append(len(pairs))
@@ -97,6 +102,29 @@ def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> Non
         "predicted_grade",
         "reason",
     ]
+
+
+def test_the_next_pairs_are_prepared_while_some_are_scored() -> None:
+    class PatientScorer(LengthScorer):
+        num_prepared = 0
+        is_second_prepared = threading.Event()
+
+        def prepare(self, pairs: pd.DataFrame) -> str:
+            self.num_prepared += 1
+            if self.num_prepared == 2:
+                self.is_second_prepared.set()
+            return super().prepare(pairs)
+
+        def score_or_reject(self, pairs: pd.DataFrame, prepared: str) -> pd.DataFrame:
+            assert self.is_second_prepared.wait(60)
+            return super().score_or_reject(pairs, prepared)
+
+    scorer = PatientScorer()
+
+    scored = pd.concat(score_pair_batches(iter([pairs_pdf(1_500)]), scorer, lambda *_: None))
+
+    assert len(scored) == 1_500
+    assert scorer.call_sizes == [1_024, 476]
 
 
 @pytest.mark.spark
