@@ -8,9 +8,9 @@ A night of Q queries with K products each looks at P = Q K pairs and scores a sh
 of
 
     start               fixed
-    inputs, plan, audit fixed + P us / cores
+    inputs, plan, audit, publish
+                        fixed + P us / cores
     scoring             fixed + x P (us + 10^6 t / rate) / slots
-    publish             fixed + P us, for Delta's MERGE writes a market with one task, and markets follow each other
 
 with `us`, microseconds of one core for a pair, and the fixed seconds of each stage in STAGES; slots, what scores one
 pack at a time: a GPU, or a core where there are none; rate, tokens a second of the model in one slot; and t, tokens
@@ -54,15 +54,15 @@ class StageCost(NamedTuple):
 
 
 STAGES = {
-    "start": StageCost(15.0, 0.0),
-    "inputs": StageCost(7.0, 2.0),
-    "plan": StageCost(6.0, 8.0),
-    "scoring": StageCost(8.0, 80.0),
-    "audit": StageCost(5.0, 8.0),
-    "publish": StageCost(3.0, 8.0),
+    "start": StageCost(15.7, 0.0),
+    "inputs": StageCost(11.2, 8.1),
+    "plan": StageCost(9.4, 10.0),
+    "scoring": StageCost(9.2, 124.8),
+    "audit": StageCost(3.6, 29.4),
+    "publish": StageCost(1.8, 10.4),
 }
 """start: of Python and Spark, until the bundle is loaded in a worker. Without the canary, of which a first night has
-none. Estimates: night_cost.py has not run on a quiet machine yet."""
+none."""
 TABLE_BYTES = {"scores_staging": 18.0, "run_pairs": 10.0, "relevance_scores": 11.0}
 """Bytes of a pair in each table that grows with the pairs. relevance_scores as one version: rows that a night replaces
 stay on storage until jobs/maintain.py, and the change feed of an update holds both."""
@@ -206,7 +206,7 @@ class Plan:
 
     def _width(self, stage: str) -> int:
         """Tasks of a stage at a time."""
-        return {"publish": 1, "scoring": self.machines.slots}.get(stage, self.machines.cores)
+        return self.machines.slots if stage == "scoring" else self.machines.cores
 
 
 class Limit(NamedTuple):
@@ -266,8 +266,7 @@ def with_run(figures: Figures, run: Run, machines: Machines) -> Figures:
     stages = dict(figures.stages)
     if run.num_candidates >= FEWEST_PAIRS:
         for name in ("inputs", "plan", "audit", "publish"):
-            width = 1 if name == "publish" else machines.cores
-            marginal = max(0.0, run.seconds[name] - stages[name].fixed_s) * width / run.num_candidates
+            marginal = max(0.0, run.seconds[name] - stages[name].fixed_s) * machines.cores / run.num_candidates
             stages[name] = StageCost(stages[name].fixed_s, 1e6 * marginal)
     scoring = stages["scoring"]
     slot_s = (run.seconds["scoring"] - scoring.fixed_s) * machines.slots

@@ -308,9 +308,8 @@ def measured_stages(cells: Sequence[Cell]) -> dict[str, StageCost]:
     costs = {}
     for stage in STAGES:
         (slope,) = marginal([first, last], stage) if stage != "start" else (0.0,)
-        width = 1 if stage in ("start", "publish") else cores
         fixed = first["stages"][stage] - slope * first["pairs"] / 1e6
-        costs[stage] = StageCost(round(fixed, 1), round(max(0.0, slope) * width, 1))
+        costs[stage] = StageCost(round(fixed, 1), round(max(0.0, slope) * cores, 1))
     return costs
 
 
