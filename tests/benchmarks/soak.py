@@ -112,7 +112,7 @@ def peaks(cluster: Cluster, submitted: Submitted) -> Iterator[dict[str, float]]:
 
     def look() -> None:
         while not is_over.wait(0.3):
-            with suppress(psutil.NoSuchProcess, StopIteration):
+            with suppress(psutil.Error, StopIteration):
                 groups = {
                     "driver JVM": [submitted.jvm],
                     "driver": [submitted.driver()],
@@ -212,7 +212,7 @@ def one_night(cluster: Cluster, night: Soak, number: int, usual_s: float) -> dic
     is_open, memory = attempt(cluster, night, run_id, fault, usual_s)
     if is_open:
         time.sleep(LEASE_SECONDS)
-        attempt(cluster, night, run_id, "none", usual_s)
+        _, memory = attempt(cluster, night, run_id, "none", usual_s)
     seconds = time.monotonic() - start
     night.check(run_id)
     run = night.run(run_id)
@@ -222,7 +222,7 @@ def one_night(cluster: Cluster, night: Soak, number: int, usual_s: float) -> dic
         "started again": "yes" if is_open else "",
         "scored": int(run["num_scored"]),
         "seconds": round(seconds),
-        **{name: round(memory.get(name, 0)) for name in ("driver JVM", "driver", "executor", "Python worker")},
+        **{name: round(memory.get(name, 0)) or None for name in ("driver JVM", "driver", "executor", "Python worker")},
         **stored(night.folder / "tables"),
     }
 
