@@ -108,19 +108,19 @@ def happens_to(cluster: Cluster, submitted: Submitted, find: Callable[[], list[p
 def peaks(cluster: Cluster, submitted: Submitted) -> Iterator[dict[str, float]]:
     """Largest resident memory of each kind of process while the block runs, MiB."""
     found: dict[str, float] = {}
+    groups: dict[str, Callable[[], list[psutil.Process]]] = {
+        "driver JVM": lambda: [submitted.jvm],
+        "driver": lambda: [submitted.driver()],
+        "executor": cluster.executors,
+        "Python worker": cluster.python_workers,
+    }
     is_over = threading.Event()
 
     def look() -> None:
         while not is_over.wait(0.3):
-            with suppress(psutil.Error, StopIteration):
-                groups = {
-                    "driver JVM": [submitted.jvm],
-                    "driver": [submitted.driver()],
-                    "executor": cluster.executors(),
-                    "Python worker": cluster.python_workers(),
-                }
-                for name, processes in groups.items():
-                    for process in processes:
+            for name, find in groups.items():
+                with suppress(psutil.Error, StopIteration):
+                    for process in find():
                         found[name] = max(found.get(name, 0.0), process.memory_info().rss / 2**20)
 
     watcher = threading.Thread(target=look)

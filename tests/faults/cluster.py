@@ -65,7 +65,13 @@ class Submitted:
 
     def driver(self) -> psutil.Process:
         """The Python that runs the job."""
-        return next(child for child in self.jvm.children() if "score_catalog" in " ".join(child.cmdline()))
+        # Not by children(), which leaves those out that seem older than their parent: times of processes jitter.
+        processes = psutil.process_iter(["ppid", "cmdline"])
+        return next(
+            process
+            for process in processes
+            if process.info["ppid"] == self.jvm.pid and "score_catalog" in " ".join(process.info["cmdline"] or ())
+        )
 
     def end(self) -> Finished:
         """Wait until it has ended by itself."""
