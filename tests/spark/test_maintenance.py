@@ -71,7 +71,9 @@ def test_old_files_go_and_change_feed_and_versions_within_the_retention_stay(
     path = table_path(str(tmp_path), RELEVANCE_SCORES)
     publish(spark, str(tmp_path), "r1", {HOSTILE_MARKET: {("q1", "p1"): 0.25, ("q1", "p2"): 0.5}}, day=0)
     publish(spark, str(tmp_path), "r2", {HOSTILE_MARKET: {("q1", "p1"): 0.75}}, day=1)
-    old_files, rows = market_files(spark, path, HOSTILE_MARKET, version=1), all_rows(spark, path)
+    old_files = market_files(spark, path, HOSTILE_MARKET, version=1) - market_files(spark, path, HOSTILE_MARKET)
+    assert old_files
+    rows = all_rows(spark, path)
     feed_df = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", 1).load(path)
 
     set_retention(spark, path, hours=168)
@@ -92,7 +94,7 @@ def test_old_files_go_and_change_feed_and_versions_within_the_retention_stay(
 
     after = table_size(spark, path)
     assert before.num_files == after.num_files
-    assert after.num_stored_bytes < before.num_stored_bytes + 10_000
+    assert after.num_stored_bytes < before.num_stored_bytes + 20_000  # the log grew by three commits
     assert missing_files(spark, path, old_files) == old_files
     assert all_rows(spark, path) == rows
     with pytest.raises(InputError, match=r"version 1 cannot be read.*deletedFileRetentionDuration"):
