@@ -41,6 +41,8 @@ from speed_contenders import LOADERS, MATMUL
 from speed_inputs import PAIRS, REPOSITORY, SEEDED_MODELS, WORKLOADS, code_digest
 from speed_report import write_report
 
+from csrm.manifest import MANIFEST_NAME, file_digest
+
 HERE = Path(__file__).parent
 SPARK_CONTENDERS = ("ours-fp32", "spark-udf", "spark-ours")
 PACKAGES = ("torch", "onnxruntime", "transformers", "sentence-transformers", "optimum-onnx", "tokenizers", "pyspark")
@@ -232,8 +234,8 @@ def cell_settings(model: str, contenders: Sequence[str], args: argparse.Namespac
         "repeats": args.repeats,
         "contenders": list(contenders),
         "text": f"folder {args.data.resolve().name}" if args.data else "generated market",
-        "tokenizer": str(args.tokenizer.resolve()) if args.tokenizer else None,
-        "source": str(args.gemma.resolve()) if model == "gemma" else "seeded",
+        "tokenizer": file_digest(args.tokenizer) if args.tokenizer else None,
+        "source": file_digest(args.gemma / MANIFEST_NAME) if model == "gemma" else "seeded",
         "code": code_digest(*CODE),
     }
 

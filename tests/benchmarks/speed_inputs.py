@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from csrm.bundle import TOKENIZER_NAME, Precision, load_bundle
 from csrm.labels import ESCI_LABELS
-from csrm.manifest import write_manifest
+from csrm.manifest import MANIFEST_NAME, file_digest, write_manifest
 from csrm.market import generate_market
 from csrm.market.categories import Storefront, category_markets
 from csrm.prompts import ANSWER_CUE, Line, prefix_lines, suffix_lines
@@ -275,8 +275,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     texts = read_texts(args.data)
     made_from = {
-        "model": args.model,
-        "tokenizer": str(args.tokenizer),
+        "model": args.model if args.model in SEEDED_MODELS else file_digest(Path(args.model) / MANIFEST_NAME),
+        "tokenizer": file_digest(args.tokenizer),
         "code": code_digest("export/*.py", "csrm/*.py", "csrm/training/*.py", "tests/benchmarks/speed_inputs.py"),
     }
     about = args.folder / "about.json"
