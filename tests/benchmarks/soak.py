@@ -75,7 +75,7 @@ class Soak(Night):
         self.write_catalog()
 
     def write_catalog(self) -> None:
-        (self.folder / "catalog.parquet").unlink(missing_ok=True)
+        self.catalog.to_parquet(self.folder / "catalog.parquet")
 
     def check(self, run_id: str) -> None:
         """Every candidate is in one table, once, with the score that its texts of tonight have."""
@@ -94,14 +94,12 @@ class Soak(Night):
             self.candidates = every
 
 
-def happens_to(cluster: Cluster, submitted: Submitted, find: Callable[[], list[psutil.Process]]) -> bool:
-    """Kill one of some processes, once there is one; whether it did."""
+def kill_one(submitted: Submitted, find: Callable[[], list[psutil.Process]]) -> None:
+    """Kill one of some processes, once there is one; none where the job has ended before."""
     with suppress(psutil.NoSuchProcess):
         victims = wait_for(lambda: not submitted.is_running or find(), "processes")
         if victims is not True:
             kill(victims[0])
-            return True
-    return False
 
 
 @contextmanager
@@ -143,9 +141,9 @@ def attempt(cluster: Cluster, night: Soak, run_id: str, fault: str, usual_s: flo
                 submitted.jvm.wait(moment)
         allowed: tuple[int, ...] = (0,)
         if fault == "Python worker killed":
-            happens_to(cluster, submitted, cluster.python_workers)
+            kill_one(submitted, cluster.python_workers)
         elif fault == "executor killed":
-            happens_to(cluster, submitted, cluster.executors)
+            kill_one(submitted, cluster.executors)
         elif fault == "machine lost":
             with cluster.lost_machine():
                 submitted.end()
@@ -195,9 +193,10 @@ def care(tables: Path) -> None:
     config = MaintenanceConfig.model_construct(
         tables=str(tables), file_mb=1.0, change_feed_days=0, retention_hours=0, staging_days=0
     )
-    with ExitStack() as stack:
-        stack.callback(spark.stop)
+    try:
         maintain(spark, config)
+    finally:
+        spark.stop()
 
 
 def one_night(cluster: Cluster, night: Soak, number: int, usual_s: float) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from jobs.score_catalog import ScoringConfig
 from tests.faults.cluster import ROOT
 from tests.faults.nasty import NASTY
 
-settings.register_profile("fuzz", derandomize=True, database=None, deadline=None)
-fuzz = settings.get_profile("fuzz")
+fuzz = settings(derandomize=True, database=None, deadline=None)
 T = TypeVar("T")
 seeds = st.integers(0, 2**32 - 1).map(random.Random)
 WRONG_VALUES = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "x", [], ["x"], {}, {"x": 1}, *NASTY[:20]]
@@ -71,6 +70,13 @@ def damaged_values(values: Any, rng: random.Random) -> Any:
     return values
 
 
+def damaged_json(content: bytes, rng: random.Random) -> bytes:
+    """Of a JSON file, its bytes or its values."""
+    if rng.random() < 0.5:
+        return damaged_bytes(content, rng)
+    return json.dumps(damaged_values(json.loads(content), rng)).encode()
+
+
 def unless_refused(where: Path, kind: type[CsrmError], read: Callable[[], T]) -> T | None:
     """What a function returns; None after an error of this kind that names the file or folder."""
     try:
@@ -108,10 +114,7 @@ def test_a_damaged_config_is_read_or_refused(folder: Path, rng: random.Random) -
 @given(rng=seeds)
 def test_a_damaged_manifest_is_refused(bundle: Path, rng: random.Random) -> None:
     source = (ROOT / "conf" / "demo_bundle" / MANIFEST_NAME).read_bytes()
-    if rng.random() < 0.5:
-        damaged = damaged_bytes(source, rng)
-    else:
-        damaged = json.dumps(damaged_values(json.loads(source), rng)).encode()
+    damaged = damaged_json(source, rng)
     (bundle / MANIFEST_NAME).write_bytes(damaged)
 
     if unless_refused(bundle, BundleError, lambda: load_bundle(bundle)):
@@ -135,10 +138,7 @@ def test_a_bundle_with_a_damaged_file_scores_as_it_did_or_is_refused(
 ) -> None:
     """Even where its manifest names the damaged file's digest."""
     source = (ROOT / "conf" / "demo_bundle" / name).read_bytes()
-    if rng.random() < 0.5:
-        damaged = damaged_bytes(source, rng)
-    else:
-        damaged = json.dumps(damaged_values(json.loads(source), rng)).encode()
+    damaged = damaged_json(source, rng)
     about = load_bundle(ROOT / "conf" / "demo_bundle").settings.model_dump(mode="json")
     (bundle / name).write_bytes(damaged)
     write_manifest(bundle, KIND, about)
