@@ -2,11 +2,12 @@
 
     python tests/benchmarks/cold_start/study.py --data FOLDER --base-model FOLDER
 
-`--data` holds shopify_taxonomy, esci_us and chorus_icecat, `--base-model` Gemma-3-270M as save_pretrained leaves it,
-with its tokenizer.json. Prints the cells that are missing and their hours, then runs them, `--workers` at a time, one
-thread each, for `--hours` at most: no cell starts that would not end in time. Each leaves a small file in results/,
-which is kept in version control: a later start goes on with what is missing, and with what changed in its recipe. At
-the end, or at once with `--report`, the tables and the plot of what is there are written.
+`--data` holds shopify_taxonomy, esci_us and chorus_icecat, `--base-model` is Gemma-3-270M: its GGUF file, or a folder
+as save_pretrained leaves it, with its tokenizer.json. Prints the cells that are missing and their hours, then runs
+them, `--workers` at a time, one thread each, for `--hours` at most: no cell starts that would not end in time. Each
+leaves a small file in results/, which is kept in version control: a later start goes on with what is missing, and with
+what changed in its recipe. At the end, or at once with `--report`, the tables and the plot of what is there are
+written.
 
 A cell is one run of jobs/train.py with conf/train_taxonomy.yaml and some techniques switched off.
 """
@@ -177,8 +178,10 @@ class Study:
 
     def recipe(self, cell: Cell) -> str:
         """Digest of all that a cell's result follows from, but for the code."""
-        files = [REPOSITORY / CONFIG, *self.inputs(cell.leg).glob("*.parquet"), *self.base_model.glob("*.safetensors")]
-        parts = [json.dumps([ROWS[cell.row], cell.leg.settings]), *map(file_digest, sorted(files))]
+        is_file = self.base_model.is_file()
+        weights = [self.base_model] if is_file else list(self.base_model.glob("*.safetensors"))
+        files = [REPOSITORY / CONFIG, *self.inputs(cell.leg).glob("*.parquet"), *weights]
+        parts = [json.dumps([ROWS[cell.row], cell.leg.settings]), *sorted(map(file_digest, files))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def has_ended(self, cell: Cell) -> bool:
@@ -204,7 +207,11 @@ class Study:
         return {
             "markets": cell.leg.measured if cell.row.startswith(TARGET) else cell.leg.learnt,
             "inputs": tables,
-            "base_model": {"folder": str(self.base_model)},
+            "base_model": (
+                {"folder": str(self.base_model.parent), "gguf_file": self.base_model.name}
+                if self.base_model.is_file()
+                else {"folder": str(self.base_model)}
+            ),
             "tuning.seed": cell.seed,
             "model_dir": str(folder / "model"),
             **(parallel if "translation" not in row else {}),
@@ -374,7 +381,7 @@ def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
-    parser.add_argument("--base-model", type=Path, required=True, help="folder with model.safetensors")
+    parser.add_argument("--base-model", type=Path, required=True, help="GGUF file, or folder with model.safetensors")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
     parser.add_argument("--hours", type=float, default=14.0, help="most hours to run")
     parser.add_argument("--workers", type=int, default=2, help="cells at a time")
