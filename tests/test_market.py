@@ -1,7 +1,7 @@
 import gzip
 import os
 import re
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -356,7 +356,12 @@ def test_parallel_text_says_the_same_in_two_languages() -> None:
     pairs = texts.groupby(["source_language", "target_language"]).size()
     assert list(pairs.index) == [("ko", "en"), ("ko", "zh-TW"), ("zh-TW", "en")]
     assert set(texts["kind"]) == {"taxonomy name", "attribute", "title"}
-    assert texts["split"].value_counts(normalize=True)["train"] == pytest.approx(0.8, abs=0.05)
+    is_title = texts["kind"] == "title"
+    assert texts.loc[is_title, "split"].value_counts(normalize=True)["train"] == pytest.approx(0.8, abs=0.05)
+    assert set(texts.loc[~is_title, "split"]) == {"train"}
+    brands = [set(product(a, b)) for a, b in zip(lexicons[0].brands, lexicons[1].brands, strict=True)]
+    chinese = texts[texts["target_language"] == "zh-TW"]
+    assert set().union(*brands) <= set(zip(chinese["source_text"], chinese["target_text"], strict=True))
     assert (texts.groupby(["source_language", "source_text"])["split"].nunique() == 1).all()
     names = texts[(texts["kind"] == "taxonomy name") & (texts["target_language"] == "en")]
     korean, english = lexicons[0].categories, lexicons[2].categories

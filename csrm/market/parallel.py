@@ -17,25 +17,28 @@ NUM_TITLES = 1_000
 
 
 def parallel_text(seed: int, lexicons: Sequence[Lexicon]) -> pd.DataFrame:
-    """Category names, attribute values and titles of each two languages, with the columns of `parallel_text`.
+    """Names of categories and brands, attribute values and titles of each two languages: columns of `parallel_text`.
 
-    A text and its translations are in one split, which its first language's text decides. Values and titles are left
-    out where the two lexicons do not have the same values, as happens with a taxonomy.
+    Words are of split train, as a dictionary is; a title and its translations are in one split, which its first
+    language's text decides. Values and titles are left out where the two lexicons do not have the same values, as
+    happens with a taxonomy; the split of a name is then decided as that of a title.
 
     Args:
         seed: of the titles.
         lexicons: their categories are the same, in the same order.
     """
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     for one, other in combinations(lexicons, 2):
         texts = [("taxonomy name", *pair) for pair in _names(one, other)]
+        words: set[str] = set()
         if _value_counts(one) == _value_counts(other):
             texts += [("attribute", *pair) for pair in _values(one, other)]
+            words = {source for _, source, _ in texts}
             texts += [("title", *pair) for pair in _titles(seed, one, other)]
         for kind, source, target in dict.fromkeys(texts):
-            rows.append((one.language, other.language, source, target, kind))
-    frame = pd.DataFrame(rows, columns=[name for name in PARALLEL_TEXT.column_names if name != "split"])
-    return frame.assign(split=frame["source_text"].map(split_of))[PARALLEL_TEXT.column_names]
+            split = "train" if source in words else split_of(source)
+            rows.append((one.language, other.language, source, target, kind, split))
+    return pd.DataFrame(rows, columns=PARALLEL_TEXT.column_names)
 
 
 def _names(one: Lexicon, other: Lexicon) -> Iterator[tuple[str, str]]:
@@ -49,6 +52,8 @@ def _values(one: Lexicon, other: Lexicon) -> Iterator[tuple[str, str]]:
         forms: Iterator[tuple[Forms, Forms]] = zip(attribute.values, other.attributes[key].values, strict=True)
         for a, b in forms:
             yield from product(a, b)
+    for a, b in zip(one.brands, other.brands, strict=True):
+        yield from product(a, b)
 
 
 def _titles(seed: int, one: Lexicon, other: Lexicon) -> Iterator[tuple[str, str]]:
