@@ -272,19 +272,22 @@ class _Trials:
         self._judged, self._gains = judged, gains
         self._reference: _Graph | None = None
         self._reference_scores = np.empty(0)
+        self._reference_seconds = 0.0
+        """For the labelled pairs."""
 
     def measure(self, path: Path, recipe: Recipe, pack_scorer: PackScorer) -> _Graph:
         """Size, speed, spread over packs, and quality where labelled pairs are given."""
         settings, problems, quality = self._settings, [], None
-        rate = self._pairs_per_s(pack_scorer)
+        start = time.perf_counter()
         if self._judged is not None and self._gains is not None:
             try:
                 scores = self._scorer(pack_scorer).score(self._judged)["relevance_score"].to_numpy()
             except ValueError as error:
                 problems.append(str(error))
             else:
+                seconds = time.perf_counter() - start
                 if self._reference is None:
-                    self._reference_scores = scores
+                    self._reference_scores, self._reference_seconds = scores, seconds
                 queries = (self._judged["market"] + "\t" + self._judged["query_id"].astype(str)).to_numpy()
                 quality = measure_quality(queries, self._gains, self._reference_scores, scores)
                 if recipe.precision != "fp32":
@@ -292,6 +295,11 @@ class _Trials:
                     assert self._reference.report.quality is not None
                     problems += gate(quality, self._reference.report.quality)
         spread = None
+        if quality is not None and problems:  # refused: its speed is not worth turns of its own
+            assert self._reference is not None
+            rate = self._reference.report.pairs_per_s * self._reference_seconds / seconds
+        else:
+            rate = self._pairs_per_s(pack_scorer)
         if not problems:
             spread = pack_spread(self._sample, self._tokenizer, settings.labels, pack_scorer, settings.pack_tokens)
         report = PrecisionReport(
