@@ -26,30 +26,26 @@ class Phrasebook:
 
     def __init__(self, texts: Iterable[Sequence[Translation]]) -> None:
         """Args:
-        texts: batches. A phrase may have several translations.
+        texts: batches; of a phrase that has several translations, the first one counts.
         """
-        self._phrases: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(list))
-        )
+        self._phrases: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
         self._longest: dict[str, int] = defaultdict(int)
         for batch in texts:
             for text in batch:
                 phrase = neutralize(text.source_text).lower()
                 if phrase and len(phrase) <= MAX_PHRASE_CHARACTERS:
-                    self._phrases[text.source_language][text.target_language][phrase].append(
-                        neutralize(text.target_text)
-                    )
+                    phrases = self._phrases[text.source_language][text.target_language]
+                    phrases.setdefault(phrase, neutralize(text.target_text))
                     self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
 
     def languages(self, language: str) -> list[str]:
         """What a language can be put into."""
         return sorted(self._phrases[language]) if language in self._phrases else []
 
-    def translate(self, text: str | None, language: str, other: str, rng: np.random.Generator) -> str:
+    def translate(self, text: str | None, language: str, other: str) -> str:
         """A text with the phrases that are known in the other language, the longest first; the rest stays.
 
-        Phrases start and end where words do; Han and kana, which are written without spaces, anywhere. Of several
-        translations one is drawn, so that all words of the other language are seen.
+        Phrases start and end where words do; Han and kana, which are written without spaces, anywhere.
         """
         phrases = self._phrases[language][other]
         clean = neutralize(text)
@@ -66,11 +62,7 @@ class Phrasebook:
                 ),
                 None,
             )
-            if end is None:
-                said.append(clean[start])
-            else:
-                translations = phrases[lowered[start:end]]
-                said.append(translations[rng.integers(len(translations))])
+            said.append(clean[start] if end is None else phrases[lowered[start:end]])
             start = start + 1 if end is None else end
         return "".join(said)
 
@@ -108,14 +100,13 @@ def with_switched_languages(
     names = list(_Texts._fields)
 
     def switched(group: int, texts: _Texts) -> _Texts:
-        rng = np.random.default_rng([seed, group])  # the same choices for all pairs of a group
+        rng = np.random.default_rng([seed, group])  # the same choice for all pairs of a group
         others = phrasebook.languages(texts.language)
         if not others or rng.random() >= share:
             return texts
-        other = others[rng.integers(len(others))]
-        say = partial(phrasebook.translate, language=texts.language, other=other, rng=rng)
+        say = partial(phrasebook.translate, language=texts.language, other=others[rng.integers(len(others))])
         return _Texts(
-            other,
+            say.keywords["other"],
             say(texts.query),
             tuple(map(say, texts.retrieved_titles)),
             say(texts.title) if rng.random() < 0.5 else texts.title,
