@@ -18,6 +18,9 @@ from csrm.prompts import Translation, neutralize
 MAX_PHRASE_CHARACTERS = 48
 """Longer texts are sentences, which do not occur inside a title."""
 
+NUM_CHOICES = 60
+"""Of a phrase's translations: each of up to six is as likely as the others."""
+
 _DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 
 
@@ -26,26 +29,32 @@ class Phrasebook:
 
     def __init__(self, texts: Iterable[Sequence[Translation]]) -> None:
         """Args:
-        texts: batches; of a phrase that has several translations, the first one counts.
+        texts: batches. A phrase may have several translations.
         """
-        self._phrases: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        self._phrases: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
         self._longest: dict[str, int] = defaultdict(int)
         for batch in texts:
             for text in batch:
                 phrase = neutralize(text.source_text).lower()
                 if phrase and len(phrase) <= MAX_PHRASE_CHARACTERS:
-                    phrases = self._phrases[text.source_language][text.target_language]
-                    phrases.setdefault(phrase, neutralize(text.target_text))
+                    self._phrases[text.source_language][text.target_language][phrase].append(
+                        neutralize(text.target_text)
+                    )
                     self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
 
     def languages(self, language: str) -> list[str]:
         """What a language can be put into."""
         return sorted(self._phrases[language]) if language in self._phrases else []
 
-    def translate(self, text: str | None, language: str, other: str) -> str:
+    def translate(self, text: str | None, language: str, other: str, choice: int = 0) -> str:
         """A text with the phrases that are known in the other language, the longest first; the rest stays.
 
         Phrases start and end where words do; Han and kana, which are written without spaces, anywhere.
+
+        Args:
+            choice: which of a phrase's translations, at least 0; after the last comes the first.
         """
         phrases = self._phrases[language][other]
         clean = neutralize(text)
@@ -62,7 +71,11 @@ class Phrasebook:
                 ),
                 None,
             )
-            said.append(clean[start] if end is None else phrases[lowered[start:end]])
+            if end is None:
+                said.append(clean[start])
+            else:
+                translations = phrases[lowered[start:end]]
+                said.append(translations[choice % len(translations)])
             start = start + 1 if end is None else end
         return "".join(said)
 
@@ -104,9 +117,11 @@ def with_switched_languages(
         others = phrasebook.languages(texts.language)
         if not others or rng.random() >= share:
             return texts
-        say = partial(phrasebook.translate, language=texts.language, other=others[rng.integers(len(others))])
+        other = others[rng.integers(len(others))]
+        choice = int(rng.integers(NUM_CHOICES))  # one for the group: what was one word stays one
+        say = partial(phrasebook.translate, language=texts.language, other=other, choice=choice)
         return _Texts(
-            say.keywords["other"],
+            other,
             say(texts.query),
             tuple(map(say, texts.retrieved_titles)),
             say(texts.title) if rng.random() < 0.5 else texts.title,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from csrm.labels import BINARY_LABELS, ESCI_LABELS
@@ -18,17 +18,23 @@ from csrm.prompts import Product, Query, prompt_text
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def train_byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_byte_tokenizer(texts: Iterable[str], vocab_size: int, folds: bool = False) -> Tokenizer:
     """Byte-level BPE, so that no text is unknown to it; knows the template and has one token for each label.
 
     Args:
         texts: what it should be good at.
         vocab_size: tokens, with the 256 bytes.
+        folds: whether case is ignored, a word is the same at the start of a text, and Han and kana are read by
+            character: a model that has seen little text then knows a word wherever it stands.
     """
     template = prompt_text(Query("m", "l", "q", ("a", "b")), Product("t", "b", "c", {"n": "v"}))
     labels = "".join(label.token for label in (*BINARY_LABELS, *ESCI_LABELS))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=folds)
+    if folds:
+        by_character = pre_tokenizers.Split(Regex(r"[\p{Han}\p{Hiragana}\p{Katakana}]"), behavior="isolated")
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_character, tokenizer.pre_tokenizer])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -85,7 +91,7 @@ def write_base_model_of_market(
     """
     titles = pd.read_parquet(inputs / "catalog.parquet", columns=["title"])["title"].dropna()
     queries = pd.read_parquet(inputs / "queries.parquet", columns=["query"])["query"]
-    tokenizer = train_byte_tokenizer([*titles, *queries], vocab_size)
+    tokenizer = train_byte_tokenizer([*titles, *queries], vocab_size, folds=True)
     return write_tiny_base_model(folder, tokenizer, hidden_size, num_layers)
 
 

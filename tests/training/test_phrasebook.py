@@ -34,9 +34,20 @@ def test_known_phrases_are_said_in_the_other_language(
     assert phrasebook.translate(text, language, other) == expected
 
 
-def test_the_first_translation_of_a_phrase_counts() -> None:
-    texts = [Translation("ko", "zh-TW", "배", one) for one in ("船", "梨")]
-    assert Phrasebook([texts]).translate("배", "ko", "zh-TW") == "船"
+def test_a_phrase_has_all_its_translations_in_turn() -> None:
+    texts = [Translation("ko", "zh-TW", "신발", one) for one in ("鞋子", "鞋")]
+    phrasebook = Phrasebook([texts[:1], texts[1:]])
+    assert [phrasebook.translate("신발", "ko", "zh-TW", choice) for choice in range(3)] == ["鞋子", "鞋", "鞋子"]
+    assert phrasebook.translate("신발", "ko", "zh-TW") == "鞋子"
+
+
+def test_a_word_is_the_same_word_in_all_texts_of_a_group() -> None:
+    texts = [Translation("ko", "zh-TW", "신발", one) for one in ("鞋子", "鞋")]
+    batch = _batch(50).assign(query="신발", title="신발", retrieved_titles=[("신발",)] * 100)
+    (switched,) = with_switched_languages([batch], Phrasebook([texts]), share=1.0, seed=1)
+    assert set(switched["query"]) == {"鞋子", "鞋"}
+    assert (switched["retrieved_titles"].str[0] == switched["query"]).all()
+    assert ((switched["title"] == switched["query"]) | (switched["title"] == "신발")).all()
 
 
 def test_sentences_are_not_kept(phrasebook: Phrasebook) -> None:
