@@ -278,8 +278,8 @@ class _Trials:
     def measure(self, path: Path, recipe: Recipe, pack_scorer: PackScorer) -> _Graph:
         """Size, speed, spread over packs, and quality where labelled pairs are given."""
         settings, problems, quality = self._settings, [], None
-        start = time.perf_counter()
         if self._judged is not None and self._gains is not None:
+            start = time.perf_counter()
             try:
                 scores = self._scorer(pack_scorer).score(self._judged)["relevance_score"].to_numpy()
             except ValueError as error:

@@ -142,6 +142,12 @@ class Study:
 
     def __init__(self, data: Path, base_model: Path, work: Path) -> None:
         self.data, self.base_model, self.work = data, base_model, work
+        if base_model.is_file():
+            self.weights = [base_model]
+            self.base_model_settings = {"folder": str(base_model.parent), "gguf_file": base_model.name}
+        else:
+            self.weights = list(base_model.glob("*.safetensors"))
+            self.base_model_settings = {"folder": str(base_model)}
 
     def prepare(self) -> None:
         """Tables of the legs, unless they are there."""
@@ -178,9 +184,7 @@ class Study:
 
     def recipe(self, cell: Cell) -> str:
         """Digest of all that a cell's result follows from, but for the code."""
-        is_file = self.base_model.is_file()
-        weights = [self.base_model] if is_file else list(self.base_model.glob("*.safetensors"))
-        files = [REPOSITORY / CONFIG, *self.inputs(cell.leg).glob("*.parquet"), *weights]
+        files = [REPOSITORY / CONFIG, *self.inputs(cell.leg).glob("*.parquet"), *self.weights]
         parts = [json.dumps([ROWS[cell.row], cell.leg.settings]), *sorted(map(file_digest, files))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -207,11 +211,7 @@ class Study:
         return {
             "markets": cell.leg.measured if cell.row.startswith(TARGET) else cell.leg.learnt,
             "inputs": tables,
-            "base_model": (
-                {"folder": str(self.base_model.parent), "gguf_file": self.base_model.name}
-                if self.base_model.is_file()
-                else {"folder": str(self.base_model)}
-            ),
+            "base_model": self.base_model_settings,
             "tuning.seed": cell.seed,
             "model_dir": str(folder / "model"),
             **(parallel if "translation" not in row else {}),
