@@ -47,7 +47,7 @@ PAIRS_PER_QUERY = 8
 FEW, ALL = 300, 775
 """Queries of market kr; the taxonomy gives no more."""
 ESCI_QUERIES, ESCI_PAIRS_PER_QUERY = 96, 20
-MINUTES = 9.0
+MINUTES = 13.0
 """One thread, a training on FEW queries and its measurement."""
 
 OFF: Mapping[str, Mapping[str, Any]] = {
@@ -68,19 +68,24 @@ def only(*techniques: str) -> dict[str, Any]:
     return without(*(technique for technique in OFF if technique not in techniques))
 
 
+SMOOTHING = {"tuning.label_smoothing": 0.2}
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "labels only": only(),
     **{f"+ {technique}": only(technique) for technique in OFF},
     **{f"all but {technique}": without(technique) for technique in reversed(OFF)},
     "all": {},
     "translated labels": {**only("translation"), "translation.switched_share": 1.0},
-    "+ label smoothing": {**only(), "tuning.label_smoothing": 0.2},
+    "+ label smoothing": {**only(), **SMOOTHING},
     "+ pruning by cleanlab": only(),
+    "+ titles and distillation": only("titles", "distillation"),
+    "+ titles and label smoothing": {**only("titles"), **SMOOTHING},
+    "+ titles and pruning by cleanlab": only("titles"),
     "labels of the target": only(),
     "labels of the target + titles": only("titles"),
 }
-PRUNED, TARGET = "+ pruning by cleanlab", "labels of the target"
-AFTER = ("all", "+ distillation")
+PRUNED = ("+ pruning by cleanlab", "+ titles and pruning by cleanlab")
+TARGET = "labels of the target"
+AFTER = ("all", "+ distillation", "+ titles and distillation")
 """Rows whose round 0 is the first cell of their group."""
 E5_ROW = "multilingual-e5-small"
 """Made by e5.py."""
@@ -106,35 +111,42 @@ class Cell:
         """Of one thread, as a rule, without what an earlier cell of its group has trained."""
         row = ROWS[self.row]
         share = 1.0 + 0.7 * ("title_pairs" not in row)
-        trainings = 1 + ("distillation" not in row and self.row not in AFTER)
+        trainings = 1 + ("distillation" not in row and self.row not in AFTER) + (self.row in PRUNED)
         return MINUTES * trainings * share * (1.3 if self.leg is REAL_NOISE else self.num_queries / FEW)
 
 
 def grid() -> Iterator[list[Cell]]:
     """Cells in groups; the later ones of a group use what the first one trained."""
     for seed in SEEDS:
-        for noise in (0.0, NOISE):
-            for rows in (
-                ("all but distillation", "all"),
-                ("labels only", "+ distillation"),
-                ("+ title pairs",),
-                ("+ titles",),
-                ("+ translation",),
-                *((("+ label smoothing",), (PRUNED,)) if noise else ((f"{TARGET} + titles",), (TARGET,))),
-            ):
-                yield [Cell(GENERATED, row, FEW, noise, seed) for row in rows]
+        for rows in (
+            ("all but distillation", "all"),
+            ("labels only", "+ distillation"),
+            ("+ title pairs",),
+            ("+ titles",),
+            ("+ translation",),
+            (f"{TARGET} + titles",),
+            (TARGET,),
+        ):
+            yield [Cell(GENERATED, row, FEW, 0.0, seed) for row in rows]
+        for rows in (
+            ("all but distillation", "all"),
+            ("+ titles", "+ titles and distillation"),
+            ("+ titles and label smoothing",),
+            ("+ titles and pruning by cleanlab",),
+            ("labels only",),
+        ):
+            yield [Cell(GENERATED, row, FEW, NOISE, seed) for row in rows]
     for seed in SEEDS:
-        for noise in (0.0, NOISE):
-            for row in ("all but title pairs", "all but titles", "all but translation"):
-                yield [Cell(GENERATED, row, FEW, noise, seed)]
-        yield [Cell(GENERATED, "translated labels", FEW, 0.0, seed)]
+        for row in ("all but title pairs", "all but titles", "all but translation", "translated labels"):
+            yield [Cell(GENERATED, row, FEW, 0.0, seed)]
+        yield [Cell(REAL_NOISE, "labels only", ESCI_QUERIES, 0.0, seed)]
+        yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed) for row in ("labels only", "+ distillation")]
+        for row in ("+ label smoothing", "+ pruning by cleanlab"):
+            yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed)]
+    for seed in SEEDS:
         for row in ("labels only", "+ translation"):
             yield [Cell(GENERATED, row, ALL, 0.0, seed)]
         yield [Cell(GENERATED, row, ALL, 0.0, seed) for row in ("all but distillation", "all")]
-        for noise in (0.0, NOISE):
-            yield [Cell(REAL_NOISE, row, ESCI_QUERIES, noise, seed) for row in ("labels only", "+ distillation")]
-        for row in ("+ label smoothing", PRUNED):
-            yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed)]
 
 
 class Study:
@@ -230,7 +242,7 @@ class Study:
         folder, stages = self.folder(cell), self.folder(cell) / "model.stages"
         folder.mkdir(parents=True, exist_ok=True)
         judgments = self.judgments(cell)
-        if cell.row == PRUNED:
+        if cell.row in PRUNED:
             judgments = self.pruned(cell, judgments)
         judgments.to_parquet(folder / "judgments.parquet")
         translation = self.work / "translation" / f"{cell.leg.name}-{cell.seed}"
@@ -352,8 +364,10 @@ def write(path: Path, text: str) -> None:
 
 def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: bool) -> None:
     """Run the cells that are missing, as many as end in time."""
-    groups = [[cell for cell in group if re.search(chosen, cell.name)] for group in grid()]
-    missing = [(group[0], [cell for cell in group if not study.has_ended(cell)]) for group in groups if group]
+    missing = [
+        (group[0], [cell for cell in group if re.search(chosen, cell.name) and not study.has_ended(cell)])
+        for group in grid()
+    ]
     for _, cells in missing:
         for cell in cells:
             print(f"{cell.name}: {cell.minutes:.0f} minutes")
