@@ -53,12 +53,15 @@ def write_tiny_base_model(
     num_layers: int = 2,
     initializer_range: float = 0.02,
     seed: int = 0,
+    finds_repeats: bool = False,
 ) -> Path:
     """A random Qwen3 model with grouped-query attention and tied embeddings, in the format of save_pretrained.
 
     Args:
         hidden_size: a multiple of 8.
         initializer_range: standard deviation of the weights; 0.02 trains well, but scores every pair alike.
+        finds_repeats: whether queries of attention start as its keys, so that a token attends to its equals before
+            anything is learnt: after Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers".
 
     Returns:
         The folder.
@@ -76,7 +79,12 @@ def write_tiny_base_model(
         tie_word_embeddings=True,
         initializer_range=initializer_range,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    if finds_repeats:
+        for layer in model.model.layers:
+            keys = layer.self_attn.k_proj.weight.data.unflatten(0, (config.num_key_value_heads, config.head_dim))
+            layer.self_attn.q_proj.weight.data = keys.repeat_interleave(2, dim=0).flatten(0, 1)
+    model.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
@@ -92,7 +100,7 @@ def write_base_model_of_market(
     titles = pd.read_parquet(inputs / "catalog.parquet", columns=["title"])["title"].dropna()
     queries = pd.read_parquet(inputs / "queries.parquet", columns=["query"])["query"]
     tokenizer = train_byte_tokenizer([*titles, *queries], vocab_size, folds=True)
-    return write_tiny_base_model(folder, tokenizer, hidden_size, num_layers)
+    return write_tiny_base_model(folder, tokenizer, hidden_size, num_layers, finds_repeats=True)
 
 
 def main() -> None:
