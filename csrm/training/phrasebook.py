@@ -4,6 +4,7 @@ Code-switched training text aligns the languages of a multilingual model (Qin et
 pair stays what it was when its query, its product or both are said in the other language.
 """
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -39,9 +40,9 @@ class Phrasebook:
             for text in batch:
                 phrase = neutralize(text.source_text).lower()
                 if phrase and len(phrase) <= MAX_PHRASE_CHARACTERS:
-                    self._phrases[text.source_language][text.target_language][phrase].append(
-                        neutralize(text.target_text)
-                    )
+                    translations = self._phrases[text.source_language][text.target_language][phrase]
+                    if (translation := neutralize(text.target_text)) not in translations:
+                        translations.append(translation)
                     self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
 
     def languages(self, language: str) -> list[str]:
@@ -103,7 +104,9 @@ def with_switched_languages(
     """Put the queries of some groups into another language with their retrieved titles, and half of these groups'
     products too.
 
-    A market without labels has both: its own products, and products that are listed there from abroad.
+    A market without labels has both: its own products, and products that are listed there from abroad. Half of the
+    titles choose among a phrase's translations as their query does, the others on their own: a small model learns both
+    that one word stays one word, and which words mean the same.
 
     Args:
         batches: group_number, language, query, retrieved_titles, title.
@@ -118,13 +121,18 @@ def with_switched_languages(
         if not others or rng.random() >= share:
             return texts
         other = others[rng.integers(len(others))]
-        choice = int(rng.integers(NUM_CHOICES))  # one for the group: what was one word stays one
-        say = partial(phrasebook.translate, language=texts.language, other=other, choice=choice)
+        choice, has_products = int(rng.integers(NUM_CHOICES)), rng.random() < 0.5
+        say = partial(phrasebook.translate, language=texts.language, other=other)
+
+        def say_title(title: str | None) -> str:
+            of_title = np.random.default_rng([seed, group, zlib.crc32((title or "").encode())])
+            return say(title, choice=choice if of_title.random() < 0.5 else int(of_title.integers(NUM_CHOICES)))
+
         return _Texts(
             other,
-            say(texts.query),
-            tuple(map(say, texts.retrieved_titles)),
-            say(texts.title) if rng.random() < 0.5 else texts.title,
+            say(texts.query, choice=choice),
+            tuple(map(say_title, texts.retrieved_titles)),
+            say_title(texts.title) if has_products else texts.title,
         )
 
     for batch in batches:

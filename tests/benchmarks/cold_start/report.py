@@ -124,5 +124,6 @@ def _plot(
         axis.invert_yaxis()
         axis.set_title(f"{panel[0]}, {panel[1]:,} queries, {panel[2]:.0%} wrong labels: {leg.kinds[kind]}", fontsize=9)
         axis.set_xlabel("ROC-AUC, 95% interval")
-    figure.savefig(FOLDER / "report.svg")
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study"}):  # text as text; equal for equal results
+        figure.savefig(FOLDER / "report.svg", metadata={"Date": None})
     plt.close(figure)
