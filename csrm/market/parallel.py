@@ -17,7 +17,7 @@ NUM_TITLES = 1_000
 
 
 def parallel_text(seed: int, lexicons: Sequence[Lexicon]) -> pd.DataFrame:
-    """Names of categories and brands, attribute values and titles of each two languages: columns of `parallel_text`.
+    """Names of categories, brands and attributes, values and titles of each two languages: columns of `parallel_text`.
 
     Words are of split train, as a dictionary is; a title and its translations are in one split, which its first
     language's text decides. Values and titles are left out where the two lexicons do not have the same values, as
@@ -49,6 +49,7 @@ def _names(one: Lexicon, other: Lexicon) -> Iterator[tuple[str, str]]:
 
 def _values(one: Lexicon, other: Lexicon) -> Iterator[tuple[str, str]]:
     for key, attribute in one.attributes.items():
+        yield attribute.name, other.attributes[key].name
         forms: Iterator[tuple[Forms, Forms]] = zip(attribute.values, other.attributes[key].values, strict=True)
         for a, b in forms:
             yield from product(a, b)

@@ -96,6 +96,9 @@ class _Texts(NamedTuple):
     query: str | None
     retrieved_titles: tuple[str, ...]
     title: str | None
+    brand: str | None
+    category: str | None
+    attributes: Sequence[tuple[str, str | None]] | None
 
 
 def with_switched_languages(
@@ -104,12 +107,13 @@ def with_switched_languages(
     """Put the queries of some groups into another language with their retrieved titles, and half of these groups'
     products too.
 
-    A market without labels has both: its own products, and products that are listed there from abroad. Half of the
-    titles choose among a phrase's translations as their query does, the others on their own: a small model learns both
-    that one word stays one word, and which words mean the same.
+    A market without labels has both: its own products, and products that are listed there from abroad. Brand, category
+    and attributes go with their title: what stayed in the source language would tell there what the product is, and
+    nothing in the market without labels. Half of the titles choose among a phrase's translations as their query does,
+    the others on their own: a small model learns both that one word stays one word, and which words mean the same.
 
     Args:
-        batches: group_number, language, query, retrieved_titles, title.
+        batches: group_number, language, query, retrieved_titles, title, brand, category, attributes.
         share: of the groups.
         seed: of the choice of groups and languages.
     """
@@ -124,15 +128,23 @@ def with_switched_languages(
         choice, has_products = int(rng.integers(NUM_CHOICES)), rng.random() < 0.5
         say = partial(phrasebook.translate, language=texts.language, other=other)
 
-        def say_title(title: str | None) -> str:
+        def choice_of(title: str | None) -> int:
             of_title = np.random.default_rng([seed, group, zlib.crc32((title or "").encode())])
-            return say(title, choice=choice if of_title.random() < 0.5 else int(of_title.integers(NUM_CHOICES)))
+            return choice if of_title.random() < 0.5 else int(of_title.integers(NUM_CHOICES))
 
-        return _Texts(
-            other,
-            say(texts.query, choice=choice),
-            tuple(map(say_title, texts.retrieved_titles)),
-            say_title(texts.title) if has_products else texts.title,
+        query = texts._replace(
+            language=other,
+            query=say(texts.query, choice=choice),
+            retrieved_titles=tuple(say(title, choice=choice_of(title)) for title in texts.retrieved_titles),
+        )
+        if not has_products:
+            return query
+        say = partial(say, choice=choice_of(texts.title))
+        return query._replace(
+            title=say(texts.title),
+            brand=say(texts.brand),
+            category=say(texts.category),
+            attributes=[(say(name), say(value)) for name, value in texts.attributes or ()],
         )
 
     for batch in batches:

@@ -66,6 +66,9 @@ def _batch(num_groups: int) -> pd.DataFrame:
             "query": "운동복",
             "retrieved_titles": [("운동복 바지",)] * (2 * num_groups),
             "title": ["레깅스", "블랙"] * num_groups,
+            "brand": [None, "블랙"] * num_groups,
+            "category": ["운동복 > 레깅스", None] * num_groups,
+            "attributes": [[("레깅스", "블랙"), ("운동복", None)], None] * num_groups,
             "grade": "yes",
         }
     )
@@ -78,7 +81,14 @@ def test_a_share_of_the_groups_is_switched_all_pairs_of_a_group_alike(phrasebook
         texts = [tuple(row) for row in rows[["language", "query", "retrieved_titles"]].itertuples(index=False)]
         assert texts[0] == texts[1]
         assert texts[0] in {("ko", "운동복", ("운동복 바지",)), ("zh-TW", "運動服", ("運動褲",))}
-        assert rows["title"].to_list() in (["레깅스", "블랙"], ["緊身褲", "黑色"])
+        if rows["title"].to_list() == ["레깅스", "블랙"]:
+            columns = ["brand", "category", "attributes"]
+            pd.testing.assert_frame_equal(rows[columns], batch.loc[rows.index, columns])
+        else:
+            assert rows["title"].to_list() == ["緊身褲", "黑色"]
+            assert rows["brand"].to_list() == ["", "黑色"]
+            assert rows["category"].to_list() == ["運動服 › 緊身褲", ""]
+            assert rows["attributes"].to_list() == [[("緊身褲", "黑色"), ("運動服", "")], []]
     has_query = switched["language"] == "zh-TW"
     has_products = switched["title"].isin({"緊身褲", "黑色"})
     assert 0.4 < has_query.mean() < 0.6
