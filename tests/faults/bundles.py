@@ -12,7 +12,7 @@ from csrm.bundle import KIND, MODEL_NAME, TOKENIZER_NAME, load_bundle
 from csrm.manifest import write_manifest
 
 ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK, TOKENIZER_MARK = "Ж", "Ա", "א", "Ω", "ܐ"
-"""Letters of alphabets that no other text of these tests uses; each has a first byte, and so a token, of its own."""
+"""Letters of alphabets that no other text of these tests uses; each has two bytes, and its first one is a token of its own."""
 
 
 def faulty_bundle(source: Path, folder: Path, longest_pack: int | None = None) -> Path:
@@ -29,7 +29,7 @@ def faulty_bundle(source: Path, folder: Path, longest_pack: int | None = None) -
     shutil.copytree(source, folder)
     bundle = load_bundle(source)
     tokenizer = bundle.prompt_tokenizer()
-    first = {mark: tokenizer._encode(mark)[0] for mark in (ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK)}
+    first = {mark: tokenizer._encode(mark)[-2] for mark in (ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK)}
     model = onnx.load(folder / MODEL_NAME)
     _add_faults(model.graph, first, longest_pack)
     onnx.checker.check_model(model)
