@@ -12,7 +12,7 @@ from csrm.bundle import KIND, MODEL_NAME, TOKENIZER_NAME, load_bundle
 from csrm.manifest import write_manifest
 
 ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK, TOKENIZER_MARK = "Ж", "Ա", "א", "Ω", "ܐ"
-"""Letters of alphabets that no other text of these tests uses, of two bytes each; the first byte is a token of its own."""
+"""Letters of two bytes of alphabets that no other text of these tests uses; the first byte is a token of its own."""
 
 
 def faulty_bundle(source: Path, folder: Path, longest_pack: int | None = None) -> Path:
