@@ -333,7 +333,7 @@ def foretold(cells: Sequence[Cell], bundle: Bundle) -> list[dict[str, Any]]:
             off = expected / found - 1
             verdict = "" if abs(off) <= SAME_SIZE else ", missed"
             values = {"foretold": f"{expected:,.0f}", "measured": f"{found:,.0f}"}
-            rows.append({"pairs": f"{cell['pairs']:,}", "what": what, **values, "off by": f"{off:+.0%}{verdict}"})
+            rows.append({"pairs": f"{cell['pairs']:,}", "what": what, **values, "off by": f"{off:+z.0%}{verdict}"})
     return rows
 
 

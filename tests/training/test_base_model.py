@@ -6,7 +6,6 @@ import gguf
 import pytest
 
 from csrm.training.base_model import BaseModel, load_tokenizer
-from csrm.training.tiny import train_byte_tokenizer
 
 NORMAL, CONTROL, BYTE = 1, 3, 6
 
@@ -48,17 +47,3 @@ def test_a_gemma_gguf_gets_its_byte_pair_merges_back(gemma_gguf: Path, text: str
 
     assert tokenizer.encode(text).tokens == ["<bos>", *tokens]
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True) == text
-
-
-def test_a_folding_tokenizer_knows_a_word_wherever_it_stands() -> None:
-    tokenizer = train_byte_tokenizer(["red shoes 黑色跑鞋"] * 50, 400, folds=True)
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return found
-
-    assert ids("Red shoes") == ids("RED SHOES")
-    assert ids("shoes red") == ids("shoes") + ids("red")
-    assert ids("跑鞋黑色") == ids("跑鞋") + ids("黑色")
-    assert len(ids("shoes")) == 1
-    assert ids("shoes") != ids("sh oes")

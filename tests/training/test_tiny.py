@@ -12,11 +12,19 @@ TEXTS = ["red canvas shoes", "a desk of oak", "防水登山鞋", "녹색 우산"
 
 
 def test_a_folding_tokenizer_knows_a_word_wherever_it_stands() -> None:
-    tokenizer = train_byte_tokenizer(TEXTS * 10, 400, folds=True)
-    (word,) = tokenizer.encode("shoes").ids
-    assert tokenizer.encode("SHOES").ids == [word]
-    assert tokenizer.encode("red Shoes").ids[-1] == word
-    assert tokenizer.encode("登山鞋").ids == [id_ for character in "登山鞋" for id_ in tokenizer.encode(character).ids]
+    tokenizer = train_byte_tokenizer(["red shoes 黑色跑鞋"] * 50, 400, folds=True)
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return found
+
+    assert ids("Red shoes") == ids("RED SHOES")
+    assert ids("red Shoes")[-1:] == ids("shoes")
+    assert ids("shoes red") == ids("shoes") + ids("red")
+    assert ids("跑鞋黑色") == ids("跑鞋") + ids("黑色")
+    assert ids("跑鞋") == ids("跑") + ids("鞋")
+    assert len(ids("shoes")) == 1
+    assert ids("shoes") != ids("sh oes")
 
 
 @pytest.mark.parametrize("finds_repeats", [True, False])
