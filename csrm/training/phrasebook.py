@@ -7,7 +7,7 @@ pair stays what it was when its query, its product or both are said in the other
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,28 +119,36 @@ def with_switched_languages(
     """
     names = list(_Texts._fields)
 
-    def switched(group: int, texts: _Texts) -> _Texts:
-        rng = np.random.default_rng([seed, group])  # the same choice for all pairs of a group
-        others = phrasebook.languages(texts.language)
+    def choice_of(group: int, title: str | None, of_query: int) -> int:
+        rng = np.random.default_rng([seed, group, zlib.crc32((title or "").encode())])
+        return of_query if rng.random() < 0.5 else int(rng.integers(NUM_CHOICES))
+
+    @lru_cache(maxsize=1)  # the pairs of a group, which follow one another, are switched alike
+    def switched_query(
+        group: int, language: str, query: str | None, titles: tuple[str, ...]
+    ) -> tuple[str, str, tuple[str, ...], int, bool] | None:
+        """Language, query and retrieved titles, the query's choice, and whether products are switched; or None."""
+        rng = np.random.default_rng([seed, group])
+        others = phrasebook.languages(language)
         if not others or rng.random() >= share:
-            return texts
+            return None
         other = others[rng.integers(len(others))]
-        choice, has_products = int(rng.integers(NUM_CHOICES)), rng.random() < 0.5
-        say = partial(phrasebook.translate, language=texts.language, other=other)
+        choice, has_products = int(rng.integers(NUM_CHOICES)), bool(rng.random() < 0.5)
+        say = partial(phrasebook.translate, language=language, other=other)
+        said = tuple(say(title, choice=choice_of(group, title, choice)) for title in titles)
+        return other, say(query, choice=choice), said, choice, has_products
 
-        def choice_of(title: str | None) -> int:
-            of_title = np.random.default_rng([seed, group, zlib.crc32((title or "").encode())])
-            return choice if of_title.random() < 0.5 else int(of_title.integers(NUM_CHOICES))
-
-        query = texts._replace(
-            language=other,
-            query=say(texts.query, choice=choice),
-            retrieved_titles=tuple(say(title, choice=choice_of(title)) for title in texts.retrieved_titles),
-        )
+    def switched(group: int, texts: _Texts) -> _Texts:
+        found = switched_query(group, texts.language, texts.query, texts.retrieved_titles)
+        if found is None:
+            return texts
+        other, query, titles, choice, has_products = found
+        said = texts._replace(language=other, query=query, retrieved_titles=titles)
         if not has_products:
-            return query
-        say = partial(say, choice=choice_of(texts.title))
-        return query._replace(
+            return said
+        choice = choice_of(group, texts.title, choice)
+        say = partial(phrasebook.translate, language=texts.language, other=other, choice=choice)
+        return said._replace(
             title=say(texts.title),
             brand=say(texts.brand),
             category=say(texts.category),
