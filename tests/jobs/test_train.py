@@ -1,9 +1,10 @@
 """Training and export as their users start them, on generated markets."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "distillation": None,
         "model_dir": str(folder / "model"),
     }
+
+
+KILLED = """
+import os, runpy, signal, sys
+from transformers import Trainer
+
+folder, step = sys.argv[1], int(sys.argv[2])
+training_step = Trainer.training_step
+
+def killed_at_its_step(trainer, *args):
+    if folder in trainer.args.output_dir and trainer.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(trainer, *args)
+
+Trainer.training_step = killed_at_its_step
+sys.argv[:] = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_training(arguments: list[str], folder: str, step: int) -> None:
+    """Run a training that is killed after `step` steps of the stage whose checkpoints are in `folder`."""
+    job = [str(ROOT / "jobs" / "train.py"), *arguments]
+    killed = subprocess.run([sys.executable, "-c", KILLED, folder, str(step), *job], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
 
 
 def test_a_trained_model_becomes_a_bundle_that_scores(
@@ -150,16 +176,11 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     )
     assert run_job(train.main, whole) == 0
 
-    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "train.py"), *killed], cwd=ROOT)
-    while not list(tmp_path.glob("killed.unfinished/checkpoints/*/checkpoint-6/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    kill_training(killed, "killed.unfinished", 7)
     assert not (tmp_path / "killed").exists()
 
     assert run_job(train.main, killed) == 0
-    assert "30 steps, from " in caplog.text
+    assert re.search(r" 30 steps, from .*/checkpoint-6\n", caplog.text)
     weights = [load_file(next((tmp_path / name / "weights").glob("*.safetensors"))) for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -181,20 +202,15 @@ def test_a_distillation_that_was_killed_goes_on_at_its_teacher(
     )
     assert run_job(train.main, whole) == 0
 
-    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "train.py"), *killed], cwd=ROOT)
     stages = tmp_path / "killed.stages"
-    while not list(stages.glob("round-1-teacher-1.unfinished/checkpoints/*/checkpoint-3/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    kill_training(killed, "round-1-teacher-1.unfinished", 4)
     assert (stages / "round-1-teacher-0" / "manifest.json").exists()
     assert not (tmp_path / "killed").exists()
 
     caplog.clear()
     assert run_job(train.main, killed) == 0
     assert "round-1-teacher-0: has ended before" in caplog.text
-    assert "20 steps, from " in caplog.text
+    assert re.search(r" 20 steps, from .*round-1-teacher-1.*/checkpoint-3\n", caplog.text)
     for path in (tmp_path / "whole.stages").rglob("*"):
         if path.name.endswith(("_labels.parquet", "adapter_model.safetensors")):
             other = stages / path.relative_to(tmp_path / "whole.stages")
