@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, model_validator
 
 from csrm.cli import job_parser, run_job
@@ -22,13 +23,22 @@ from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS, Label
 from csrm.manifest import check_replaceable, replace_folder, verify_manifest
-from csrm.metrics import QUERY_METRICS, Evaluation, evaluate_scores, format_evaluation
+from csrm.metrics import PAIR_METRICS, QUERY_METRICS, Evaluation, evaluate_scores, format_evaluation
 from csrm.prompts import Translation
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
 from csrm.training.data import Fold, JudgedInputs, JudgedPairs
-from csrm.training.distillation import Distillation, Round, RoundSetup, TrainStudent, best_round, self_distill
+from csrm.training.distillation import (
+    DevMetrics,
+    Distillation,
+    Round,
+    RoundSetup,
+    TrainStudent,
+    best_round,
+    check_folds,
+    self_distill,
+)
 from csrm.training.label_quality import Calibration
 from csrm.training.model import TASKS
 from csrm.training.packs import (
@@ -58,6 +68,8 @@ from csrm.training.translation import ParallelText, TranslationQuality, translat
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLED_TITLES = 500
+TRANSLATION_TEMPLATE_TOKENS = 64
+"""Room in a pack for what stands around a text and its translation."""
 MAX_TOKENS_PER_CHARACTER = 1.0
 """Multilingual tokenizers make 0.2 tokens of a Latin letter and up to 0.8 of a Hangul syllable or a Han character."""
 
@@ -70,17 +82,18 @@ class TranslationSettings(Settings):
     max_steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
-    """These three replace those of `tuning` where given."""
+    """These three replace those of `tuning` where given; epochs replace max_steps too."""
     text_tokens: int = Field(default=48, ge=1)
     """Most tokens of each text."""
     mixed_share: float = Field(default=0.2, ge=0)
     """Translation packs for each pack of the relevance stage, so that translation is not forgotten."""
     switched_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the queries of the relevance stage that are put into another language of the parallel text, phrase by
-    phrase, half of them with their products; see csrm.training.phrasebook."""
+    """Share of the prefixes of the relevance stage, those of title pairs and pairs without labels too, that are put
+    into another language of the parallel text, phrase by phrase, half of them with their products; see
+    csrm.training.phrasebook."""
     held_out_split: str = "dev"
-    num_held_out: int = Field(default=100, ge=1)
-    """Texts of held_out_split that measure how well is translated."""
+    num_held_out: int = Field(default=100, ge=1, le=1_000)
+    """Texts of held_out_split that measure how well is translated; without such texts it is not measured."""
 
 
 class TrainConfig(Settings):
@@ -117,6 +130,23 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens"
             )
+        most = (self.pack_tokens - TRANSLATION_TEMPLATE_TOKENS) // 2
+        if self.translation is not None and self.translation.text_tokens > most:
+            raise ValueError(
+                f"translation.text_tokens is {self.translation.text_tokens}, but two texts fit a pack of "
+                f"{self.pack_tokens} tokens, pack_tokens, with at most {most} each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_can_be_learnt(self) -> "TrainConfig":
+        names = [label.name for label in self.labels]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"labels: expected at least two of different names, got {names}")
+        if unknown := sorted(set((self.grade_labels or {}).values()) - set(names)):
+            raise ValueError(f"grade_labels name {unknown}; labels are {names}")
+        if self.dev_split in ("train", "unlabelled"):
+            raise ValueError(f"dev_split is {self.dev_split!r}, what is learnt: name a split that is not")
         return self
 
 
@@ -134,7 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"judgments: no rows of split {' and '.join(missing)}; splits are {sorted(splits)}."
                 + (" The dev split chooses the round: set distillation.choose_by to agreement." if needs_dev else "")
             )
-        pairs.check_apart("train", config.dev_split)
+        for split in sorted(set(splits) - {"train"}):
+            pairs.check_apart("train", split)
+        one_hot_targets(pd.Series(pairs.grades(), dtype=object), config.labels, config.grade_labels)
+        if config.distillation is not None:
+            check_folds(config.distillation, pairs, config.tuning.seed)
         add_unlabelled(pairs, config)
         dev_pairs = pairs.read(config.dev_split)
         measured = pairs.measured_queries()
@@ -145,13 +179,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = stages_dir / "translation"
             print(learn_translation(config, config.translation, tokenizer, start), flush=True)
 
+        phrasebook = read_phrasebook(config)
+
         def train(
             output_dir: Path,
             soft_labels: Path | None = None,
             without: Fold | None = None,
             epochs: float | None = None,
         ) -> PairScorer:
-            packs = relevance_packs(pairs, config, tokenizer, soft_labels, without, measured)
+            packs = relevance_packs(pairs, config, tokenizer, soft_labels, without, measured, phrasebook)
             length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
             return _train(packs, start, config.tuning.model_copy(update=length), config, output_dir)
 
@@ -199,18 +235,21 @@ def learn_translation(
 ) -> str:
     """The translation stage; returns its report."""
     parallel = ParallelText(settings.parallel_text)
+    held_out = parallel.first(settings.held_out_split, config.tuning.seed, settings.num_held_out)
     texts = parallel.translations("train", config.tuning.seed)
     packs: Iterator[TrainingPack] = translation_packs(texts, tokenizer, config.pack_tokens, settings.text_tokens)
     changes = {"max_steps": settings.max_steps, "epochs": settings.epochs, "learning_rate": settings.learning_rate}
-    tuning = config.tuning.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    tuning = config.tuning.model_copy(update=({"max_steps": None} if settings.epochs is not None else {}) | given)
     if tuning.max_steps is not None:
         packs = islice(packs, tuning.max_steps * tuning.packs_per_step)  # the texts are in random order
     _train(packs, config.base_model, tuning, config, output_dir)
     for _ in texts:  # so that all are counted
         pass
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(parallel.num_left_out.items())) or "none"
-    report = f"translation: {parallel.num_kept:,} pairs of texts learnt, left out: {left_out}"
-    held_out = next(parallel.translations(settings.held_out_split, config.tuning.seed))[: settings.num_held_out]
+    report = f"translation: {parallel.num_kept:,} pairs of texts to learn from, left out: {left_out}"
+    if not held_out:
+        return f"{report}; not measured, for no text is of split {settings.held_out_split}"
     quality = _measured_translation(held_out, settings, tokenizer, output_dir)
     return (
         f"{report}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "
@@ -230,10 +269,29 @@ def _measured_translation(
         if known["fingerprint"] == fingerprint:
             return TranslationQuality(**known["quality"])
     model, _, _ = load_trained(output_dir)
+    if torch.cuda.is_available():
+        model.to("cuda")
     quality = translation_quality(model, tokenizer, held_out, settings.text_tokens)
     text = json.dumps({"fingerprint": fingerprint, "quality": asdict(quality)}, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
     return quality
+
+
+def read_phrasebook(config: TrainConfig) -> Phrasebook | None:
+    """What puts pairs into other languages, where that is configured; warns of languages that it does not know."""
+    if config.translation is None or not config.translation.switched_share:
+        return None
+    texts = ParallelText(config.translation.parallel_text)
+    phrasebook = Phrasebook(texts.translations("train", config.tuning.seed))
+    known = phrasebook.known_languages()
+    if unknown := sorted({*config.markets.values()} - known):
+        logger.warning(
+            "parallel_text: no text of languages %s, the languages of markets, so their pairs are not put into "
+            "another; it has %s. Are the languages named alike in both?",
+            unknown,
+            sorted(known),
+        )
+    return phrasebook
 
 
 def relevance_packs(
@@ -243,11 +301,13 @@ def relevance_packs(
     soft_labels: Path | None,
     without: Fold | None,
     measured: Collection[str],
+    phrasebook: Phrasebook | None,
 ) -> Iterator[TrainingPack]:
     """Packs of the training pairs with their targets; title pairs and translations too, where these are configured.
 
     Args:
-        measured: query texts that measure the model, in lower case; no title pair has them.
+        measured: query texts that measure the model, see JudgedPairs.measured_queries; no title pair has them.
+        phrasebook: puts a share of the pairs into other languages; None: none.
     """
     tuning, translation = config.tuning, config.translation
     judged = pairs.groups(
@@ -256,14 +316,11 @@ def relevance_packs(
     sources = [judged]
     if config.title_pairs is not None:
         sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, measured))
-    switched_share = translation.switched_share if translation is not None else 0.0
-    if translation is not None and switched_share:
-        phrasebook = Phrasebook(ParallelText(translation.parallel_text).translations("train", tuning.seed))
 
     def packed(groups: Iterator[pd.DataFrame]) -> Iterator[TrainingPack]:
         groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
-        if switched_share:
-            groups = with_switched_languages(groups, phrasebook, switched_share, tuning.seed)
+        if translation is not None and phrasebook is not None:
+            groups = with_switched_languages(groups, phrasebook, translation.switched_share, tuning.seed)
         return judged_packs((_with_targets(batch, config) for batch in groups), tokenizer, config.pack_tokens)
 
     packs = chain.from_iterable(map(packed, sources))
@@ -291,10 +348,12 @@ def distill(
     def targets_of(grades: pd.Series) -> np.ndarray:
         return one_hot_targets(grades, config.labels, config.grade_labels)
 
-    def dev_metric(scorer: PairScorer) -> float:
+    def dev_metrics(scorer: PairScorer) -> DevMetrics:
         metrics = _evaluate(scorer, dev_pairs, config).metrics
-        of_model = metrics[(metrics["ranking"] == "relevance_score") & (metrics["metric"] == QUERY_METRICS[0])]
-        return float(of_model["value"].iloc[-1])  # the last market is all of them
+        of_model = metrics[metrics["ranking"] == "relevance_score"]
+        values = of_model.groupby("metric")["value"].last()  # the last market is all of them
+        auc = float(values[PAIR_METRICS[0]])
+        return DevMetrics(float(values[QUERY_METRICS[0]]), None if np.isnan(auc) else auc)
 
     def train_and_load(
         output_dir: Path,
@@ -316,7 +375,7 @@ def distill(
         targets_of=targets_of,
         work_dir=stages_dir,
         dev_split=None if dev_pairs.empty else config.dev_split,
-        dev_metric=dev_metric if settings.choose_by == "dev" else None,
+        dev_metrics=dev_metrics if settings.choose_by == "dev" else None,
         seed=config.tuning.seed,
     )
     rounds = self_distill(setup)
@@ -326,6 +385,8 @@ def distill(
     issues = pairs.with_texts(label_issues(rounds[-1].soft_labels, [label.name for label in config.labels]))
     issues.to_parquet(stages_dir / "label_issues.parquet")
     print(f"{len(issues):,} given labels look wrong, the clearest first: {stages_dir / 'label_issues.parquet'}")
+    if settings.num_folds == 1 and settings.teacher_scores is None:
+        print("  (to a model that has learnt them: with num_folds 2 or more, models judge labels that they never saw)")
     for row in issues.head(3).itertuples():
         print(f"  {row.market}  {row.query}  |  {row.title}: given {row.grade}, rather {row.suggested_label}")
     copy = stages_dir / "best"
@@ -366,9 +427,12 @@ def write_report(
                 one.round_index,
                 is_kept=one is best,
                 ndcg=one.dev_metric,
+                auc=one.dev_auc,
+                agreement=one.agreement,
                 control_ndcg=one.control_metric,
                 flipped_share=one.flips.share if one.flips else None,
                 flips_right=one.flips.precision if one.flips else None,
+                random_flips_right=one.flips.wrong_share if one.flips else None,
             )
             for one in rounds
         ],
@@ -398,10 +462,12 @@ def format_rounds(rounds: Sequence[Round], best: Round) -> str:
     columns = {
         "round": [str(one.round_index) for one in rounds],
         f"dev {QUERY_METRICS[0]}": [_number(one.dev_metric, ".4f") for one in rounds],
+        f"dev {PAIR_METRICS[0]}": [_number(one.dev_auc, ".4f") for one in rounds],
         "control": [_number(one.control_metric, ".4f") for one in rounds],
         "agreement": [_number(one.agreement, ".4f") for one in rounds],
         "doubted": [_number(one.doubts.share if one.doubts else None, ".1%") for one in rounds],
         "of these wrong": [_number(one.doubts.precision if one.doubts else None, ".1%") for one in rounds],
+        "of all wrong": [_number(one.doubts.wrong_share if one.doubts else None, ".1%") for one in rounds],
         "flipped": [_number(one.flips.share if one.flips else None, ".1%") for one in rounds],
         "repaired": [_number(one.flips.repaired if one.flips else None, ".1%") for one in rounds],
         "calibration error": [_calibration_error(one.calibration) for one in rounds],

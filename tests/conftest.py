@@ -97,22 +97,28 @@ def loud_model(loud_base_model: Path, prompt_tokenizer: "PromptTokenizer") -> "P
 
 @pytest.fixture(scope="session")
 def train_on() -> "Callable[..., PairScorer]":
-    """Train on a frame of judged pairs (PAIR_COLUMNS and grade): train_on(pairs, start, output_dir, **tuning)."""
+    """Train on judged pairs (PAIR_COLUMNS and grade): train_on(pairs, start, output_dir, budgets, **tuning)."""
     from csrm.labels import ESCI_LABELS
     from csrm.tokenization import Budgets, PromptTokenizer
     from csrm.training.packs import judged_packs
     from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
 
-    def train(pairs: pd.DataFrame, start: "BaseModel | Path", output_dir: Path, **settings: object) -> "PairScorer":
+    def train(
+        pairs: pd.DataFrame,
+        start: "BaseModel | Path",
+        output_dir: Path,
+        budgets: Budgets = Budgets(),  # noqa: B008
+        **settings: object,
+    ) -> "PairScorer":
         tuning = Tuning(**settings)
         shuffled = pairs.sample(frac=1.0, random_state=tuning.seed)
         place = shuffled.groupby("query").cumcount() // tuning.pairs_per_prefix
         shuffled["group_number"] = shuffled.groupby(["query", place], sort=False).ngroup()
         shuffled["query_id"], shuffled["product_id"] = shuffled["query"], shuffled["title"]
         shuffled["target"] = list(one_hot_targets(shuffled["grade"], ESCI_LABELS, None))
-        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(start), Budgets())
+        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(start), budgets)
         packs = judged_packs([shuffled.sort_values("group_number", kind="stable")], tokenizer, 512)
-        return train_stage(packs, start, tuning, ESCI_LABELS, Budgets(), 512, output_dir)
+        return train_stage(packs, start, tuning, ESCI_LABELS, budgets, 512, output_dir)
 
     return train
 

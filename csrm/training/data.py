@@ -1,5 +1,6 @@
 """Judged pairs with their texts, streamed from the tables: what the relevance stage learns from."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ import pyarrow.fs as pa_fs
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError, MissingDependencyError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE, Column, Table
+
+logger = logging.getLogger(__name__)
 
 MEMORY_LIMIT = "256MB"
 """Of the joins and sorts; what does not fit goes to a temporary folder."""
@@ -43,6 +46,8 @@ _TABLES = """
         FROM keys JOIN query_texts USING (query_number) JOIN product_texts USING (product_number);
 """
 """Pairs as numbers, and each text once."""
+_IS_MEASURED = "coalesce(split, 'train') NOT IN ('train', 'unlabelled')"
+_NOT_SEEN = r"\s\pZ\pC"
 _COLUMNS = """
     market, query_id, product_id, grade, split, language, query, retrieved_titles, title, brand, category, attributes
 """
@@ -72,7 +77,7 @@ class UnlabelledInputs(Settings):
 
 
 class Fold(NamedTuple):
-    """One of several parts of the queries; equal texts are in one part, whatever their market and case."""
+    """One of several parts of the queries; equal texts are in one part, whatever their market, see same_text."""
 
     number: int
     """From 0."""
@@ -81,7 +86,7 @@ class Fold(NamedTuple):
 
     def sql(self) -> str:
         """Condition that a row of `pairs` is in this part."""
-        return f"{random_number(self.seed, 'lower(trim(query))')} % {self.num_folds} = {self.number}"
+        return f"{random_number(self.seed, same_text('query'))} % {self.num_folds} = {self.number}"
 
 
 def open_database(folder: str) -> duckdb.DuckDBPyConnection:
@@ -120,7 +125,14 @@ class JudgedPairs:
             with self._database.cursor() as database:
                 add_table(database, JUDGMENTS, inputs.judgments, markets)
                 _check_markets(database, JUDGMENTS, inputs.judgments, markets)
-                database.execute("CREATE TEMP TABLE added AS FROM judgments")
+                _add_text_tables(database, inputs, markets)
+                database.execute(
+                    f"""CREATE TABLE measured_texts AS SELECT DISTINCT {same_text("query")} AS text
+                    FROM queries_of_all_markets JOIN (
+                        SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED}
+                    ) USING (market, query_id) WHERE {has_text("query")};
+                    CREATE TEMP TABLE added AS FROM judgments"""
+                )
                 _add_texts(database, inputs, markets)
                 _add_keys(database, JUDGMENTS, inputs.judgments)
                 if inputs.labels_from_behaviour and inputs.retrieval_table is not None:
@@ -145,7 +157,7 @@ class JudgedPairs:
     def add_unlabelled(
         self, inputs: UnlabelledInputs, markets: Mapping[str, str], pairs_per_query: int, seed: int
     ) -> int:
-        """Add candidates that have no judgment, with split unlabelled and grade null.
+        """Add candidates that have no judgment, with split unlabelled and grade null; none of measured_queries.
 
         Args:
             markets: market to language.
@@ -161,15 +173,18 @@ class JudgedPairs:
         with self._database.cursor() as database:
             add_table(database, CANDIDATES, inputs.candidates, markets)
             _check_markets(database, CANDIDATES, inputs.candidates, markets)
+            _add_text_tables(database, inputs, markets)
             database.execute(
                 f"""CREATE TEMP TABLE added AS
                 SELECT market, query_id, product_id, NULL::VARCHAR AS grade, 'unlabelled' AS split FROM candidates
                 ANTI JOIN pairs USING (market, query_id, product_id)
+                ANTI JOIN (
+                    FROM queries SEMI JOIN measured_texts ON text = {same_text("query")}
+                ) USING (market, query_id)
                 QUALIFY row_number() OVER (PARTITION BY market, query_id ORDER BY {place}) <= {pairs_per_query}"""
             )
             _add_texts(database, inputs, markets)
-            _add_keys(database, CANDIDATES, inputs.candidates)
-            return int(database.execute("SELECT count(*) FROM added").fetchall()[0][0])
+            return _add_keys(database, CANDIDATES, inputs.candidates)
 
     def splits(self) -> dict[str, int]:
         """Split to its number of pairs; pairs without a split are in train."""
@@ -177,22 +192,26 @@ class JudgedPairs:
         return dict(rows)
 
     def measured_queries(self) -> set[str]:
-        """Texts of the queries that are not learnt from, those of all splits but train, in lower case."""
-        rows = self._database.execute(
-            """SELECT DISTINCT lower(trim(query)) FROM keys JOIN query_texts USING (query_number)
-            WHERE split NOT IN ('train', 'unlabelled')"""
-        ).fetchall()
-        return {text for (text,) in rows}
+        """Texts of the queries that measure a model, as same_text: judged in a split other than train, in any market.
+
+        No pair without a label is made of them. A market that is not learnt from may share texts with one that is.
+        """
+        return {text for (text,) in self._database.execute("FROM measured_texts").fetchall()}
+
+    def grades(self) -> list[str]:
+        """Of the judgments, sorted."""
+        rows = self._database.execute("SELECT DISTINCT grade FROM keys WHERE grade IS NOT NULL ORDER BY grade")
+        return [grade for (grade,) in rows.fetchall()]
 
     def check_apart(self, split: str, other: str) -> None:
-        """No query text, case ignored, may be in two splits: a model would be measured by what it was trained on.
+        """No query text, see same_text, may be in two splits: a model would be measured by what it was trained on.
 
         Raises:
             InputError: some are.
         """
         shared = self._database.execute(
-            """SELECT count(*) OVER (), text FROM (
-                SELECT lower(trim(query)) AS text
+            f"""SELECT count(*) OVER (), text FROM (
+                SELECT {same_text("query")} AS text
                 FROM (SELECT DISTINCT query_number, split FROM keys WHERE split IN ($split, $other))
                 JOIN query_texts USING (query_number)
                 GROUP BY text HAVING count(DISTINCT split) = 2
@@ -283,8 +302,8 @@ class JudgedPairs:
             split: which pairs.
             pairs_per_group: pairs of a group at most; which pairs of a query share a group is random.
             seed: of both, and of the negatives.
-            random_negatives: for this share of the pairs, in [0, 1], the query is also paired with a product that was
-                judged for another query of its market; such a pair has no grade.
+            random_negatives: for this share of the judged pairs, in [0, 1], the query is also paired with a product
+                that was judged for another query of its market; such a pair has no grade.
             without: leave out the queries of this fold.
             soft_labels: Parquet file with market, query_id, product_id, soft_label, a list of numbers, and weight. With
                 it, the unlabelled pairs are among those of split train.
@@ -312,7 +331,8 @@ class JudgedPairs:
             )
             if random_negatives:
                 database.execute(
-                    f"""CREATE TEMP TABLE shuffled AS FROM chosen ORDER BY market, {pair_order};
+                    f"""CREATE TEMP TABLE shuffled AS
+                    FROM chosen WHERE grade IS NOT NULL ORDER BY market, {pair_order};
                     INSERT INTO chosen
                     WITH markets AS (
                         SELECT market, min(rowid) AS start, count(*) AS num_pairs FROM shuffled GROUP BY market
@@ -379,15 +399,21 @@ def _check_titles(database: duckdb.DuckDBPyConnection, spec: InputSpec) -> None:
         )
 
 
+def _add_text_tables(
+    database: duckdb.DuckDBPyConnection, inputs: JudgedInputs | UnlabelledInputs, markets: Mapping[str, str]
+) -> None:
+    add_table(database, QUERIES, inputs.queries, markets)
+    add_table(database, CATALOG, inputs.catalog, markets)
+    if inputs.retrieval_table is not None:
+        add_table(database, RETRIEVAL_TABLE, inputs.retrieval_table, markets)
+
+
 def _add_texts(
     database: duckdb.DuckDBPyConnection, inputs: JudgedInputs | UnlabelledInputs, markets: Mapping[str, str]
 ) -> None:
     """Number the queries and products of the pairs in `added`, and keep their texts."""
-    add_table(database, QUERIES, inputs.queries, markets)
-    add_table(database, CATALOG, inputs.catalog, markets)
     titles = "(SELECT NULL::BIGINT AS query_number, NULL::VARCHAR[] AS titles LIMIT 0)"
     if inputs.retrieval_table is not None:
-        add_table(database, RETRIEVAL_TABLE, inputs.retrieval_table, markets)
         titles = """(
             SELECT query_number, list(title ORDER BY rank) AS titles
             FROM retrieval_table JOIN added_queries USING (market, query_id) GROUP BY query_number
@@ -412,8 +438,11 @@ def _add_texts(
     )
 
 
-def _add_keys(database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec) -> None:
-    """Keep the pairs of `added`, which are of this table.
+def _add_keys(database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec) -> int:
+    """Keep the pairs of `added`, which are of this table, but those that scoring rejects: a text is empty.
+
+    Returns:
+        How many are kept.
 
     Raises:
         InputError: a query or a product has no text.
@@ -431,10 +460,24 @@ def _add_keys(database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec
             )
     if problems:
         raise InputError(_listed(f"{table.name} {spec.path!r}", problems))
-    database.execute(
-        """INSERT INTO keys SELECT query_number, product_number, grade, coalesce(split, 'train')
-        FROM added JOIN added_queries USING (market, query_id) JOIN added_products USING (market, product_id)"""
-    )
+    ((num_kept,),) = database.execute(
+        f"""INSERT INTO keys SELECT query_number, product_number, grade, coalesce(split, 'train')
+        FROM added
+        JOIN (FROM added_queries SEMI JOIN (FROM query_texts WHERE {has_text("query")}) USING (query_number))
+            USING (market, query_id)
+        JOIN (FROM added_products SEMI JOIN (FROM product_texts WHERE {has_text("title")}) USING (product_number))
+            USING (market, product_id)"""
+    ).fetchall()
+    ((num_added,),) = database.execute("SELECT count(*) FROM added").fetchall()
+    if num_kept < num_added:
+        logger.warning(
+            "%s %r: %d of %d pairs have an empty query or title and are left out, as in scoring",
+            table.name,
+            spec.path,
+            num_added - num_kept,
+            num_added,
+        )
+    return int(num_kept)
 
 
 def add_table(
@@ -445,7 +488,7 @@ def add_table(
     Args:
         table: its columns are there, with their types; optional ones that are absent are null.
         spec: Delta, Parquet or JSON lines; other formats are imported with Spark first.
-        markets: only rows of these are there.
+        markets: only rows of these are there and checked; those of others are in `<name>_of_all_markets`.
 
     Raises:
         InputError: the table cannot be read, or lacks columns, or has wrong types, null or repeated keys; all problems
@@ -478,6 +521,8 @@ def add_table(
     kept = f"{market} IS NULL OR {market} IN ({', '.join(map(literal, markets))})" if markets and market else "true"
     source = f"(SELECT * FROM {table.name}_source WHERE {kept})"
     database.execute(f"CREATE TEMP VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
+    everything = f"SELECT {', '.join(values)} FROM {table.name}_source"
+    database.execute(f"CREATE TEMP VIEW {table.name}_of_all_markets AS {everything}")
     problems = []
     try:
         num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchall()[0]
@@ -544,6 +589,16 @@ def language_of_query(markets: Mapping[str, str]) -> str:
     """SQL of a query's language, from columns language and market: its own, else its market's."""
     cases = " ".join(f"WHEN {literal(market)} THEN {literal(language)}" for market, language in markets.items())
     return f"coalesce(language, CASE market {cases} END)"
+
+
+def same_text(column: str) -> str:
+    """SQL of a text such that texts which differ in case, white space and Unicode form alone are equal."""
+    return f"lower(nfc_normalize(trim(regexp_replace({column}, '[{_NOT_SEEN}]+', ' ', 'g'))))"
+
+
+def has_text(column: str) -> str:
+    """SQL: it has more than white space and characters that nobody sees."""
+    return f"coalesce(regexp_matches({column}, '[^{_NOT_SEEN}]'), false)"
 
 
 def random_number(seed: int, *values: str) -> str:

@@ -2,7 +2,7 @@
 
     round 0    train on the given labels
     round r    teachers, one for each fold of the queries: trained on the other folds with the labels of round r - 1,
-               they judge this one;
+               they judge this one (with a single fold: the model of round r - 1, which saw them, judges all);
                soft label = (1 - teacher_share) * given label + teacher_share * teacher's probabilities;
                a student starts again from the first weights and learns the soft labels
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -98,6 +98,15 @@ class Distillation(Settings):
         return self
 
 
+class DevMetrics(NamedTuple):
+    """How well a model judges the dev split."""
+
+    ndcg: float
+    """nDCG@10; it chooses the round."""
+    auc: float | None
+    """ROC-AUC; None where all or no pairs are relevant."""
+
+
 @dataclass(frozen=True)
 class Round:
     """One round: what it learnt, how good it is, and signs of a model that confirms itself."""
@@ -107,7 +116,9 @@ class Round:
     soft_labels: Path | None
     """What it learnt; None: the given labels."""
     dev_metric: float | None = None
-    """Of the student; None where agreement chooses."""
+    """nDCG@10 of the student on the dev split; None where agreement chooses."""
+    dev_auc: float | None = None
+    """ROC-AUC of the same; it chooses nothing."""
     agreement: float | None = None
     """Of teachers that learnt this round's labels without a fold, with that fold's given labels: ROC-AUC; None where
     there are no such teachers."""
@@ -166,8 +177,8 @@ class RoundSetup:
     """Gets a folder for each model, and Parquet files of each teacher's beliefs and each round's soft labels."""
     dev_split: str | None
     """Calibration is measured on it."""
-    dev_metric: Callable[[PairScorer], float] | None
-    """Of a model, larger is better; None where agreement chooses."""
+    dev_metrics: Callable[[PairScorer], DevMetrics] | None
+    """Of a model; None where agreement chooses."""
     seed: int = 0
     """Of the folds and of the control."""
 
@@ -181,34 +192,39 @@ def self_distill(setup: RoundSetup) -> list[Round]:
         The rounds, in order; the folder of the best one is there.
 
     Raises:
-        InputError: a fold has no query.
+        InputError: no query of the dev split has a relevant pair, or, where agreement chooses, no fold has both kinds
+            of pairs.
     """
     settings = setup.settings
-    _check_folds(setup)
     digest = setup.pairs.digest()
     one = Round(0, setup.work_dir / "round-0", None)
     rounds: list[Round] = []
     while True:
-        if setup.dev_metric is not None:
-            one = _measured(one, setup, setup.dev_metric)
+        if setup.dev_metrics is not None:
+            one = _measured(one, setup, setup.dev_metrics)
             rounds = _with(rounds, one, setup.work_dir)
             if not _goes_on(rounds, settings):
                 return rounds
         beliefs = _beliefs(one, setup, digest)
         one = dataclasses.replace(one, agreement=_agreement(beliefs, setup))
         rounds = _with(rounds, one, setup.work_dir)
-        if setup.dev_metric is None and not _goes_on(rounds, settings):
+        if setup.dev_metrics is None and not _goes_on(rounds, settings):
             best = best_round(rounds)
             setup.train(best.model_dir, best.soft_labels)
             return rounds
         one = _next_round(one, beliefs, setup)
 
 
-def _check_folds(setup: RoundSetup) -> None:
-    num_folds = setup.settings.num_folds
-    if setup.settings.teacher_scores is not None or num_folds == 1:
+def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
+    """Every fold must have queries.
+
+    Raises:
+        InputError: one has none.
+    """
+    num_folds = settings.num_folds
+    if settings.teacher_scores is not None or num_folds == 1:
         return
-    sizes = [setup.pairs.num_queries(TRAIN, Fold(number, num_folds, setup.seed)) for number in range(num_folds)]
+    sizes = [pairs.num_queries(TRAIN, Fold(number, num_folds, seed)) for number in range(num_folds)]
     if 0 in sizes:
         raise InputError(
             f"judgments: distillation.num_folds is {num_folds}, but fold {sizes.index(0)} has none of the {sum(sizes)} "
@@ -237,18 +253,23 @@ def _with(rounds: Sequence[Round], one: Round, work_dir: Path) -> list[Round]:
     return changed
 
 
-def _measured(one: Round, setup: RoundSetup, dev_metric: Callable[[PairScorer], float]) -> Round:
-    """The round with its student's dev metric, and its control's."""
-    metric = dev_metric(setup.train(one.model_dir, one.soft_labels))
-    logger.info("round %d: dev %.4f", one.round_index, metric)
+def _measured(one: Round, setup: RoundSetup, dev_metrics: Callable[[PairScorer], DevMetrics]) -> Round:
+    """The round with its student's dev metrics, and its control's."""
+    metrics = dev_metrics(setup.train(one.model_dir, one.soft_labels))
+    if math.isnan(metrics.ndcg):
+        raise InputError(
+            f"judgments: no query of split {setup.dev_split!r} has a relevant pair, so it cannot choose a round. Judge "
+            "more pairs of it, or set distillation.choose_by to agreement."
+        )
+    logger.info("round %d: dev %.4f", one.round_index, metrics.ndcg)
     control_metric = None
     if setup.settings.control and one.soft_labels is not None:
         control_dir = setup.work_dir / f"round-{one.round_index}-control"
         shuffled = setup.work_dir / f"round-{one.round_index}-control_labels.parquet"
         write_shuffled_labels(shuffled, one.soft_labels, setup.seed)
-        control_metric = dev_metric(setup.train(control_dir, shuffled))
+        control_metric = dev_metrics(setup.train(control_dir, shuffled)).ndcg
         logger.info("round %d: dev %.4f with the same flips on random pairs", one.round_index, control_metric)
-    return dataclasses.replace(one, dev_metric=metric, control_metric=control_metric)
+    return dataclasses.replace(one, dev_metric=metrics.ndcg, dev_auc=metrics.auc, control_metric=control_metric)
 
 
 def _beliefs(one: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
@@ -293,7 +314,7 @@ def _agreement(beliefs: Sequence[Path], setup: RoundSetup) -> float | None:
     )
     if not math.isnan(agreement):
         return agreement
-    if setup.dev_metric is None:
+    if setup.dev_metrics is None:
         raise InputError(
             "judgments: in no fold are some of the given labels the most relevant one and some not, so agreement "
             "cannot choose a round. Bring more judged pairs."

@@ -59,6 +59,8 @@ class Flips:
     """Of the flipped labels whose truth is known: the share that was wrong. None: no truth is known, or no flips."""
     repaired: float | None = None
     """Of the given labels that are known to be wrong: the share that is right in the others. None: there are none."""
+    wrong_share: float | None = None
+    """Of the given labels whose truth is known: the share that is wrong, the precision of as many flips at random."""
 
     @property
     def share(self) -> float:
@@ -77,14 +79,20 @@ def count_flips(given: np.ndarray, others: np.ndarray, true_labels: np.ndarray |
     before, after = given.argmax(axis=1), others.argmax(axis=1)
     transitions = np.bincount(before * num_labels + after, minlength=num_labels**2).reshape(num_labels, num_labels)
     flipped = before != after
-    precision = repaired = None
+    precision = repaired = wrong_share = None
     if true_labels is not None:
         known = true_labels >= 0
         wrong = known & (before != true_labels)
         precision = float(wrong[known & flipped].mean()) if (known & flipped).any() else None
         repaired = float((after == true_labels)[wrong].mean()) if wrong.any() else None
+        wrong_share = float(wrong[known].mean()) if known.any() else None
     return Flips(
-        len(given), int(flipped.sum()), tuple(map(tuple, transitions.tolist())), precision=precision, repaired=repaired
+        len(given),
+        int(flipped.sum()),
+        tuple(map(tuple, transitions.tolist())),
+        precision=precision,
+        repaired=repaired,
+        wrong_share=wrong_share,
     )
 
 

@@ -45,6 +45,10 @@ class Phrasebook:
                         translations.append(translation)
                     self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
 
+    def known_languages(self) -> set[str]:
+        """Those that have phrases."""
+        return set(self._longest)
+
     def languages(self, language: str) -> list[str]:
         """What a language can be put into."""
         return sorted(self._phrases[language]) if language in self._phrases else []

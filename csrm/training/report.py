@@ -21,8 +21,6 @@ class StageRecord:
 
     name: str
     num_packs: int | None = None
-    seconds: float | None = None
-    """Wall clock; None where the stage had ended before and was not run again."""
     settings: Mapping[str, object] = field(default_factory=dict)
     losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """Task, for example relevance or translation, to its steps with the mean loss at each, in nats."""
@@ -41,6 +39,8 @@ class RoundRecord:
     """The same of a model that learnt the same changes of labels on random pairs: what it gains is not repair."""
     auc: float | None = None
     """ROC-AUC on the dev split."""
+    agreement: float | None = None
+    """ROC-AUC of its teachers on the given labels of the folds that they did not see."""
     flipped_share: float | None = None
     """Of the given labels, those whose most probable soft label is another one."""
     flips_right: float | None = None
@@ -145,6 +145,7 @@ def _round_columns(rounds: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
         ("nDCG@10", "ndcg", ".4f"),
         ("nDCG@10, same flips on random pairs", "control_ndcg", ".4f"),
         ("AUC", "auc", ".4f"),
+        ("agreement of teachers with unseen labels", "agreement", ".4f"),
         ("labels flipped", "flipped_share", ".1%"),
         ("flips that were right", "flips_right", ".1%"),
         ("random flips that were right", "random_flips_right", ".1%"),

@@ -126,7 +126,7 @@ def write_shuffled_labels(path: Path, soft_labels: Path, seed: int) -> None:
 
 
 def label_issues(soft_labels: Path, label_names: Sequence[str]) -> pd.DataFrame:
-    """Pairs whose given label the teachers, who did not see it, find less probable than another; the clearest first.
+    """Pairs whose given label the teachers find less probable than another; the clearest first.
 
     Ranked by self-confidence, the probability of the given label (Northcutt et al. 2021, "Confident Learning").
 

@@ -40,6 +40,9 @@ from csrm.training.packs import PackFile, TrainingPack, collate, write_packs
 from csrm.training.processes import num_processes, run_everywhere
 
 KIND = "model"
+_IN_PACKS = ("pairs_per_prefix", "random_negatives", "drop_all_titles", "drop_title", "label_smoothing")
+"""Settings of tuning that change weights through the packs alone."""
+_NOT_IN_WEIGHTS = ("checkpoint_steps", "accumulation_steps", "gradient_checkpointing")
 _WEIGHTS = "changed.safetensors"
 logger = logging.getLogger(__name__)
 
@@ -76,19 +79,20 @@ class Tuning(Settings):
     """Pairs of one query that share a prefix; more go elsewhere behind the same prefix. Many cost less, but a step then
     sees few queries and learns how often each has relevant products instead of which products are relevant."""
     random_negatives: float = Field(default=0.0, ge=0, le=1)
-    """Random products that are learnt as irrelevant, for each judged pair. Judged products were all found by a search
-    for their query, so few labels teach little about what a match is; a random product differs from one plainly."""
+    """Random products that are learnt as irrelevant, for each judged pair; pairs without a label get none. Judged
+    products were all found by a search for their query, so few labels teach little about what a match is; a random
+    product differs from one plainly."""
     drop_all_titles: float = Field(default=0.1, ge=0, le=1)
-    """Share of queries that are learnt without their retrieved titles, so that a query that has none still works."""
+    """Share of prefixes that are learnt without their retrieved titles, so that a query that has none still works."""
     drop_title: float = Field(default=0.1, ge=0, le=1)
-    """Probability that one retrieved title of another query is left out."""
+    """Probability of each retrieved title of the other prefixes to be left out."""
     precision: Precision = "fp32"
     """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
     translation_weight: float = Field(default=0.25, gt=0)
     """Factor of the translation loss in steps that also judge relevance: a token of text has a larger loss."""
     checkpoint_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints, from which a training that was stopped goes on."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class ModelCard:
     loss: float
     """Mean training loss of the stage's steps, nats."""
     fingerprint: str
-    """Digest of all that the weights follow from: packs, start and tuning."""
+    """Digest of all that the folder follows from: packs, start, tuning, labels and budgets."""
     versions: dict[str, str]
 
 
@@ -162,8 +166,8 @@ def train_stage(
     """Train on packs and write the trained folder, in one piece, when all is done.
 
     A training that was stopped goes on from its last checkpoint, to the weights that it would have had. One that has
-    ended is not run again while its packs, start and tuning stay the same. Under csrm.training.processes all processes
-    train, and this one alone writes files.
+    ended is not run again while its packs, start, tuning, labels and budgets stay the same. Under
+    csrm.training.processes all processes train, and this one alone writes files.
 
     The folder has history.json, a list in the order of steps: step, loss, learning_rate, and relevance_loss and
     translation_loss where these were learnt, each the mean over the steps since the entry before.
@@ -194,7 +198,7 @@ def train_stage(
     num_packs = write_packs(packs, pack_file)
     if not num_packs:
         raise InputError("training: there is nothing to train on.")
-    fingerprint = _fingerprint(pack_file, start, tuning, labels)
+    fingerprint = _fingerprint(pack_file, start, tuning, [labels, budgets, pack_tokens])
     if _has_ended(output_dir, fingerprint):
         shutil.rmtree(unfinished)
         logger.info("%s: has ended before with the same inputs and settings, not trained again", output_dir)
@@ -253,13 +257,15 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
 
 
 def trained_scorer(model_dir: str | Path, precision: Precision) -> PairScorer:
-    """The scorer of a trained folder, in a precision and with attention as in training.
+    """The scorer of a trained folder, in a precision, with attention and on a device as in training.
 
     Raises:
         BundleError, ConfigError: see load_trained.
     """
     model, tokenizer, card = _load(Path(model_dir))
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        model.to("cuda")
+    else:
         use_block_attention(model.language_model)
     return _scorer(model, tokenizer, card, precision)
 
@@ -465,8 +471,12 @@ def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, labels: Sequence[Label]) -> str:
-    """Digest of all that trained weights follow from."""
+def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, prompts: Sequence[Any]) -> str:
+    """Digest of all that a trained folder follows from.
+
+    Args:
+        prompts: what the folder says of the prompts of its model.
+    """
     if isinstance(start, Path):
         origin: dict[str, Any] = {"stage": verify_manifest(start, KIND)}
     else:
@@ -478,10 +488,12 @@ def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, label
     parts = {
         "packs": file_digest(pack_file),
         "start": origin,
-        "tuning": tuning.model_dump(exclude={"checkpoint_steps", "accumulation_steps", "gradient_checkpointing"}),
-        "labels": [dataclasses.asdict(label) for label in labels],
+        "tuning": tuning.model_dump(
+            exclude={*_NOT_IN_WEIGHTS, *_IN_PACKS, *(["epochs"] if tuning.max_steps is not None else [])}
+        ),
+        "prompts": prompts,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
 def _has_ended(folder: Path, fingerprint: str) -> bool:
@@ -524,9 +536,20 @@ def _load_start(start: BaseModel | Path, tuning: Tuning) -> PreTrainedModel:
         )
     if tuning.method == "full":
         return load_language_model(BaseModel(folder=str(start / "weights")))
-    base = load_language_model(BaseModel(**card.base_model))
+    base = _load_base(start, card)
     trainable: Any = PeftModel.from_pretrained(base, str(start / "weights"), is_trainable=True)
     return trainable
+
+
+def _load_base(folder: Path, card: ModelCard) -> PreTrainedModel:
+    """The model that a folder's adapters were made for."""
+    try:
+        return load_language_model(BaseModel(**card.base_model))
+    except ConfigError as error:
+        raise ConfigError(
+            f"model {str(folder)!r} holds adapters of a base model. {error} Bring the base model there, or delete the "
+            "folder and train it again."
+        ) from error
 
 
 def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:
@@ -549,7 +572,7 @@ def _load(folder: Path) -> tuple[PackedRelevanceModel, PromptTokenizer, ModelCar
     if card.tuning["method"] == "full":
         language_model = load_language_model(BaseModel(folder=str(folder / "weights")))
     else:
-        base = load_language_model(BaseModel(**card.base_model))
+        base = _load_base(folder, card)
         language_model = PeftModel.from_pretrained(base, str(folder / "weights")).merge_and_unload()
     tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(language_model, tokenizer.label_ids(card.labels)).eval()

@@ -23,7 +23,7 @@ from csrm.errors import InputError
 from csrm.labels import Label
 from csrm.schemas import QUERIES, RETRIEVAL_TABLE
 from csrm.text import search_terms
-from csrm.training.data import add_table, language_of_query, open_database, random_number
+from csrm.training.data import add_table, language_of_query, open_database, random_number, same_text
 
 QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
@@ -65,6 +65,8 @@ class _Query(NamedTuple):
     query_id: str
     language: str
     query: str
+    same_text: str
+    """See csrm.training.data.same_text."""
     terms: frozenset[str]
     titles: tuple[str, ...]
     """All that were retrieved, best first."""
@@ -79,7 +81,7 @@ def title_pairs(
     Args:
         labels: a title that names its query gets the one of largest gain, the others that of least gain.
         seed: of the queries and titles.
-        without: query texts to leave out, in lower case: those that measure the model.
+        without: query texts to leave out, as csrm.training.data.same_text: those that measure the model.
 
     Yields:
         Batches as of csrm.training.data.JudgedPairs.groups.
@@ -93,7 +95,7 @@ def title_pairs(
     num_groups = 0
     most = settings.max_queries
     for part in _parts(settings, seed):
-        queries = [query for query in part if query.named and query.query.strip().lower() not in without]
+        queries = [query for query in part if query.named and query.same_text not in without]
         rows = []
         for query, title, others in _groups(queries, settings.irrelevant_per_query, np.random.default_rng([seed, 1])):
             if num_groups == most:
@@ -150,6 +152,7 @@ def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
         found = database.sql(
             f"""FROM (
                 SELECT market, query_id, {language_of_query(settings.markets)} AS language, query,
+                    {same_text("query")} AS same_text,
                     list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
                 FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL
                 GROUP BY market, query_id, language, query
@@ -159,7 +162,9 @@ def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
             yield [_query(**row) for row in pa.Table.from_batches([batch]).to_pylist()]
 
 
-def _query(market: str, query_id: str, language: str, query: str, product_ids: list[str], titles: list[str]) -> _Query:
+def _query(
+    market: str, query_id: str, language: str, query: str, same_text: str, product_ids: list[str], titles: list[str]
+) -> _Query:
     terms = frozenset(search_terms(query))
     said = [_without(title, query) for title in titles]
     named = [
@@ -167,7 +172,7 @@ def _query(market: str, query_id: str, language: str, query: str, product_ids: l
         for product_id, title, words in zip(product_ids, titles, said, strict=True)
         if terms and words != title and (rest := search_terms(words)) and terms.isdisjoint(rest)
     ]
-    return _Query(market, query_id, language, query, terms, tuple(titles), tuple(named))
+    return _Query(market, query_id, language, query, same_text, terms, tuple(titles), tuple(named))
 
 
 def _without(title: str, query: str) -> str:

@@ -2,9 +2,10 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import regex
 import torch
@@ -55,11 +56,21 @@ class ParallelText:
         """
         while True:
             yield from self._one_pass(split, seed)
+            if not self.num_kept:
+                raise InputError(
+                    f"parallel_text {self._spec.path!r}: expected texts of split {split!r} to learn from, got none; "
+                    f"left out: {dict(self.num_left_out) or 'none'}. Is the split right?"
+                )
             if not repeat:
                 return
             seed += 1
 
-    def _one_pass(self, split: str, seed: int) -> Iterator[list[Translation]]:
+    def first(self, split: str, seed: int, most: int) -> list[Translation]:
+        """At most so many of translations(split, seed); none where the split has none."""
+        with closing(self._one_pass(split, seed)) as batches:
+            return list(islice(chain.from_iterable(batches), most))
+
+    def _one_pass(self, split: str, seed: int) -> Generator[list[Translation], None, None]:
         self.num_kept, self.num_left_out = 0, Counter()
         with tempfile.TemporaryDirectory(prefix="csrm-parallel-text-") as folder, open_database(folder) as database:
             add_table(database, PARALLEL_TEXT, self._spec)
@@ -96,11 +107,6 @@ class ParallelText:
             )
             while texts := list(islice(kept, _TEXTS_AT_ONCE)):
                 yield texts
-        if not self.num_kept:
-            raise InputError(
-                f"parallel_text {self._spec.path!r}: expected texts of split {split!r} to learn from, got none; left "
-                f"out: {dict(self.num_left_out) or 'none'}. Is the split right?"
-            )
 
     def _is_kept(self, text: Translation, is_near_copy: bool | None, is_repeated: bool, is_reversed: bool) -> bool:
         reason = "repeated" if is_repeated else why_left_out(text, bool(is_near_copy))

@@ -125,7 +125,7 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     arguments = setting_arguments(**{**settings, **changes})
     assert run_job(train.main, arguments) == 0
     printed = capsys.readouterr().out
-    assert "translation: 20 pairs of texts learnt, left out: 1 copy; 2 held-out texts: loss " in printed
+    assert "translation: 20 pairs of texts to learn from, left out: 1 copy; 2 held-out texts: loss " in printed
     assert "given labels look wrong, the clearest first: " in printed
     assert "  kept\n" in printed
     assert "3 queries have a title that names them" in caplog.text
@@ -144,7 +144,10 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     )
     rounds = json.loads((stages / "rounds.json").read_text())
     best = max(rounds, key=lambda one: (one["dev_metric"], -one["round_index"]))
-    assert rounds[1]["num_unlabelled"] == 48
+    judged = pd.read_parquet(settings["inputs"]["judgments"]["path"])
+    learnt = judged[(judged["market"] == "us") & (judged["split"] == "train")]["query_id"].nunique()
+    assert 0 < rounds[1]["num_unlabelled"] == 4 * learnt < 4 * 12
+    assert all(0 < one["dev_auc"] < 1 for one in rounds)
     assert rounds[1]["flips"]["num_pairs"] == rounds[1]["calibration"]["num_pairs"]
     assert rounds[1]["control_metric"] is not None
     assert verify_manifest(tmp_path / "model", "model") == verify_manifest(best["model_dir"], "model")
@@ -219,6 +222,24 @@ def test_a_distillation_that_was_killed_goes_on_at_its_teacher(
     assert [one["agreement"] for one in rounds[0]] == [one["agreement"] for one in rounds[1]]
 
 
+@pytest.mark.slow
+def test_parallel_text_without_splits_whose_languages_have_other_names(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    texts = [("ko-KR", "en", f"수건 {number}", f"towel {number}x") for number in range(40)]
+    names = ["source_language", "target_language", "source_text", "target_text"]
+    pd.DataFrame(texts, columns=names).to_parquet(tmp_path / "parallel.parquet")
+    parallel = {"path": str(tmp_path / "parallel.parquet"), "format": "parquet"}
+    changes = {"translation": {"parallel_text": parallel, "epochs": 0.01}, "model_dir": str(tmp_path / "model")}
+    assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 0
+    assert "40 pairs of texts to learn from, left out: none; not measured, for no text is of split dev" in (
+        capsys.readouterr().out
+    )
+    assert "no text of languages ['ko', 'zh-TW']" in caplog.text
+    assert " 1 steps" in caplog.text  # of translation: its epochs replace max_steps
+
+
 def test_judgments_without_rows_to_train_on_are_an_error(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +280,13 @@ def test_distillation_needs_a_dev_split(settings: dict[str, Any], capsys: pytest
         ({"tuning": {"max_steps": 0}}, "tuning.max_steps"),
         ({"base_model": {"folder": "nowhere"}}, "'nowhere/config.json' is not there"),
         ({"labels": [{"name": "E", "token": " yes", "gain": 2.0}]}, "its gain is 2.0"),
+        ({"labels": [{"name": "E", "token": " yes", "gain": 1.0}]}, "at least two of different names, got ['E']"),
+        ({"grade_labels": {"exact": "X"}}, "grade_labels name ['X']; labels are"),
+        ({"dev_split": "train"}, "dev_split is 'train', what is learnt"),
+        (
+            {"translation": {"parallel_text": {"path": "nowhere"}, "text_tokens": 256}},
+            "text_tokens is 256, but two texts fit a pack of 512 tokens, pack_tokens, with at most 224 each",
+        ),
     ],
 )
 def test_bad_settings_end_with_exit_code_2_and_their_reason(

@@ -1,3 +1,4 @@
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.training import data
-from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.data import JudgedInputs, JudgedPairs, UnlabelledInputs
 
 MARKETS = {"us": "en", "kr": "ko"}
 
@@ -222,6 +223,52 @@ def test_queries_of_other_splits_than_train_measure(tables: dict[str, pd.DataFra
     tables["queries"]["query"] = [" Mouse", "마우스"]
     with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
         assert pairs.measured_queries() == {"mouse"}
+
+
+def test_texts_that_look_alike_are_one_text(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    tables["queries"]["query"] = [unicodedata.normalize("NFD", "무선  마우스"), "무선\u3000마우스 "]
+    tables["judgments"]["split"] = ["train", "dev"]
+    with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
+        assert pairs.num_queries("train", data.Fold(0, 2)) == pairs.num_queries("dev", data.Fold(0, 2))
+        with pytest.raises(InputError, match=r"1 query texts are in split train and in split dev"):
+            pairs.check_apart("train", "dev")
+
+
+def test_queries_that_are_judged_in_other_markets_measure_too_and_are_not_pseudo_labelled(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    tables["judgments"]["split"] = ["train", "test"]
+    candidates = pd.DataFrame({"market": "kr", "query_id": ["q1", "q2"], "product_id": "p1"})
+    more = pd.DataFrame({"market": "kr", "query_id": ["q2"], "query": ["키보드"], "language": [None]})
+    tables["queries"] = pd.concat([tables["queries"], more])
+    inputs = written(tables, tmp_path)
+    candidates.to_parquet(tmp_path / "candidates.parquet")
+    unlabelled = UnlabelledInputs(
+        catalog=inputs.catalog,
+        queries=inputs.queries,
+        candidates=InputSpec(path=str(tmp_path / "candidates.parquet"), format="parquet"),
+    )
+    with JudgedPairs(inputs, {"us": "en"}) as pairs:
+        assert pairs.measured_queries() == {"마우스"}
+        assert pairs.add_unlabelled(unlabelled, {"kr": "ko"}, 5, seed=0) == 1
+        assert pairs.read("unlabelled")["query"].tolist() == ["키보드"]
+        assert pairs.grades() == ["E"]
+        learnt = tmp_path / "soft.parquet"
+        pairs.read("unlabelled").assign(soft_label=[[0.0, 1.0]], weight=0.5).to_parquet(learnt)
+        groups = pd.concat(pairs.groups("train", 8, seed=0, random_negatives=1.0, soft_labels=learnt))
+    assert len(groups) == 2  # no negatives: there is one judged pair in its market, and the other has no label
+
+
+def test_pairs_that_scoring_rejects_are_left_out(
+    tables: dict[str, pd.DataFrame], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables["catalog"].loc[0, "title"] = None
+    with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
+        assert pairs.splits() == {"train": 1}
+    assert "1 of 2 pairs have an empty query or title and are left out" in caplog.text
+    tables["queries"]["query"] = [None, "\u3000\u200b"]
+    with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
+        assert pairs.splits() == {}
 
 
 def test_a_sample_is_always_the_same(many: JudgedInputs) -> None:

@@ -13,7 +13,15 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.labels import BINARY_LABELS
 from csrm.training.data import Fold, JudgedInputs, JudgedPairs, UnlabelledInputs
-from csrm.training.distillation import Distillation, Round, RoundSetup, best_round, self_distill
+from csrm.training.distillation import (
+    DevMetrics,
+    Distillation,
+    Round,
+    RoundSetup,
+    best_round,
+    check_folds,
+    self_distill,
+)
 from csrm.training.soft_labels import label_issues
 from csrm.training.stage import one_hot_targets
 
@@ -128,7 +136,7 @@ def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
                     targets_of=targets_of,
                     work_dir=tmp_path,
                     dev_split="dev",
-                    dev_metric=None if dev_metrics is None else lambda _: next(metrics),
+                    dev_metrics=None if dev_metrics is None else lambda _: DevMetrics(next(metrics), 0.6),
                 )
             )
         return done
@@ -204,9 +212,18 @@ def test_issues_are_the_wrong_labels_the_clearest_first(
     assert told["title"].tolist() == issues["product_id"].tolist()
 
 
-def test_a_fold_without_queries_is_named(run: Run) -> None:
-    with pytest.raises(InputError, match=r"num_folds is 200, but fold \d+ has none of the 30 queries .* lower"):
-        run([0.5], num_folds=200)
+def test_a_fold_without_queries_is_named(inputs: JudgedInputs) -> None:
+    settings = Distillation(num_folds=200)
+    with (
+        JudgedPairs(inputs, {"kr": "ko"}) as pairs,
+        pytest.raises(InputError, match=r"num_folds is 200, but fold \d+ has none of the 30 queries .* lower"),
+    ):
+        check_folds(settings, pairs, seed=0)
+
+
+def test_a_dev_split_without_a_relevant_pair_cannot_choose(run: Run) -> None:
+    with pytest.raises(InputError, match=r"no query of split 'dev' has a relevant pair"):
+        run([float("nan")])
 
 
 def test_with_one_fold_the_round_before_is_the_teacher(run: Run) -> None:

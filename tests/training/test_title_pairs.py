@@ -121,6 +121,9 @@ def test_groups_stand_side_by_side_and_are_always_the_same(tables: dict[str, pd.
 def test_as_many_queries_as_asked_and_none_that_measures(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     assert pairs(tables, tmp_path, max_queries=2)["query"].nunique() == 2
     assert "towel" not in set(pairs(tables, tmp_path, without={"towel"})["query"])
+    tables["queries"]["query"] = tables["queries"]["query"].replace("towel", " TOWEL\u3000")
+    assert " TOWEL\u3000" in set(pairs(tables, tmp_path)["query"])
+    assert " TOWEL\u3000" not in set(pairs(tables, tmp_path, without={"towel"})["query"])
 
 
 def test_titles_that_name_no_query_are_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:

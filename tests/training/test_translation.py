@@ -56,6 +56,12 @@ def test_a_split_without_usable_text_is_an_error(spec: InputSpec) -> None:
         list(ParallelText(spec).translations("test", seed=0))
 
 
+def test_the_first_texts_of_a_split_which_may_have_none(spec: InputSpec) -> None:
+    parallel = ParallelText(spec)
+    assert parallel.first("train", 0, 3) == next(parallel.translations("train", 0))[:3]
+    assert parallel.first("test", 0, 3) == []
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     pd.DataFrame({"source_language": ["ko"], "text": ["수건"]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(InputError, match=r"missing columns \['target_language'\]"):
