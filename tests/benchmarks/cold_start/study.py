@@ -143,10 +143,9 @@ def grid() -> Iterator[list[Cell]]:
         yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed) for row in ("labels only", "+ distillation")]
         for row in ("+ label smoothing", "+ pruning by cleanlab"):
             yield [Cell(REAL_NOISE, row, ESCI_QUERIES, NOISE, seed)]
-    for seed in SEEDS:
-        for row in ("labels only", "+ translation"):
-            yield [Cell(GENERATED, row, ALL, 0.0, seed)]
-        yield [Cell(GENERATED, row, ALL, 0.0, seed) for row in ("all but distillation", "all")]
+    for row in ("labels only", "+ translation"):
+        yield [Cell(GENERATED, row, ALL, 0.0, SEEDS[0])]
+    yield [Cell(GENERATED, row, ALL, 0.0, SEEDS[0]) for row in ("all but distillation", "all")]
 
 
 class Study:
