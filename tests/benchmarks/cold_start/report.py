@@ -13,7 +13,22 @@ from csrm.metrics import resampled_pair_metrics
 
 FOLDER = Path(__file__).parent
 NUM_RESAMPLES = 2_000
-REFERENCE = "labels only"
+COMPARISONS = (
+    *((f"+ {technique}", "labels only") for technique in ("translation", "titles", "title pairs", "distillation")),
+    *(("all", f"all but {technique}") for technique in ("translation", "titles", "title pairs", "distillation")),
+    ("all", "labels only"),
+    ("all", "translated labels"),
+    ("all", "labels of the target"),
+    ("all", "labels of the target + titles"),
+    ("+ titles and distillation", "+ titles"),
+    ("+ titles and label smoothing", "+ titles"),
+    ("+ titles and pruning by cleanlab", "+ titles"),
+    ("all", "+ titles and label smoothing"),
+    ("all", "+ titles and pruning by cleanlab"),
+    ("+ label smoothing", "labels only"),
+    ("+ pruning by cleanlab", "labels only"),
+)
+"""Rows whose difference says what a technique gives, or the whole against what else one would do."""
 
 
 class Estimate:
@@ -42,29 +57,70 @@ def aucs(measured: pd.DataFrame, language: str, scores: Sequence[float]) -> np.n
     return resampled_pair_metrics(relevant, np.asarray(scores)[chosen], query_of_pair, weights)[:, 0]
 
 
-def leg_table(leg: Leg, measured: pd.DataFrame, results: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> str:
-    """One line a row of the grid: ROC-AUC of each kind of pair, and the difference to REFERENCE with the same seeds."""
-    kinds = list(leg.kinds)
-    header = ["queries", "noise", "row", "seeds"]
-    header += [text for kind in kinds for text in (f"AUC, {leg.kinds[kind]}", f"to {REFERENCE}")]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    found = {(one["num_queries"], one["noise"], one["row"], one["seed"]): one["scores"] for one in results}
-    for num_queries, noise in sorted({key[:2] for key in found}):
-        for row in rows:
-            seeds = sorted(key[3] for key in found if key[:3] == (num_queries, noise, row))
-            if not seeds:
-                continue
-            cells = [f"{num_queries:,}", f"{noise:.0%}", row, str(len(seeds))]
-            for kind in kinds:
-                of_row = {seed: aucs(measured, kind, found[num_queries, noise, row, seed]) for seed in seeds}
-                cells.append(f"{Estimate(np.mean(list(of_row.values()), axis=0)):.3f}")
-                both = [seed for seed in seeds if (num_queries, noise, REFERENCE, seed) in found and row != REFERENCE]
-                differences = [
-                    of_row[seed] - aucs(measured, kind, found[num_queries, noise, REFERENCE, seed]) for seed in both
+class LegResults:
+    """The resampled ROC-AUC of a leg's results."""
+
+    def __init__(self, leg: Leg, measured: pd.DataFrame, results: Sequence[Mapping[str, Any]]) -> None:
+        """Args:
+        measured: the leg's test pairs, in the order of the results' scores.
+        """
+        self.kinds = leg.kinds
+        self._aucs = {
+            (one["num_queries"], one["noise"], one["row"], one["seed"]): {
+                kind: aucs(measured, kind, one["scores"]) for kind in leg.kinds
+            }
+            for one in results
+        }
+        self.panels = sorted({key[:2] for key in self._aucs})
+        """Number of queries and share of wrong labels."""
+
+    def seeds(self, panel: tuple[int, float], row: str) -> list[int]:
+        """Those that a row has a result for."""
+        return sorted(key[3] for key in self._aucs if key[:3] == (*panel, row))
+
+    def estimates(
+        self, panel: tuple[int, float], row: str, minus: tuple[tuple[int, float], str] | None = None
+    ) -> tuple[int, list[Estimate]]:
+        """Number of seeds, and for each kind of pair the AUC, or its difference to another row with the same seeds."""
+        seeds = [seed for seed in self.seeds(panel, row) if minus is None or seed in self.seeds(*minus)]
+        found = []
+        for kind in self.kinds if seeds else ():
+            values = [self._aucs[*panel, row, seed][kind] for seed in seeds]
+            if minus is not None:
+                values = [
+                    value - self._aucs[*minus[0], minus[1], seed][kind]
+                    for value, seed in zip(values, seeds, strict=True)
                 ]
-                cells.append(f"{Estimate(np.mean(differences, axis=0)):+.3f}" if both else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            found.append(Estimate(np.mean(values, axis=0)))
+        return len(seeds), found
+
+
+def leg_tables(leg: LegResults, rows: Sequence[str]) -> str:
+    """ROC-AUC of each row and kind of pair, then differences of rows, then what wrong labels cost each row."""
+    levels, differences, costs = [], [], []
+    for panel in leg.panels:
+        shown = [f"{panel[0]:,}", f"{panel[1]:.0%}"]
+        for row in rows:
+            num_seeds, values = leg.estimates(panel, row)
+            levels.append([*shown, row, str(num_seeds), *(f"{value:.3f}" for value in values)])
+            num_seeds, values = leg.estimates(panel, row, ((panel[0], 0.0), row)) if panel[1] else (0, [])
+            costs.append([*shown, row, str(num_seeds), *(f"{value:+.3f}" for value in values)])
+        for row, other in COMPARISONS:
+            num_seeds, values = leg.estimates(panel, row, (panel, other))
+            differences.append([*shown, f"{row} - {other}", str(num_seeds), *(f"{value:+.3f}" for value in values)])
+    parts = [
+        (None, "row", levels),
+        ("What it gives, with the same seeds:", "row - row", differences),
+        ("What the wrong labels cost, with the same seeds:", "row", costs),
+    ]
+    texts = []
+    for heading, name, lines in parts:
+        if lines := [line for line in lines if line[3] != "0"]:
+            header = ["queries", "wrong", name, "seeds", *(f"AUC, {kind}" for kind in leg.kinds.values())]
+            table = [header, ["---"] * len(header), *lines]
+            texts += [heading] if heading else []
+            texts.append("\n".join("| " + " | ".join(line) + " |" for line in table))
+    return "\n\n".join(texts)
 
 
 def english_table(results: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> str:
@@ -95,7 +151,7 @@ def write_report(
     for name, (leg, pairs) in measured.items():
         of_leg = [one for one in results if one["leg"] == name]
         if of_leg:
-            parts.append(f"## {name}\n\n{leg_table(leg, pairs, of_leg, rows)}")
+            parts.append(f"## {name}\n\n{leg_tables(LegResults(leg, pairs, of_leg), rows)}")
     if any(one["english"] for one in results):
         parts.append(f"## Labels in English, none of them learnt\n\n{english_table(results, rows)}")
     text = "\n\n".join(parts)
