@@ -32,9 +32,9 @@ demo: setup-demo  ## Generate three markets, score them, publish to Delta, evalu
 	@$(run) SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m" python jobs/demo.py $(DEMO_ARGS)
 
 .PHONY: demo-train
-demo-train: setup-dev  ## After make demo: train a tiny model on its market, from Korean labels alone
-	@$(run) python -m csrm.training.tiny build/demo/inputs build/demo/base_model
-	@$(run) python jobs/train.py
+demo-train: setup-dev  ## Train and export a tiny model in minutes, from Korean labels alone, in build/demo_train
+	@$(run) python jobs/demo_bundle.py --set work=build/demo_train --set bundle_dir=build/demo_train/bundle \
+		--set products_per_market=2000 --set queries_per_market=800 --set translation_steps=800
 
 .PHONY: demo-bundle
 demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores with

@@ -30,8 +30,7 @@ class DemoBundleConfig(Settings):
     hidden_size: int
     num_layers: int
     translation_steps: int
-    epochs: float
-    """Of the relevance stage; these two replace those of conf/train.yaml, which are for the demo's smaller market."""
+    """They replace those of conf/train.yaml, which are for a smaller market."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "base_model": {"folder": base_model},
         "translation.parallel_text": inputs["parallel_text"],
         "translation.max_steps": config.translation_steps,
-        "tuning.epochs": config.epochs,
         "distillation.unlabelled.inputs": {**texts, "candidates": {"path": tables / "candidates"}},
         "model_dir": work / "model",
     }

@@ -1,9 +1,5 @@
-"""Tiny base models, made on the spot: for the demo and for tests. Real classes and files, random weights.
+"""Tiny base models, made on the spot: for the demo's bundle and for tests. Real classes and files, random weights."""
 
-python -m csrm.training.tiny build/demo/inputs build/demo/base_model
-"""
-
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -101,15 +97,3 @@ def write_base_model_of_market(
     queries = pd.read_parquet(inputs / "queries.parquet", columns=["query"])["query"]
     tokenizer = train_byte_tokenizer([*titles, *queries], vocab_size, folds=True)
     return write_tiny_base_model(folder, tokenizer, hidden_size, num_layers, finds_repeats=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", type=Path, help="folder with catalog.parquet and queries.parquet")
-    parser.add_argument("output", type=Path, help="where the model goes; replaced")
-    args = parser.parse_args()
-    print(f"wrote {write_base_model_of_market(args.inputs, args.output)}")
-
-
-if __name__ == "__main__":
-    main()
