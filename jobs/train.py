@@ -379,7 +379,7 @@ def distill(
         seed=config.tuning.seed,
     )
     rounds = self_distill(setup)
-    best = best_round(rounds)
+    best = best_round(rounds, settings.min_gain)
     print(format_rounds(rounds, best))
     assert rounds[-1].soft_labels is not None
     issues = pairs.with_texts(label_issues(rounds[-1].soft_labels, [label.name for label in config.labels]))
@@ -406,7 +406,7 @@ def write_report(
 ) -> Path:
     """Write the one-page report of the run; returns where it is."""
     model_dir = Path(config.model_dir)
-    best = best_round(rounds) if rounds else None
+    best = best_round(rounds, config.distillation.min_gain) if config.distillation is not None else None
     trained = [one.model_dir for one in rounds if (one.model_dir / "model.json").exists()]  # or teachers alone
     folders = [stages_dir / "translation"] if config.translation is not None else []
     folders += trained or [model_dir]

@@ -59,7 +59,7 @@ class Distillation(Settings):
     the given labels of the fold that they did not see. Wrong labels lower it for every round alike, as long as they do
     not depend on the text: labels that follow words (clicks on what a search engine found by them) reward the round
     that repeats their errors. A later round's teachers learnt from soft labels whose teachers had seen the fold, so it
-    is flattered a little: a model that confirms itself gains here. Set min_gain, and prefer even a small dev split."""
+    is flattered a little: a model that confirms itself gains here. Raise min_gain; prefer even a small dev split."""
     num_folds: int = Field(default=2, ge=1)
     """Parts of the queries. More parts give teachers that saw more, and cost more: a round trains one model for each
     part, on all others, and the student. 1 is the cheap way: the round before is the teacher of all pairs, so a round
@@ -80,8 +80,9 @@ class Distillation(Settings):
     the teachers of the only round. It should come from a bundle that was not trained on these labels."""
     unlabelled: UnlabelledPairs | None = None
     """Pairs that nobody judged; all teachers judge them, and students learn the mean."""
-    min_gain: float = 0.0
-    """Least gain of the metric over the best round so far for another round to follow."""
+    min_gain: float = Field(default=0.005, ge=0)
+    """A round is kept in place of an earlier one, and followed by another, only if it gains more of the metric: a few
+    dozen dev queries order rounds by chance, and a round without a gain costs the same in every later training."""
     control: bool = False
     """Train a second student in each round on the same soft labels given to random pairs of the same label. What it
     gains comes from softer labels, not from repaired ones. Costs a training a round."""
@@ -209,7 +210,7 @@ def self_distill(setup: RoundSetup) -> list[Round]:
         one = dataclasses.replace(one, agreement=_agreement(beliefs, setup))
         rounds = _with(rounds, one, setup.work_dir)
         if setup.dev_metrics is None and not _goes_on(rounds, settings):
-            best = best_round(rounds)
+            best = best_round(rounds, settings.min_gain)
             setup.train(best.model_dir, best.soft_labels)
             return rounds
         one = _next_round(one, beliefs, setup)
@@ -232,15 +233,18 @@ def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
         )
 
 
-def best_round(rounds: Sequence[Round]) -> Round:
-    """The earliest of those with the largest metric."""
-    return max(rounds, key=lambda one: (one.metric, -one.round_index))
+def best_round(rounds: Sequence[Round], min_gain: float) -> Round:
+    """The last of those that gained more than `min_gain` over the one kept before, the first to begin with."""
+    best = rounds[0]
+    for one in rounds[1:]:
+        if one.metric - best.metric > min_gain:
+            best = one
+    return best
 
 
 def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
-    *before, last = rounds
-    gains = not before or last.metric - max(one.metric for one in before) > settings.min_gain
-    return gains and last.round_index < settings.rounds
+    last = rounds[-1]
+    return best_round(rounds, settings.min_gain) is last and last.round_index < settings.rounds
 
 
 def _with(rounds: Sequence[Round], one: Round, work_dir: Path) -> list[Round]:

@@ -168,8 +168,15 @@ def test_no_teacher_saw_the_queries_that_it_judges(run: Run, inputs: JudgedInput
 def test_rounds_stop_when_dev_stops_gaining_and_the_best_is_kept(run: Run) -> None:
     rounds = run([0.5, 0.7, 0.7]).rounds
     assert [(one.round_index, one.dev_metric) for one in rounds] == [(0, 0.5), (1, 0.7), (2, 0.7)]
-    assert best_round(rounds).round_index == 1
-    assert best_round(run([0.5, 0.4]).rounds).round_index == 0
+    assert best_round(rounds, 0.0).round_index == 1
+    assert best_round(run([0.5, 0.4]).rounds, 0.0).round_index == 0
+
+
+def test_a_round_that_gains_too_little_is_not_kept(run: Run) -> None:
+    rounds = run([0.5, 0.52, 0.9], min_gain=0.03).rounds
+    assert len(rounds) == 2
+    assert best_round(rounds, 0.03).round_index == 0
+    assert best_round(rounds, 0.01).round_index == 1
 
 
 def test_soft_labels_mix_what_is_given_with_what_the_teachers_think(run: Run, judgments: pd.DataFrame) -> None:
@@ -249,10 +256,10 @@ def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_r
     # A title alone tells the truth, so no round can order better than round 0 but by chance.
     done = run(None, choose_by="agreement", min_gain=0.03)
     assert [one.round_index for one in done.rounds] == [0, 1]
-    assert best_round([dataclasses.replace(one, agreement=0.8) for one in done.rounds]).round_index == 0
+    assert best_round([dataclasses.replace(one, agreement=0.8) for one in done.rounds], 0.03).round_index == 0
     # Teachers of both rounds measured them, and only the round that is kept has a student.
     teachers = [f"round-{index}-teacher-{number}" for index in (1, 2) for number in range(3)]
-    assert names(done) == [*teachers, best_round(done.rounds).model_dir.name]
+    assert names(done) == [*teachers, best_round(done.rounds, 0.03).model_dir.name]
     # A positive and a negative label are ordered right where both are right, wrong where both are wrong, and half the
     # time where one is wrong: in all, the share of right labels.
     wrong = (judgments["grade"] != judgments["true_grade"])[judgments["split"] == "train"].mean()
