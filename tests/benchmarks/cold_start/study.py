@@ -9,7 +9,8 @@ leaves a small file in results/, which is kept in version control: a later start
 what changed in its recipe. At the end, or at once with `--report`, the tables and the plot of what is there are
 written.
 
-A cell is one run of jobs/train.py with conf/train_taxonomy.yaml and some techniques switched off.
+A cell is one run of jobs/train.py with conf/train_taxonomy.yaml and some techniques switched off. Rows with pruning
+need cleanlab (pip install cleanlab).
 """
 
 import argparse
