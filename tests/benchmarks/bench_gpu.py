@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nights import markdown
 from speed import MIN_CORRELATION, machine
 from speed_inputs import (
     PACK_TOKENS,
@@ -51,7 +50,7 @@ from speed_inputs import (
     read_texts,
     seeded_language_model,
 )
-from speed_report import Spread
+from speed_report import Spread, markdown
 from torch import nn
 from transformers import DynamicCache
 
@@ -206,7 +205,6 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.T
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiplications and additions a second of the fastest product of two square matrices."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # as ONNX Runtime does in float32
     size = MATMUL_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     fastest, end = float("inf"), time.perf_counter() + MATMUL_SECONDS

@@ -41,10 +41,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
-from nights import MARKET, Nights, markdown
+from nights import MARKET, Nights
 from nights import STAGES as NIGHT_STAGES
 from speed import machine
 from speed_inputs import REPOSITORY, code_digest
+from speed_report import markdown
 
 from csrm.bundle import GOLDEN_NAME, KIND, MODEL_NAME, TOKENIZER_NAME, Bundle, Origin, load_bundle
 from csrm.capacity import STAGES, TABLE_BYTES, Machines, Plan, Run, StageCost, bundle_figures, read_run, with_run

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import deltalake
 import numpy as np
 import pandas as pd
 import yaml
+from speed_report import markdown
 
 from csrm.market import builtin_lexicon, generate_market
 
@@ -120,12 +120,6 @@ class Nights:
         process.wait()
         time.sleep(3)  # its lease ends
         return num_staged
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows with the same columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:

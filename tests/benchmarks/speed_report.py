@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +168,12 @@ def _cell_lines(cell: Cell) -> Iterator[str]:
             f"{contender['correlation']:.4f}",
         )
         yield f"| {' | '.join(columns)} |"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of rows with the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot_cells(cells: Sequence[Cell], path: Path) -> None:

@@ -20,6 +20,8 @@ COMPARISONS = (
     ("all", "translated labels"),
     ("all", "labels of the target"),
     ("all", "labels of the target + titles"),
+    ("all but distillation", "labels of the target + titles"),
+    ("all but distillation", "labels only"),
     ("+ titles and distillation", "+ titles"),
     ("+ titles and label smoothing", "+ titles"),
     ("+ titles and pruning by cleanlab", "+ titles"),

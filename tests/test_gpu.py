@@ -1,0 +1,44 @@
+"""What runs on a GPU gives what it gives on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from csrm.training.base_model import BaseModel
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEMO_BUNDLE = Path(__file__).parents[1] / "conf" / "demo_bundle"
+
+
+def test_the_demo_bundle_has_its_golden_scores() -> None:
+    from csrm.bundle import load_scorer
+
+    scorer = load_scorer(DEMO_BUNDLE, "cuda", num_golden=None)  # raises where they differ
+    assert scorer.provider == "CUDAExecutionProvider"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_that_a_gpu_trained_scores_the_same_on_the_cpu(
+    method: str, train_on: Callable, pairs_pdf: pd.DataFrame, loud_base_model: Path, tmp_path: Path
+) -> None:
+    from csrm.training.stage import load_trained, trained_scorer
+
+    graded = pairs_pdf.assign(grade=["ESCI"[place % 4] for place in range(len(pairs_pdf))])
+    base = BaseModel(folder=str(loud_base_model))
+    settings = {"method": method, "max_steps": 20, "learning_rate": 3e-3, "pairs_per_prefix": 2}
+    trained = train_on(graded, base, tmp_path / "model", **settings)
+    assert torch.cuda.max_memory_allocated() > 0
+    on_gpu = trained_scorer(tmp_path / "model", "fp32").score(graded)["relevance_score"].to_numpy()
+    _, on_cpu, _ = load_trained(tmp_path / "model")
+    expected = on_cpu.score(graded)["relevance_score"].to_numpy()
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(on_gpu, expected, atol=2e-3)
+    np.testing.assert_allclose(trained.score(graded)["relevance_score"].to_numpy(), expected, atol=2e-3)
