@@ -113,6 +113,9 @@ def _half(model: onnx.ModelProto) -> onnx.ModelProto:
     halved: onnx.ModelProto = convert_float_to_float16(
         model, keep_io_types=True, node_block_list=norms, max_finite_val=65_504.0
     )
+    nodes = {node.output[0]: node for node in reversed(halved.graph.node)}
+    del halved.graph.node[:]
+    halved.graph.node.extend(reversed(nodes.values()))  # onnxruntime 1.31 casts a value once for each of its readers
     return halved
 
 
