@@ -113,9 +113,11 @@ def _half(model: onnx.ModelProto) -> onnx.ModelProto:
     halved: onnx.ModelProto = convert_float_to_float16(
         model, keep_io_types=True, node_block_list=norms, max_finite_val=65_504.0
     )
-    nodes = {node.output[0]: node for node in reversed(halved.graph.node)}
+    nodes: dict[str, onnx.NodeProto] = {}
+    for node in halved.graph.node:
+        nodes.setdefault(node.output[0], node)  # onnxruntime 1.31 casts a value once for each of its readers
     del halved.graph.node[:]
-    halved.graph.node.extend(reversed(nodes.values()))  # onnxruntime 1.31 casts a value once for each of its readers
+    halved.graph.node.extend(nodes.values())
     return halved
 
 

@@ -7,13 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from csrm.training.base_model import BaseModel
-
 torch = pytest.importorskip("torch")
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none here"),
 ]
 DEMO_BUNDLE = Path(__file__).parents[1] / "conf" / "demo_bundle"
 
@@ -29,6 +27,7 @@ def test_the_demo_bundle_has_its_golden_scores() -> None:
 def test_a_model_that_a_gpu_trained_scores_the_same_on_the_cpu(
     method: str, train_on: Callable, pairs_pdf: pd.DataFrame, loud_base_model: Path, tmp_path: Path
 ) -> None:
+    from csrm.training.base_model import BaseModel
     from csrm.training.stage import load_trained, trained_scorer
 
     graded = pairs_pdf.assign(grade=["ESCI"[place % 4] for place in range(len(pairs_pdf))])

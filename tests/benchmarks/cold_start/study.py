@@ -157,12 +157,10 @@ class Study:
         self.data, self.base_model, self.work = data, base_model, work
         is_gguf = base_model.is_file()
         self.weights = [base_model] if is_gguf else list(base_model.glob("*.safetensors"))
-        self.base_model_folder = work / "base_model" if is_gguf else base_model
+        self.base_model_folder = work / f"base_model-{file_digest(base_model)[:12]}" if is_gguf else base_model
 
     def prepare(self) -> None:
-        """The tables of the legs, and the base model as a folder, unless they are there."""
-        if not self.base_model_folder.exists():
-            write_folder(self.base_model, self.base_model_folder)
+        """Tables of the legs, unless they are there."""
         inputs = self.inputs(GENERATED)
         if not (inputs / "judgments.parquet").exists():
             settings = setting_arguments(taxonomy=self.data / "shopify_taxonomy", output=inputs)
@@ -354,9 +352,7 @@ def parquet(path: Path) -> dict[str, str]:
 def run(command: Sequence[str], log: Path) -> None:
     """Run a script of the repository; its output goes to a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    packages = os.environ.get("PYTHONPATH")
-    python_path = os.pathsep.join([str(REPOSITORY), *([packages] if packages else [])])
-    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as file:
         ended = subprocess.run(
             [sys.executable, *command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, env=environment
@@ -386,6 +382,8 @@ def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: b
     print(f"{sum(len(cells) for _, cells in missing)} cells, {total / 60:.1f} hours of one thread", flush=True)
     if only_list:
         return
+    if not study.base_model_folder.exists():
+        write_folder(study.base_model, study.base_model_folder)
     deadline = time.monotonic() + 3600 * hours
 
     def run_group(first: Cell, cells: Sequence[Cell]) -> None:
