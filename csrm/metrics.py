@@ -41,6 +41,9 @@ class Evaluation:
     and num_queries (the same for queries)."""
     notes: tuple[str, ...]
     """What was left out or is undefined, one sentence each."""
+    query_values: Mapping[str, np.ndarray]
+    """QUERY_METRICS of each query by ranking, shape (num_queries, 3): in the order of market and query_id, NaN where
+    undefined."""
 
 
 def evaluate_scores(
@@ -101,7 +104,7 @@ def evaluate_scores(
     for market in [*markets, OVERALL] if judged["market"].nunique() > 1 else markets:
         in_market = np.full(len(pairs), True) if market == OVERALL else pair_markets == market
         query_indices, query_of_pair = np.unique(pairs["query_index"].to_numpy()[in_market], return_inverse=True)
-        weights = _resample_weights(len(query_indices), num_resamples, seed)
+        weights = resample_weights(len(query_indices), num_resamples, seed)
         relevant = pairs["is_relevant"].to_numpy()[in_market]
         for name, values in scores.items():
             of_queries = query_values[name][query_indices]
@@ -121,7 +124,7 @@ def evaluate_scores(
                 for metric, (value, low, high), used in zip(METRICS, estimates, num_used, strict=True)
             ]
         notes += _notes(market, query_values[RANDOM][query_indices], relevant)
-    return Evaluation(pd.DataFrame(rows), _counts(judged, pairs), tuple(notes))
+    return Evaluation(pd.DataFrame(rows), _counts(judged, pairs), tuple(notes), query_values)
 
 
 def format_evaluation(evaluation: Evaluation) -> str:
@@ -226,7 +229,7 @@ def _query_metrics(pairs: pd.DataFrame, scores: np.ndarray) -> np.ndarray:
     return values
 
 
-def _resample_weights(num_queries: int, num_resamples: int, seed: int) -> np.ndarray:
+def resample_weights(num_queries: int, num_resamples: int, seed: int) -> np.ndarray:
     """How often each resample drew each query, shape (num_resamples, num_queries)."""
     return np.random.default_rng(seed).multinomial(
         num_queries, np.full(num_queries, 1 / num_queries), size=num_resamples

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.num_resamples,
         config.seed,
     )
-    evaluation = Evaluation(evaluation.metrics, evaluation.counts, (*unknown_ids(judged), *evaluation.notes))
+    evaluation = replace(evaluation, notes=(*unknown_ids(judged), *evaluation.notes))
     packages = ("ir-measures", "scikit-learn", "numpy", "pandas", "pyspark")
     provenance = {
         "inputs": {name: {"path": table.path, "version": table.version} for name, table in inputs.items()},

@@ -349,11 +349,12 @@ def distill(
         return one_hot_targets(grades, config.labels, config.grade_labels)
 
     def dev_metrics(scorer: PairScorer) -> DevMetrics:
-        metrics = _evaluate(scorer, dev_pairs, config).metrics
-        of_model = metrics[metrics["ranking"] == "relevance_score"]
+        evaluation = _evaluate(scorer, dev_pairs, config)
+        of_model = evaluation.metrics[evaluation.metrics["ranking"] == "relevance_score"]
         values = of_model.groupby("metric")["value"].last()  # the last market is all of them
         auc = float(values[PAIR_METRICS[0]])
-        return DevMetrics(float(values[QUERY_METRICS[0]]), None if np.isnan(auc) else auc)
+        query_ndcgs = evaluation.query_values["relevance_score"][:, 0]
+        return DevMetrics(float(values[QUERY_METRICS[0]]), None if np.isnan(auc) else auc, query_ndcgs)
 
     def train_and_load(
         output_dir: Path,
@@ -430,6 +431,7 @@ def write_report(
                 auc=one.dev_auc,
                 agreement=one.agreement,
                 control_ndcg=one.control_metric,
+                gain_error=one.gain_error,
                 flipped_share=one.flips.share if one.flips else None,
                 flips_right=one.flips.precision if one.flips else None,
                 random_flips_right=one.flips.wrong_share if one.flips else None,
@@ -465,6 +467,7 @@ def format_rounds(rounds: Sequence[Round], best: Round) -> str:
         f"dev {PAIR_METRICS[0]}": [_number(one.dev_auc, ".4f") for one in rounds],
         "control": [_number(one.control_metric, ".4f") for one in rounds],
         "agreement": [_number(one.agreement, ".4f") for one in rounds],
+        "error of gain": [_number(one.gain_error, ".4f") for one in rounds],
         "doubted": [_number(one.doubts.share if one.doubts else None, ".1%") for one in rounds],
         "of these wrong": [_number(one.doubts.precision if one.doubts else None, ".1%") for one in rounds],
         "of all wrong": [_number(one.doubts.wrong_share if one.doubts else None, ".1%") for one in rounds],

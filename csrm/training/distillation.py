@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -28,9 +28,17 @@ from scipy.special import softmax
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
 from csrm.labels import Label
+from csrm.metrics import resample_weights
 from csrm.scoring import PairScorer
 from csrm.training.data import Fold, JudgedPairs
-from csrm.training.label_quality import Calibration, Flips, calibration, count_flips, fold_agreement
+from csrm.training.label_quality import (
+    NUM_RESAMPLES,
+    Calibration,
+    Flips,
+    calibration,
+    count_flips,
+    fold_agreement,
+)
 from csrm.training.pseudo_labels import UnlabelledPairs
 from csrm.training.soft_labels import (
     KEY,
@@ -39,6 +47,7 @@ from csrm.training.soft_labels import (
     TargetsOf,
     read_beliefs,
     read_labelled,
+    read_queries,
     rows_of,
     write_beliefs,
     write_shuffled_labels,
@@ -59,7 +68,7 @@ class Distillation(Settings):
     the given labels of the fold that they did not see. Wrong labels lower it for every round alike, as long as they do
     not depend on the text: labels that follow words (clicks on what a search engine found by them) reward the round
     that repeats their errors. A later round's teachers learnt from soft labels whose teachers had seen the fold, so it
-    is flattered a little: a model that confirms itself gains here. Raise min_gain; prefer even a small dev split."""
+    is flattered a little: a model that confirms itself gains here. Prefer even a small dev split."""
     num_folds: int = Field(default=2, ge=1)
     """Parts of the queries. More parts give teachers that saw more, and cost more: a round trains one model for each
     part, on all others, and the student. 1 is the cheap way: the round before is the teacher of all pairs, so a round
@@ -81,8 +90,10 @@ class Distillation(Settings):
     unlabelled: UnlabelledPairs | None = None
     """Pairs that nobody judged; all teachers judge them, and students learn the mean."""
     min_gain: float = Field(default=0.005, ge=0)
-    """A round is kept in place of an earlier one, and followed by another, only if it gains more of the metric: a few
-    dozen dev queries order rounds by chance, and a round without a gain costs the same in every later training."""
+    """A round is kept in place of an earlier one, and followed by another, only if it gains more of the metric than
+    this and than the standard error of the gain over queries (after the one-standard-error rule of Breiman et al. 1984,
+    "Classification and Regression Trees"): a few dozen queries order rounds by chance, and teachers who know little
+    make labels worse."""
     control: bool = False
     """Train a second student in each round on the same soft labels given to random pairs of the same label. What it
     gains comes from softer labels, not from repaired ones. Costs a training a round."""
@@ -106,6 +117,8 @@ class DevMetrics(NamedTuple):
     """nDCG@10; it chooses the round."""
     auc: float | None
     """ROC-AUC; None where all or no pairs are relevant."""
+    query_ndcgs: np.ndarray
+    """nDCG@10 of each query, in the same order for every model; NaN where a query has no gain."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,10 @@ class Round:
     """The same against the dev labels, each dev pair judged by each teacher."""
     num_unlabelled: int = 0
     """Pseudo-labelled pairs that it learnt."""
+    gain_error: float | None = None
+    """Standard error over queries of what it gains over the round kept before; None in round 0."""
+    resampled: np.ndarray = field(default_factory=lambda: np.zeros(1), repr=False, compare=False)
+    """What chooses the round, on resamples of the queries: the same ones in every round."""
 
     @property
     def metric(self) -> float:
@@ -203,12 +220,12 @@ def self_distill(setup: RoundSetup) -> list[Round]:
     while True:
         if setup.dev_metrics is not None:
             one = _measured(one, setup, setup.dev_metrics)
-            rounds = _with(rounds, one, setup.work_dir)
+            rounds = _with(rounds, one, setup.work_dir, settings.min_gain)
             if not _goes_on(rounds, settings):
                 return rounds
         beliefs = _beliefs(one, setup, digest)
-        one = dataclasses.replace(one, agreement=_agreement(beliefs, setup))
-        rounds = _with(rounds, one, setup.work_dir)
+        one = _with_agreement(one, beliefs, setup)
+        rounds = _with(rounds, one, setup.work_dir, settings.min_gain)
         if setup.dev_metrics is None and not _goes_on(rounds, settings):
             best = best_round(rounds, settings.min_gain)
             setup.train(best.model_dir, best.soft_labels)
@@ -237,21 +254,41 @@ def best_round(rounds: Sequence[Round], min_gain: float) -> Round:
     """The last of those that gained more than `min_gain` over the one kept before, the first to begin with."""
     best = rounds[0]
     for one in rounds[1:]:
-        if one.metric - best.metric > min_gain:
+        if one.metric - best.metric > max(min_gain, gain_error(one, best)):
             best = one
     return best
 
 
+def gain_error(one: Round, best: Round) -> float:
+    """Standard error over queries of what a round gains over an earlier one."""
+    return float(np.nanstd(one.resampled - best.resampled))
+
+
 def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
     last = rounds[-1]
-    return best_round(rounds, settings.min_gain) is last and last.round_index < settings.rounds
+    best = best_round(rounds, settings.min_gain)
+    if len(rounds) > 1:
+        before = best_round(rounds[:-1], settings.min_gain)
+        logger.info(
+            "round %d: gains %+.4f over round %d, standard error %.4f over queries: %s",
+            last.round_index,
+            last.metric - before.metric,
+            before.round_index,
+            gain_error(last, before),
+            "kept" if best is last else f"not kept, for it is not above both {settings.min_gain:g} and its error",
+        )
+    return best is last and last.round_index < settings.rounds
 
 
-def _with(rounds: Sequence[Round], one: Round, work_dir: Path) -> list[Round]:
+def _with(rounds: Sequence[Round], one: Round, work_dir: Path, min_gain: float) -> list[Round]:
     """The rounds with this one in its place, on disk too."""
-    changed = [*rounds[: one.round_index], one]
+    before = rounds[: one.round_index]
+    if before:
+        one = dataclasses.replace(one, gain_error=gain_error(one, best_round(before, min_gain)))
+    changed = [*before, one]
     partial = work_dir / "rounds.json.partial"
-    text = json.dumps([dataclasses.asdict(each) for each in changed], indent=2, default=str) + "\n"
+    written = [{name: value for name, value in asdict(each).items() if name != "resampled"} for each in changed]
+    text = json.dumps(written, indent=2, default=str) + "\n"
     partial.write_text(text, encoding="utf-8")
     partial.replace(work_dir / "rounds.json")
     return changed
@@ -273,7 +310,18 @@ def _measured(one: Round, setup: RoundSetup, dev_metrics: Callable[[PairScorer],
         write_shuffled_labels(shuffled, one.soft_labels, setup.seed)
         control_metric = dev_metrics(setup.train(control_dir, shuffled)).ndcg
         logger.info("round %d: dev %.4f with the same flips on random pairs", one.round_index, control_metric)
-    return dataclasses.replace(one, dev_metric=metrics.ndcg, dev_auc=metrics.auc, control_metric=control_metric)
+    return dataclasses.replace(
+        one,
+        dev_metric=metrics.ndcg,
+        dev_auc=metrics.auc,
+        control_metric=control_metric,
+        resampled=_resampled_means(metrics.query_ndcgs),
+    )
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    values = values[np.isfinite(values)]
+    return resample_weights(len(values), NUM_RESAMPLES, seed=0) @ values / len(values)
 
 
 def _beliefs(one: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
@@ -308,22 +356,26 @@ def _judge(
             yield batch, softmax(teacher.logits(batch) / setup.settings.temperature, axis=1)
 
 
-def _agreement(beliefs: Sequence[Path], setup: RoundSetup) -> float | None:
+def _with_agreement(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
+    """The round with its teachers' agreement, where there are teachers that did not see a fold."""
     if len(beliefs) == 1:
-        return None
+        return one
     gains = np.array([label.gain for label in setup.labels])
-    folds = [read_beliefs(path, TRAIN, setup.targets_of) for path in beliefs]
-    agreement = fold_agreement(
-        [teacher @ gains for teacher, _ in folds], [given.argmax(axis=1) == gains.argmax() for _, given in folds]
+    folds = [(read_queries(path, TRAIN), *read_beliefs(path, TRAIN, setup.targets_of)) for path in beliefs]
+    agreements = fold_agreement(
+        [teacher @ gains for _, teacher, _ in folds],
+        [given.argmax(axis=1) == gains.argmax() for *_, given in folds],
+        [queries for queries, *_ in folds],
     )
-    if not math.isnan(agreement):
-        return agreement
+    if not math.isnan(agreements[0]):
+        resampled = agreements[1:] if setup.dev_metrics is None else one.resampled
+        return dataclasses.replace(one, agreement=float(agreements[0]), resampled=resampled)
     if setup.dev_metrics is None:
         raise InputError(
             "judgments: in no fold are some of the given labels the most relevant one and some not, so agreement "
             "cannot choose a round. Bring more judged pairs."
         )
-    return None
+    return one
 
 
 def _next_round(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+from csrm.metrics import resample_weights, resampled_pair_metrics
 
 NUM_BINS = 10
+NUM_RESAMPLES = 200
+"""Of the queries: a standard error of them is right to a twentieth of itself."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def count_flips(given: np.ndarray, others: np.ndarray, true_labels: np.ndarray |
     )
 
 
-def fold_agreement(scores: Sequence[np.ndarray], relevant: Sequence[np.ndarray]) -> float:
+def fold_agreement(
+    scores: Sequence[np.ndarray], relevant: Sequence[np.ndarray], queries: Sequence[np.ndarray]
+) -> np.ndarray:
     """How well teachers rank the given labels of the fold that each did not see: mean ROC-AUC, weighted by pairs.
 
     The labels are noisy, but where the noise does not depend on the text, the AUC against them is 0.5 plus a constant
@@ -106,11 +111,19 @@ def fold_agreement(scores: Sequence[np.ndarray], relevant: Sequence[np.ndarray])
     Args:
         scores: of each fold's pairs, by the teacher that did not see them.
         relevant: whether their given label is the most relevant one.
+        queries: of each fold's pairs.
 
     Returns:
-        In [0, 1]; NaN where no fold has both kinds.
+        Shape (1 + NUM_RESAMPLES,), in [0, 1]: of all queries, then of each resample of them, the same ones for the same
+        queries; NaN where no fold has both kinds.
     """
-    folds = [(s, r) for s, r in zip(scores, relevant, strict=True) if 0 < r.sum() < len(r)]
+    folds = [fold for fold in zip(scores, relevant, queries, strict=True) if 0 < fold[1].sum() < len(fold[1])]
     if not folds:
-        return float("nan")
-    return float(np.average([roc_auc_score(r, s) for s, r in folds], weights=[len(r) for _, r in folds]))
+        return np.full(1 + NUM_RESAMPLES, np.nan)
+    agreements = []
+    for fold_scores, is_relevant, query in folds:
+        names, query_of_pair = np.unique(query, return_inverse=True)
+        weights = resample_weights(len(names), NUM_RESAMPLES, seed=0)
+        weights = np.vstack([np.ones_like(weights[:1]), weights])
+        agreements.append(resampled_pair_metrics(is_relevant, fold_scores, query_of_pair, weights)[:, 0])
+    return np.average(agreements, axis=0, weights=[len(fold[1]) for fold in folds])

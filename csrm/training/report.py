@@ -41,6 +41,8 @@ class RoundRecord:
     """ROC-AUC on the dev split."""
     agreement: float | None = None
     """ROC-AUC of its teachers on the given labels of the folds that they did not see."""
+    gain_error: float | None = None
+    """Standard error of what chooses the round, gained over the round kept before; a smaller gain is none."""
     flipped_share: float | None = None
     """Of the given labels, those whose most probable soft label is another one."""
     flips_right: float | None = None
@@ -146,6 +148,7 @@ def _round_columns(rounds: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
         ("nDCG@10, same flips on random pairs", "control_ndcg", ".4f"),
         ("AUC", "auc", ".4f"),
         ("agreement of teachers with unseen labels", "agreement", ".4f"),
+        ("standard error of the gain", "gain_error", ".4f"),
         ("labels flipped", "flipped_share", ".1%"),
         ("flips that were right", "flips_right", ".1%"),
         ("random flips that were right", "random_flips_right", ".1%"),

@@ -59,6 +59,12 @@ def read_beliefs(path: Path, split: str, targets_of: TargetsOf) -> tuple[np.ndar
     return teacher, targets_of(table["grade"].to_pandas()) if len(table) else np.empty_like(teacher)
 
 
+def read_queries(path: Path, split: str) -> np.ndarray:
+    """The query of each of these pairs, as one text: shape (pairs,)."""
+    table = pq.read_table(path, columns=["market", "query_id"], filters=[("split", "==", split)])
+    return (table["market"].to_pandas() + "/" + table["query_id"].to_pandas()).to_numpy()
+
+
 def write_soft_labels(
     path: Path,
     beliefs: Sequence[Path],

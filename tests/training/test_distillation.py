@@ -20,6 +20,7 @@ from csrm.training.distillation import (
     RoundSetup,
     best_round,
     check_folds,
+    gain_error,
     self_distill,
 )
 from csrm.training.soft_labels import label_issues
@@ -104,11 +105,11 @@ Run = Callable[..., Distilled]
 
 @pytest.fixture
 def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
-    """Distill with given dev metrics, or by agreement."""
+    """Distill with given dev metrics of the two dev queries, or of one that stands for both, or by agreement."""
 
-    def distill(dev_metrics: list[float] | None, **settings: Any) -> Distilled:
+    def distill(dev_metrics: list[Any] | None, **settings: Any) -> Distilled:
         done = Distilled()
-        metrics = iter(dev_metrics or [])
+        metrics = iter([np.broadcast_to(np.array(each, float), 2) for each in dev_metrics or []])
         options = Distillation(**{"rounds": 3, "num_folds": 3, "teacher_share": 0.8, **settings})
         with JudgedPairs(inputs, {"kr": "ko"}) as pairs:
             if options.unlabelled is not None:
@@ -127,6 +128,10 @@ def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
                 targets = np.array([g if s is None else s for g, s in zip(given, groups["soft_label"], strict=True)])
                 return done.models.setdefault(output_dir.name, Believer(groups, targets))
 
+            def next_metrics(_: Believer) -> DevMetrics:
+                ndcgs = next(metrics)
+                return DevMetrics(float(ndcgs.mean()), 0.6, ndcgs)
+
             done.rounds = self_distill(
                 RoundSetup(
                     pairs=pairs,
@@ -136,7 +141,7 @@ def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
                     targets_of=targets_of,
                     work_dir=tmp_path,
                     dev_split="dev",
-                    dev_metrics=None if dev_metrics is None else lambda _: DevMetrics(next(metrics), 0.6),
+                    dev_metrics=None if dev_metrics is None else next_metrics,
                 )
             )
         return done
@@ -177,6 +182,18 @@ def test_a_round_that_gains_too_little_is_not_kept(run: Run) -> None:
     assert len(rounds) == 2
     assert best_round(rounds, 0.03).round_index == 0
     assert best_round(rounds, 0.01).round_index == 1
+
+
+def test_a_round_that_gains_less_than_its_standard_error_is_not_kept(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        rounds = run([[0.5, 0.5], [0.4, 0.65]]).rounds
+    assert len(rounds) == 2
+    assert best_round(rounds, 0.0).round_index == 0
+    assert gain_error(rounds[1], rounds[0]) == pytest.approx(0.125 / 2**0.5, rel=0.1)
+    assert "gains +0.0250 over round 0, standard error 0.0" in caplog.text
+    assert best_round(run([[0.5, 0.9], [0.55, 0.96], [0, 0]]).rounds, 0.0).round_index == 1
 
 
 def test_soft_labels_mix_what_is_given_with_what_the_teachers_think(run: Run, judgments: pd.DataFrame) -> None:
@@ -269,7 +286,7 @@ def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_r
 
 def test_rounds_go_on_while_agreement_gains(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gained = iter([0.6, 0.7, 0.65])
-    monkeypatch.setattr("csrm.training.distillation.fold_agreement", lambda *_: next(gained))
+    monkeypatch.setattr("csrm.training.distillation.fold_agreement", lambda *_: np.full(201, next(gained)))
     done = run(None, choose_by="agreement")
     assert [one.agreement for one in done.rounds] == [0.6, 0.7, 0.65]
     assert names(done)[-1] == "round-1"

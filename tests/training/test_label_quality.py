@@ -36,8 +36,9 @@ def test_flips_by_hand() -> None:
 def test_scores_of_different_folds_are_not_compared() -> None:
     scores = [np.array([0.1, 0.2]), np.array([0.8, 0.9]), np.array([0.5])]
     relevant = [np.array([False, True]), np.array([False, True]), np.array([True])]
-    assert fold_agreement(scores, relevant) == 1
-    assert np.isnan(fold_agreement(scores[2:], relevant[2:]))
+    queries = [np.array(["a", "a"]), np.array(["b", "b"]), np.array(["c"])]
+    assert (fold_agreement(scores, relevant, queries) == 1).all()
+    assert np.isnan(fold_agreement(scores[2:], relevant[2:], queries[2:])).all()
 
 
 def test_noise_that_does_not_depend_on_the_text_orders_models_alike() -> None:
@@ -45,9 +46,16 @@ def test_noise_that_does_not_depend_on_the_text_orders_models_alike() -> None:
     truth = rng.random(20_000) < 0.3
     noisy = np.where(rng.random(20_000) < 0.3, ~truth, truth)
     good, bad = (truth + rng.normal(0, spread, 20_000) for spread in (1.0, 1.5))
-    clean = [fold_agreement([scores], [truth]) for scores in (good, bad)]
-    against_noise = [fold_agreement([scores], [noisy]) for scores in (good, bad)]
+    queries = np.arange(20_000) // 10
+    clean = [fold_agreement([scores], [truth], [queries])[0] for scores in (good, bad)]
+    noisy_agreements = [fold_agreement([scores], [noisy], [queries]) for scores in (good, bad)]
+    against_noise = [agreement[0] for agreement in noisy_agreements]
     assert clean[0] > against_noise[0] > against_noise[1] > 0.5
     # 0.5 plus one constant times the clean advantage
     ratios = [(noise - 0.5) / (true - 0.5) for noise, true in zip(against_noise, clean, strict=True)]
     assert ratios[0] == pytest.approx(ratios[1], abs=0.03)
+    # Hanley and McNeil 1982, "The Meaning and Use of the Area under a ROC Curve", give 0.004 for both.
+    assert [agreement[1:].std() for agreement in noisy_agreements] == pytest.approx([0.004, 0.004], rel=0.2)
+    # The same resamples in each call: models that judge nearly alike are told apart by less.
+    alike = fold_agreement([good + rng.normal(0, 0.01, 20_000)], [noisy], [queries])
+    assert (alike - noisy_agreements[0]).std() < 0.0004
