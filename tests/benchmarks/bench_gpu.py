@@ -376,6 +376,8 @@ def main() -> int:
         command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results[name] = json.loads(done.stdout)
+        seconds = float(np.median(results[name]["seconds"]))
+        print(f"   {len(results[name]['scores']) / seconds:,.1f} pairs/s", file=sys.stderr, flush=True)
     text, all_agree = report(results, about, args)
     print(text)
     return 0 if all_agree else 1

@@ -114,6 +114,7 @@ class Cell:
         row = ROWS[self.row]
         share = 1.0 + 0.7 * ("title_pairs" not in row)
         trainings = 1 + ("distillation" not in row and self.row not in AFTER) + (self.row in PRUNED)
+        trainings += "distillation" not in row and self.leg is REAL_NOISE  # a half for each of two folds
         return MINUTES * trainings * share * (1.3 if self.leg is REAL_NOISE else self.num_queries / FEW)
 
 
@@ -217,7 +218,8 @@ class Study:
             "title_pairs.queries": parquet(self.learnt_queries(inputs)),
             "title_pairs.retrieval_table": {"path": str(self.titles(cell.leg))},
         }
-        distillation = {"distillation.choose_by": "agreement"} if cell.leg is REAL_NOISE else {}
+        is_without_dev = {"distillation.choose_by": "agreement", "distillation.num_folds": 2}
+        distillation = is_without_dev if cell.leg is REAL_NOISE else {}
         return {
             "markets": cell.leg.measured if cell.row.startswith(TARGET) else cell.leg.learnt,
             "inputs": tables,
@@ -252,8 +254,10 @@ class Study:
         command = ["jobs/train.py", "--config", CONFIG, *setting_arguments(**self.settings(cell))]
         run(command, folder / "train.log")
         trained = time.monotonic()
-        if (stages / "translation").exists():
-            shutil.copytree(stages / "translation", translation, dirs_exist_ok=True)
+        if (stages / "translation").exists() and not same_manifest(stages / "translation", translation):
+            shutil.rmtree(translation, ignore_errors=True)
+            shutil.copytree(stages / "translation", partial := translation.with_name(f"{cell.name}.partial"))
+            partial.rename(translation)
         scorer = trained_scorer(folder / "model", "bf16")
         has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
         rounds = json.loads(path.read_text(encoding="utf-8")) if (path := stages / "rounds.json").exists() else []
@@ -342,6 +346,12 @@ def write_folder(gguf: Path, folder: Path) -> None:
     load_language_model(base_model).save_pretrained(partial)
     load_tokenizer(base_model).save(str(partial / "tokenizer.json"))
     partial.rename(folder)
+
+
+def same_manifest(*folders: Path) -> bool:
+    """Whether folders hold the same trained model."""
+    manifests = [folder / "manifest.json" for folder in folders]
+    return all(path.exists() for path in manifests) and len({path.read_bytes() for path in manifests}) == 1
 
 
 def parquet(path: Path) -> dict[str, str]:
