@@ -251,7 +251,7 @@ def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
 
 
 def best_round(rounds: Sequence[Round], min_gain: float) -> Round:
-    """The last of those that gained more than `min_gain` and their error over the one kept before, the first at first."""
+    """The last of those that gained more than `min_gain` and their error over the one kept before: first the first."""
     best = rounds[0]
     for one in rounds[1:]:
         if one.metric - best.metric > max(min_gain, gain_error(one, best)):
