@@ -41,9 +41,6 @@ class Evaluation:
     and num_queries (the same for queries)."""
     notes: tuple[str, ...]
     """What was left out or is undefined, one sentence each."""
-    query_values: Mapping[str, np.ndarray]
-    """QUERY_METRICS of each query by ranking, shape (num_queries, 3): in the order of market and query_id, NaN where
-    undefined."""
 
 
 def evaluate_scores(
@@ -124,7 +121,7 @@ def evaluate_scores(
                 for metric, (value, low, high), used in zip(METRICS, estimates, num_used, strict=True)
             ]
         notes += _notes(market, query_values[RANDOM][query_indices], relevant)
-    return Evaluation(pd.DataFrame(rows), _counts(judged, pairs), tuple(notes), query_values)
+    return Evaluation(pd.DataFrame(rows), _counts(judged, pairs), tuple(notes))
 
 
 def format_evaluation(evaluation: Evaluation) -> str:

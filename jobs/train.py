@@ -39,7 +39,7 @@ from csrm.training.distillation import (
     check_folds,
     self_distill,
 )
-from csrm.training.label_quality import Calibration
+from csrm.training.label_quality import Calibration, resampled_auc
 from csrm.training.model import TASKS
 from csrm.training.packs import (
     TrainingPack,
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             scorer = trained_scorer(model_dir, config.tuning.precision)
         print(f"trained on {splits['train']} pairs: {config.model_dir}")
     if not dev_pairs.empty:
-        print(format_evaluation(_evaluate(scorer, dev_pairs, config)))
+        print(format_evaluation(_evaluate(_scored(scorer, dev_pairs), config)))
     print(f"report: {write_report(config, scorer, dev_pairs, rounds, issues, stages_dir)}")
     return 0
 
@@ -349,12 +349,14 @@ def distill(
         return one_hot_targets(grades, config.labels, config.grade_labels)
 
     def dev_metrics(scorer: PairScorer) -> DevMetrics:
-        evaluation = _evaluate(scorer, dev_pairs, config)
-        of_model = evaluation.metrics[evaluation.metrics["ranking"] == "relevance_score"]
-        values = of_model.groupby("metric")["value"].last()  # the last market is all of them
-        auc = float(values[PAIR_METRICS[0]])
-        query_ndcgs = evaluation.query_values["relevance_score"][:, 0]
-        return DevMetrics(float(values[QUERY_METRICS[0]]), None if np.isnan(auc) else auc, query_ndcgs)
+        scored = _scored(scorer, dev_pairs)
+        metrics = _evaluate(scored, config).metrics
+        of_model = metrics[(metrics["ranking"] == "relevance_score") & (metrics["metric"] == QUERY_METRICS[0])]
+        _, relevant, _ = _grade_gains(config)
+        queries = scored["market"] + "/" + scored["query_id"]
+        is_relevant = scored["grade"].isin(relevant).to_numpy()
+        aucs = resampled_auc(scored["relevance_score"].to_numpy(), is_relevant, queries.to_numpy())
+        return DevMetrics(float(of_model["value"].iloc[-1]), aucs)  # the last market is all of them
 
     def train_and_load(
         output_dir: Path,
@@ -427,10 +429,10 @@ def write_report(
             RoundRecord(
                 one.round_index,
                 is_kept=one is best,
-                ndcg=one.dev_metric,
+                ndcg=one.dev_ndcg,
                 auc=one.dev_auc,
                 agreement=one.agreement,
-                control_ndcg=one.control_metric,
+                control_auc=one.control_auc,
                 gain_error=one.gain_error,
                 flipped_share=one.flips.share if one.flips else None,
                 flips_right=one.flips.precision if one.flips else None,
@@ -463,9 +465,9 @@ def format_rounds(rounds: Sequence[Round], best: Round) -> str:
     """A table: one line a round. Columns that no round has are left out."""
     columns = {
         "round": [str(one.round_index) for one in rounds],
-        f"dev {QUERY_METRICS[0]}": [_number(one.dev_metric, ".4f") for one in rounds],
+        f"dev {QUERY_METRICS[0]}": [_number(one.dev_ndcg, ".4f") for one in rounds],
         f"dev {PAIR_METRICS[0]}": [_number(one.dev_auc, ".4f") for one in rounds],
-        "control": [_number(one.control_metric, ".4f") for one in rounds],
+        "control": [_number(one.control_auc, ".4f") for one in rounds],
         "agreement": [_number(one.agreement, ".4f") for one in rounds],
         "error of gain": [_number(one.gain_error, ".4f") for one in rounds],
         "doubted": [_number(one.doubts.share if one.doubts else None, ".1%") for one in rounds],
@@ -509,9 +511,12 @@ def _with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
     return batch.assign(target=[weight * (own if soft is None else soft) for own, soft, weight in rows])
 
 
-def _evaluate(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) -> Evaluation:
+def _scored(scorer: PairScorer, pairs: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([pairs, scorer.score(pairs)], axis=1)
+
+
+def _evaluate(scored: pd.DataFrame, config: TrainConfig) -> Evaluation:
     gains, relevant, irrelevant = _grade_gains(config)
-    scored = pd.concat([dev_pairs, scorer.score(dev_pairs)], axis=1)
     return evaluate_scores(scored, ["relevance_score"], gains, relevant_grades=relevant, irrelevant_grades=irrelevant)
 
 

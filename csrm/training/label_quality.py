@@ -120,10 +120,22 @@ def fold_agreement(
     folds = [fold for fold in zip(scores, relevant, queries, strict=True) if 0 < fold[1].sum() < len(fold[1])]
     if not folds:
         return np.full(1 + NUM_RESAMPLES, np.nan)
-    agreements = []
-    for fold_scores, is_relevant, query in folds:
-        names, query_of_pair = np.unique(query, return_inverse=True)
-        weights = resample_weights(len(names), NUM_RESAMPLES, seed=0)
-        weights = np.vstack([np.ones_like(weights[:1]), weights])
-        agreements.append(resampled_pair_metrics(is_relevant, fold_scores, query_of_pair, weights)[:, 0])
-    return np.average(agreements, axis=0, weights=[len(fold[1]) for fold in folds])
+    return np.average([resampled_auc(*fold) for fold in folds], axis=0, weights=[len(fold[1]) for fold in folds])
+
+
+def resampled_auc(scores: np.ndarray, relevant: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """ROC-AUC of pairs.
+
+    Args:
+        scores: shape (num_pairs,).
+        relevant: whether each pair is relevant, shape (num_pairs,), bool.
+        queries: of each pair, shape (num_pairs,).
+
+    Returns:
+        Shape (1 + NUM_RESAMPLES,), in [0, 1]: of all queries, then of each resample of them, the same ones for the same
+        queries; NaN where all or no pairs are relevant.
+    """
+    names, query_of_pair = np.unique(queries, return_inverse=True)
+    weights = resample_weights(len(names), NUM_RESAMPLES, seed=0)
+    weights = np.vstack([np.ones_like(weights[:1]), weights])
+    return resampled_pair_metrics(relevant, scores, query_of_pair, weights)[:, 0]

@@ -35,10 +35,10 @@ class RoundRecord:
     """Whether it became the trained model."""
     ndcg: float | None = None
     """nDCG@10 on the dev split."""
-    control_ndcg: float | None = None
-    """The same of a model that learnt the same changes of labels on random pairs: what it gains is not repair."""
     auc: float | None = None
     """ROC-AUC on the dev split."""
+    control_auc: float | None = None
+    """The same of a model that learnt the same changes of labels on random pairs: what it gains is not repair."""
     agreement: float | None = None
     """ROC-AUC of its teachers on the given labels of the folds that they did not see."""
     gain_error: float | None = None
@@ -145,8 +145,8 @@ def _round_columns(rounds: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
     """Heading, field and format of the columns that some round has a value for."""
     columns = [
         ("nDCG@10", "ndcg", ".4f"),
-        ("nDCG@10, same flips on random pairs", "control_ndcg", ".4f"),
         ("AUC", "auc", ".4f"),
+        ("AUC, same flips on random pairs", "control_auc", ".4f"),
         ("agreement of teachers with unseen labels", "agreement", ".4f"),
         ("standard error of the gain", "gain_error", ".4f"),
         ("labels flipped", "flipped_share", ".1%"),
@@ -172,8 +172,8 @@ def _round_plot(rounds: Sequence[RoundRecord]) -> Markup | None:
     shown = 0
     for name, label, colour, style in (
         ("ndcg", "nDCG@10", COLOURS[0], "-"),
-        ("control_ndcg", "same flips on random pairs", COLOURS[0], ":"),
         ("auc", "AUC", COLOURS[1], "-"),
+        ("control_auc", "AUC, same flips on random pairs", COLOURS[1], ":"),
     ):
         points = [(one.round_index, getattr(one, name)) for one in rounds if is_known(getattr(one, name))]
         shown = max(shown, len(points))

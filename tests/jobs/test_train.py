@@ -143,13 +143,13 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
         for word in ("translation", "round-1", "Calibration on the dev split", "Given labels that look wrong")
     )
     rounds = json.loads((stages / "rounds.json").read_text())
-    best = rounds[rounds[1]["dev_metric"] - rounds[0]["dev_metric"] > max(0.005, rounds[1]["gain_error"])]
+    best = rounds[rounds[1]["dev_auc"] - rounds[0]["dev_auc"] > max(0.005, rounds[1]["gain_error"])]
     judged = pd.read_parquet(settings["inputs"]["judgments"]["path"])
     learnt = judged[(judged["market"] == "us") & (judged["split"] == "train")]["query_id"].nunique()
     assert 0 < rounds[1]["num_unlabelled"] == 4 * learnt < 4 * 12
     assert all(0 < one["dev_auc"] < 1 for one in rounds)
     assert rounds[1]["flips"]["num_pairs"] == rounds[1]["calibration"]["num_pairs"]
-    assert rounds[1]["control_metric"] is not None
+    assert rounds[1]["control_auc"] is not None
     assert verify_manifest(tmp_path / "model", "model") == verify_manifest(best["model_dir"], "model")
     issues = pd.read_parquet(stages / "label_issues.parquet")
     assert {"query", "title", "grade", "suggested_label", "given_probability"} <= set(issues.columns)

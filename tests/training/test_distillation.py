@@ -105,11 +105,11 @@ Run = Callable[..., Distilled]
 
 @pytest.fixture
 def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
-    """Distill with given dev metrics of the two dev queries, or of one that stands for both, or by agreement."""
+    """Distill with given dev metrics: of all queries and of two resamples, or one for all; or by agreement."""
 
     def distill(dev_metrics: list[Any] | None, **settings: Any) -> Distilled:
         done = Distilled()
-        metrics = iter([np.broadcast_to(np.array(each, float), 2) for each in dev_metrics or []])
+        metrics = iter([np.broadcast_to(np.array(each, float), 3) for each in dev_metrics or []])
         options = Distillation(**{"rounds": 3, "num_folds": 3, "teacher_share": 0.8, **settings})
         with JudgedPairs(inputs, {"kr": "ko"}) as pairs:
             if options.unlabelled is not None:
@@ -129,8 +129,7 @@ def run(inputs: JudgedInputs, tmp_path: Path) -> Run:
                 return done.models.setdefault(output_dir.name, Believer(groups, targets))
 
             def next_metrics(_: Believer) -> DevMetrics:
-                ndcgs = next(metrics)
-                return DevMetrics(float(ndcgs.mean()), 0.6, ndcgs)
+                return DevMetrics(0.6, next(metrics))
 
             done.rounds = self_distill(
                 RoundSetup(
@@ -172,7 +171,7 @@ def test_no_teacher_saw_the_queries_that_it_judges(run: Run, inputs: JudgedInput
 
 def test_rounds_stop_when_dev_stops_gaining_and_the_best_is_kept(run: Run) -> None:
     rounds = run([0.5, 0.7, 0.7]).rounds
-    assert [(one.round_index, one.dev_metric) for one in rounds] == [(0, 0.5), (1, 0.7), (2, 0.7)]
+    assert [(one.round_index, one.dev_auc) for one in rounds] == [(0, 0.5), (1, 0.7), (2, 0.7)]
     assert best_round(rounds, 0.0).round_index == 1
     assert best_round(run([0.5, 0.4]).rounds, 0.0).round_index == 0
 
@@ -188,12 +187,13 @@ def test_a_round_that_gains_less_than_its_standard_error_is_not_kept(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        rounds = run([[0.5, 0.5], [0.4, 0.65]]).rounds
+        rounds = run([[0.5, 0.48, 0.52], [0.525, 0.475, 0.575]]).rounds
     assert len(rounds) == 2
     assert best_round(rounds, 0.0).round_index == 0
-    assert gain_error(rounds[1], rounds[0]) == pytest.approx(0.125 / 2**0.5, rel=0.1)
-    assert "gains +0.0250 over round 0, standard error 0.0" in caplog.text
-    assert best_round(run([[0.5, 0.9], [0.55, 0.96], [0, 0]]).rounds, 0.0).round_index == 1
+    assert gain_error(rounds[1], rounds[0]) == pytest.approx(0.03)
+    assert "gains +0.0250 over round 0, standard error 0.0300" in caplog.text
+    # The resamples move together: the gain stands out, though each round's own AUC is not known better.
+    assert best_round(run([[0.5, 0.3, 0.7], [0.525, 0.325, 0.725], 0]).rounds, 0.0).round_index == 1
 
 
 def test_soft_labels_mix_what_is_given_with_what_the_teachers_think(run: Run, judgments: pd.DataFrame) -> None:
@@ -245,8 +245,8 @@ def test_a_fold_without_queries_is_named(inputs: JudgedInputs) -> None:
         check_folds(settings, pairs, seed=0)
 
 
-def test_a_dev_split_without_a_relevant_pair_cannot_choose(run: Run) -> None:
-    with pytest.raises(InputError, match=r"no query of split 'dev' has a relevant pair"):
+def test_a_dev_split_of_one_kind_of_pairs_cannot_choose(run: Run) -> None:
+    with pytest.raises(InputError, match=r"all or no pairs of split 'dev' are of the most relevant"):
         run([float("nan")])
 
 
@@ -281,7 +281,7 @@ def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_r
     # time where one is wrong: in all, the share of right labels.
     wrong = (judgments["grade"] != judgments["true_grade"])[judgments["split"] == "train"].mean()
     assert done.rounds[0].agreement == pytest.approx(1 - wrong, abs=0.03)
-    assert done.rounds[0].dev_metric is None
+    assert done.rounds[0].dev_auc is None
 
 
 def test_rounds_go_on_while_agreement_gains(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_rounds_go_on_while_agreement_gains(run: Run, tmp_path: Path, monkeypatc
 def test_the_control_has_as_many_flips_on_pairs_that_were_not_chosen(run: Run, tmp_path: Path) -> None:
     done = run([0.1, 0.5, 0.3], rounds=1, control=True)
     assert names(done)[-2:] == ["round-1", "round-1-control"]
-    assert (done.rounds[1].dev_metric, done.rounds[1].control_metric) == (0.5, 0.3)
+    assert (done.rounds[1].dev_auc, done.rounds[1].control_auc) == (0.5, 0.3)
     own, control = (
         pq.read_table(path).to_pandas()
         for path in (done.rounds[1].soft_labels, tmp_path / "round-1-control_labels.parquet")

@@ -19,7 +19,7 @@ STAGES = [
 ]
 ROUNDS = [
     RoundRecord(0, ndcg=0.71, auc=0.8),
-    RoundRecord(1, is_kept=True, ndcg=0.74, auc=0.82, agreement=0.6543, control_ndcg=0.715, flipped_share=0.125),
+    RoundRecord(1, is_kept=True, ndcg=0.74, auc=0.82, agreement=0.6543, control_auc=0.715, flipped_share=0.125),
 ]
 HOSTILE = '<script>alert("1")</script> \u202egnp.exe\u202c \u2067x\u2069 \x00 \ud800 & ${x}$ {{ title }}'
 

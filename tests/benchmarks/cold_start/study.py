@@ -272,7 +272,8 @@ class Study:
             "scores": [round(float(score), 4) for score in scorer.score(self.measured(cell))["relevance_score"]],
             "english": self.english(scorer, has_titles) if cell.num_queries == ALL else None,
             "rounds": [
-                {name: one[name] for name in ("dev_metric", "doubts", "flips", "calibration")} for one in rounds
+                {name: one[name] for name in ("dev_auc", "dev_ndcg", "doubts", "flips", "calibration")}
+                for one in rounds
             ],
         }
         write(RESULTS / f"{cell.name}.json", json.dumps(result))
