@@ -8,17 +8,18 @@ A generated market, whose labels of split train are wrong with a probability of 
 weights that jobs/train.py trains in several passes, as conf/train.yaml does but for the other markets. Dev and test are
 right: dev chooses the round, test measures. Each way learns from the same labels with the same tuning:
 
-    right labels        what there is to lose
-    wrong labels        nothing is done
-    label smoothing     of 0.2
-    pruning             labels that cleanlab's find_label_issues finds, by teachers of two folds, are left out
-    distillation        the model of the round before is the teacher (num_folds 1)
-    2 folds             teachers did not see what they judge (num_folds 2)
+    right labels            what there is to lose
+    wrong labels            nothing is done
+    distillation            the model of the round before is the teacher (num_folds 1)
+    label smoothing         of 0.2
+    distillation, 2 folds   teachers did not see what they judge (num_folds 2)
+    pruning                 labels that cleanlab's find_label_issues finds, by the same teachers, are left out
 
 Intervals are 95% percentile bootstrap intervals over test queries, of the difference to wrong labels.
 """
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def ways(share: float, rounds: int) -> dict[str, Mapping[str, Any]]:
     """Settings of jobs/train.py that differ."""
     distillation = {"rounds": rounds, "teacher_share": share}
     return {
-        "label smoothing": {"tuning.label_smoothing": 0.2},
         "distillation": {"distillation": {**distillation, "num_folds": 1}},
+        "label smoothing": {"tuning.label_smoothing": 0.2},
         "distillation, 2 folds": {"distillation": {**distillation, "num_folds": 2}},
     }
 
@@ -75,7 +76,9 @@ class Market:
 
     def train(self, name: str, judged: pd.DataFrame, changes: Mapping[str, Any]) -> np.ndarray:
         """Scores of the test pairs by a model that was trained with these settings."""
-        folder = self.work / name.replace(", ", " ").replace(" ", "-")
+        folder, plain = (self.work / each.replace(", ", " ").replace(" ", "-") for each in (name, PLAIN))
+        if "distillation" in changes and not folder.exists():
+            shutil.copytree(plain, folder.with_suffix(".stages") / "round-0", dirs_exist_ok=True)  # not trained again
         judged.to_parquet(folder.with_suffix(".parquet"))
         settings = {
             "markets": MARKETS,
