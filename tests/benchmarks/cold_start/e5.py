@@ -9,7 +9,6 @@ the other package. Neither is imported.
 
 import argparse
 import importlib.util
-import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from legs import GENERATED, ndcg, read_english
-from study import E5_ROW, FEW, REPOSITORY, RESULTS, Cell, Study, write
+from study import E5_ROW, REPOSITORY, Study, measure_untrained
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
@@ -148,27 +146,7 @@ def main() -> None:
     parser.add_argument("--base-model", type=Path, required=True, help="as for study.py")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve())
-    study.prepare()
-    e5 = E5()
-    pairs = study.measured(Cell(GENERATED, "labels only", FEW, 0.0, 0))
-    english = {
-        name: ndcg(judged, e5.scores(judged)) for name, judged in read_english(study.data, has_titles=False).items()
-    }
-    result = {
-        "leg": GENERATED.name,
-        "row": E5_ROW,
-        "num_queries": 0,
-        "noise": 0.0,
-        "seed": 0,
-        "recipe": "none",
-        "training_seconds": 0,
-        "scores": [round(float(score), 4) for score in e5.scores(pairs)],
-        "english": english,
-        "rounds": None,
-    }
-    write(RESULTS / f"{GENERATED.name}.{E5_ROW}.json", json.dumps(result))
-    print({name: round(float(np.mean(values)), 3) for name, values in english.items()})
+    measure_untrained(Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve()), E5_ROW, E5().scores)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,8 @@ PRUNED = ("+ pruning by cleanlab", "+ titles and pruning by cleanlab")
 TARGET = "labels of the target"
 AFTER = ("all", "+ distillation", "+ titles and distillation")
 """Rows whose round 0 is the first cell of their group."""
-E5_ROW = "multilingual-e5-small"
-"""Made by e5.py."""
+BASE_ROW, E5_ROW = "nothing learnt", "multilingual-e5-small"
+"""Made by base.py and e5.py."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +340,31 @@ class Study:
         return measured
 
 
+def measure_untrained(study: Study, row: str, scores_of: Callable[[pd.DataFrame], np.ndarray]) -> None:
+    """Leave the result of what learnt nothing, as a row of the study.
+
+    Args:
+        scores_of: of pairs with their texts, shape (num_pairs,).
+    """
+    study.prepare()
+    pairs = study.measured(Cell(GENERATED, "labels only", FEW, 0.0, 0))
+    english = {name: ndcg(judged, scores_of(judged)) for name, judged in read_english(study.data, False).items()}
+    result = {
+        "leg": GENERATED.name,
+        "row": row,
+        "num_queries": 0,
+        "noise": 0.0,
+        "seed": 0,
+        "recipe": "none",
+        "training_seconds": 0,
+        "scores": [round(float(score), 4) for score in scores_of(pairs)],
+        "english": english,
+        "rounds": None,
+    }
+    write(RESULTS / f"{GENERATED.name}.{row.replace(' ', '-')}.json", json.dumps(result))
+    print({name: round(float(np.mean(values)), 3) for name, values in english.items()})
+
+
 def write_folder(gguf: Path, folder: Path) -> None:
     """A GGUF file as a folder with the same weights, which is read in a second instead of a minute."""
     base_model = BaseModel(folder=str(gguf.parent), gguf_file=gguf.name)
@@ -437,7 +462,7 @@ def main() -> None:
         measured = {
             leg.name: (leg, study.measured(Cell(leg, "labels only", FEW, 0.0, 0))) for leg in (GENERATED, REAL_NOISE)
         }
-        write_report(results, measured, [E5_ROW, *ROWS])
+        write_report(results, measured, [BASE_ROW, E5_ROW, *ROWS])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""The base model without any training, as a row of the study: the probability of its answer.
+
+python tests/benchmarks/cold_start/base.py --data FOLDER --base-model FOLDER
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from study import BASE_ROW, CONFIG, REPOSITORY, Study, measure_untrained
+
+from csrm.config import load_config
+from csrm.scoring import PairScorer
+from csrm.tokenization import PromptTokenizer
+from csrm.training.attention import use_block_attention
+from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
+from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
+from jobs.train import TrainConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--base-model", type=Path, required=True, help="as for study.py")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
+    args = parser.parse_args()
+    path = args.base_model.resolve()
+    base_model = (
+        BaseModel(folder=str(path.parent), gguf_file=path.name) if path.is_file() else BaseModel(folder=str(path))
+    )
+    config = load_config(REPOSITORY / CONFIG, TrainConfig)
+    tokenizer = PromptTokenizer.from_json(load_tokenizer(base_model).to_str(), config.budgets)
+    model = PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(config.labels)).eval()
+    use_block_attention(model.language_model)
+    scorer = PairScorer(tokenizer, config.labels, torch_pack_scorer(model), config.pack_tokens)
+
+    def scores_of(pairs: pd.DataFrame) -> np.ndarray:
+        return scorer.score(pairs)["relevance_score"].to_numpy()
+
+    measure_untrained(Study(args.data.resolve(), path, args.work.resolve()), BASE_ROW, scores_of)
+
+
+if __name__ == "__main__":
+    main()
