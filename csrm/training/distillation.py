@@ -265,7 +265,7 @@ def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
             last.round_index,
             last.metric - before.metric,
             before.round_index,
-            gain_error(last, before),
+            last.gain_error,
             "kept" if best is last else f"not kept, for it is not above both {settings.min_gain:g} and its error",
         )
     return best is last and last.round_index < settings.rounds

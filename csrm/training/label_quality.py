@@ -123,7 +123,9 @@ def fold_agreement(
     return np.average([resampled_auc(*fold) for fold in folds], axis=0, weights=[len(fold[1]) for fold in folds])
 
 
-def resampled_auc(scores: np.ndarray, relevant: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def resampled_auc(
+    scores: np.ndarray, relevant: np.ndarray, queries: np.ndarray, num_resamples: int = NUM_RESAMPLES
+) -> np.ndarray:
     """ROC-AUC of pairs.
 
     Args:
@@ -132,10 +134,10 @@ def resampled_auc(scores: np.ndarray, relevant: np.ndarray, queries: np.ndarray)
         queries: of each pair, shape (num_pairs,).
 
     Returns:
-        Shape (1 + NUM_RESAMPLES,), in [0, 1]: of all queries, then of each resample of them, the same ones for the same
+        Shape (1 + num_resamples,), in [0, 1]: of all queries, then of each resample of them, the same ones for the same
         queries; NaN where all or no pairs are relevant.
     """
     names, query_of_pair = np.unique(queries, return_inverse=True)
-    weights = resample_weights(len(names), NUM_RESAMPLES, seed=0)
+    weights = resample_weights(len(names), num_resamples, seed=0)
     weights = np.vstack([np.ones_like(weights[:1]), weights])
     return resampled_pair_metrics(relevant, scores, query_of_pair, weights)[:, 0]

@@ -32,8 +32,9 @@ from speed_report import markdown
 
 from csrm.cli import setting_arguments
 from csrm.labels import ESCI_LABELS
-from csrm.metrics import resample_weights, resampled_pair_metrics
+from csrm.metrics import resample_weights
 from csrm.training.data import JudgedInputs, JudgedPairs
+from csrm.training.label_quality import resampled_auc
 from csrm.training.stage import trained_scorer
 from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
 from jobs import generate_market, train
@@ -70,6 +71,9 @@ class Market:
         split = {id_: name for name, ids in zip(SHARES, np.split(queries, bounds[:-1]), strict=True) for id_ in ids}
         judged["split"] = judged["query_id"].map(split)
         self.noisy = judged.assign(grade=judged["grade"].where(judged["split"] == "train", judged["true_grade"]))
+        self.noisy.to_parquet(work / "judgments.parquet")
+        with JudgedPairs(JudgedInputs.model_validate(self.inputs(work / "judgments.parquet")), MARKETS) as pairs:
+            self.tested = pairs.read("test")
         texts = [pd.read_parquet(work / "inputs" / f"{name}.parquet") for name in ("catalog", "queries")]
         tokenizer = train_byte_tokenizer([*texts[0]["title"].dropna(), *texts[1]["query"].dropna()], 2000)
         self.base_model = str(write_tiny_base_model(work / "base_model", tokenizer))
@@ -94,20 +98,13 @@ class Market:
         arguments = ["--config", str(REPOSITORY / "conf" / "train.yaml"), *setting_arguments(**{**settings, **changes})]
         if train.main(arguments):
             raise SystemExit(f"{name}: the training failed")
-        return trained_scorer(folder, "fp32").score(self.test())["relevance_score"].to_numpy()
+        return trained_scorer(folder, "fp32").score(self.tested)["relevance_score"].to_numpy()
 
     def inputs(self, judgments: Path) -> dict[str, Any]:
         paths = {name: self.work / "inputs" / f"{name}.parquet" for name in ("catalog", "queries")}
         return {
             name: {"path": str(path), "format": "parquet"} for name, path in {**paths, "judgments": judgments}.items()
         }
-
-    def test(self) -> pd.DataFrame:
-        """The test pairs with their right grades."""
-        path = self.work / "judgments.parquet"
-        self.noisy.to_parquet(path)
-        with JudgedPairs(JudgedInputs.model_validate(self.inputs(path)), MARKETS) as pairs:
-            return pairs.read("test")
 
     def pruned(self) -> pd.DataFrame:
         """The labels without those that cleanlab doubts, by the teachers of the run with two folds."""
@@ -122,11 +119,10 @@ class Market:
 def report(tested: pd.DataFrame, scores: Mapping[str, np.ndarray]) -> str:
     """One row for each way: nDCG@10 and ROC-AUC of E, and what they are above doing nothing."""
     ndcgs = {name: query_ndcgs(tested, each) for name, each in scores.items()}
-    names, query_of_pair = np.unique(tested["query_id"], return_inverse=True)
-    weights = resample_weights(len(names), NUM_RESAMPLES, seed=0)
+    weights = resample_weights(tested["query_id"].nunique(), NUM_RESAMPLES, seed=0)
     weights = np.vstack([np.ones_like(weights[:1]), weights])
-    relevant = (tested["grade"] == "E").to_numpy()
-    aucs = {name: resampled_pair_metrics(relevant, each, query_of_pair, weights)[:, 0] for name, each in scores.items()}
+    relevant, queries = (tested["grade"] == "E").to_numpy(), tested["query_id"].to_numpy()
+    aucs = {name: resampled_auc(each, relevant, queries, NUM_RESAMPLES) for name, each in scores.items()}
     rows = []
     for name in scores:
         defined = np.isfinite(ndcgs[name])
@@ -179,7 +175,7 @@ def main() -> None:
         },
     }
     scores["pruning"] = market.train("pruning", market.pruned(), {})
-    print(report(market.test(), scores), flush=True)
+    print(report(market.tested, scores), flush=True)
 
 
 if __name__ == "__main__":

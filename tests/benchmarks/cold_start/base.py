@@ -3,12 +3,9 @@
 python tests/benchmarks/cold_start/base.py --data FOLDER --base-model FOLDER
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
-from study import BASE_ROW, CONFIG, REPOSITORY, Study, measure_untrained
+from study import BASE_ROW, CONFIG, REPOSITORY, measure_untrained, study_of, study_parser
 
 from csrm.config import load_config
 from csrm.scoring import PairScorer
@@ -20,15 +17,8 @@ from jobs.train import TrainConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
-    parser.add_argument("--base-model", type=Path, required=True, help="as for study.py")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
-    args = parser.parse_args()
-    path = args.base_model.resolve()
-    base_model = (
-        BaseModel(folder=str(path.parent), gguf_file=path.name) if path.is_file() else BaseModel(folder=str(path))
-    )
+    study = study_of(study_parser(__doc__).parse_args())
+    base_model = BaseModel(folder=str(study.converted_base_model()))
     config = load_config(REPOSITORY / CONFIG, TrainConfig)
     tokenizer = PromptTokenizer.from_json(load_tokenizer(base_model).to_str(), config.budgets)
     model = PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(config.labels)).eval()
@@ -38,7 +28,7 @@ def main() -> None:
     def scores_of(pairs: pd.DataFrame) -> np.ndarray:
         return scorer.score(pairs)["relevance_score"].to_numpy()
 
-    measure_untrained(Study(args.data.resolve(), path, args.work.resolve()), BASE_ROW, scores_of)
+    measure_untrained(study, BASE_ROW, scores_of)
 
 
 if __name__ == "__main__":

