@@ -1,6 +1,6 @@
 """The markets of the study: where their tables come from, what is learnt and what is measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,46 @@ def read_tsv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False, dtype=str)
 
 
-def _english_pairs(judged: pd.DataFrame, has_titles: bool) -> pd.DataFrame:
+def write_english(data: Path, output: Path) -> None:
+    """What an English market has before anyone judged: its queries, with the titles that BM25 finds for them.
+
+    Queries are those of the English data sets, and ESCI's category names.
+    """
+    products = pd.read_parquet(data / "esci_us" / "products.parquet")
+    categories = products["category"].dropna().str.split(" > ").str[-1]
+    queries, titles = [], []
+    for name, judged in read_english(data, has_titles=False).items():
+        texts = [*judged["query"].unique(), *(categories.unique() if name == "ESCI" else ())]
+        catalog = judged.dropna(subset=["title"]).drop_duplicates("title").set_index("title")["product_id"]
+        for query, best in best_titles(texts, catalog.index.tolist()).items():
+            key = {"market": "us", "query_id": f"{name} {query}"}
+            queries.append(key | {"query": query, "language": "en"})
+            titles += [
+                key | {"rank": rank, "product_id": catalog[title], "title": title, "similarity": 1.0}
+                for rank, title in enumerate(best, start=1)
+            ]
+    output.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(queries).assign(frequency=0).to_parquet(output / "queries.parquet")
+    pd.DataFrame(titles).assign(source="lexical").to_parquet(output / "retrieval_table.parquet")
+
+
+def best_titles(queries: Sequence[str], titles: list[str]) -> dict[str, tuple[str, ...]]:
+    """The three titles that BM25 finds first for each query."""
     import bm25s
 
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(titles, show_progress=False), show_progress=False)
+    terms = bm25s.tokenize(list(queries), show_progress=False)
+    best, _ = index.retrieve(terms, corpus=titles, k=3, show_progress=False)
+    return dict(zip(queries, map(tuple, best), strict=True))
+
+
+def _english_pairs(judged: pd.DataFrame, has_titles: bool) -> pd.DataFrame:
     judged = judged.sort_values(["query_id", "product_id"], ignore_index=True)
     judged = judged.assign(market="us", language="en", brand=None, category=None, attributes=None)
-    queries = judged["query"].unique()
-    found = dict.fromkeys(queries, ())
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(judged["query"].unique(), ())
     if has_titles:
-        titles = judged["title"].dropna().unique().tolist()
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(titles, show_progress=False), show_progress=False)
-        terms = bm25s.tokenize(queries.tolist(), show_progress=False)
-        best, _ = index.retrieve(terms, corpus=titles, k=3, show_progress=False)
-        found = dict(zip(queries, map(tuple, best), strict=True))
+        found = best_titles(list(found), judged["title"].dropna().unique().tolist())
     return judged.assign(retrieved_titles=judged["query"].map(found))
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from legs import GENERATED, REAL_NOISE, Leg, ndcg, read_english, write_esci
+from legs import GENERATED, REAL_NOISE, Leg, ndcg, read_english, write_english, write_esci
 from report import write_report
 
 from csrm.cli import setting_arguments
@@ -83,9 +83,12 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "+ titles and pruning by cleanlab": only("titles"),
     "labels of the target": only(),
     "labels of the target + titles": only("titles"),
+    "English title pairs": {**without("distillation"), "title_pairs.markets": {"us": "en"}},
 }
 PRUNED = ("+ pruning by cleanlab", "+ titles and pruning by cleanlab")
 TARGET = "labels of the target"
+ENGLISH = "English title pairs"
+"""Those of the market that is measured in English, in place of those of the taxonomy."""
 AFTER = ("all", "+ distillation", "+ titles and distillation")
 """Rows whose round 0 is the first cell of their group."""
 ScoresOf = Callable[[pd.DataFrame], np.ndarray]
@@ -150,6 +153,7 @@ def grid() -> Iterator[list[Cell]]:
     for row in ("labels only", "+ translation"):
         yield [Cell(GENERATED, row, ALL, 0.0, SEEDS[0])]
     yield [Cell(GENERATED, row, ALL, 0.0, SEEDS[0]) for row in ("all but distillation", "all")]
+    yield [Cell(GENERATED, ENGLISH, ALL, 0.0, SEEDS[0])]
 
 
 class Study:
@@ -180,6 +184,8 @@ class Study:
             queries.merge(train).to_parquet(learnt_queries)
         if not (self.inputs(REAL_NOISE) / "judgments.parquet").exists():
             write_esci(self.data / "esci_us", self.inputs(REAL_NOISE))
+        if not (self.english_market / "retrieval_table.parquet").exists():
+            write_english(self.data, self.english_market)
 
     def inputs(self, leg: Leg) -> Path:
         return self.work / leg.name / "inputs"
@@ -190,6 +196,10 @@ class Study:
 
     def titles(self, leg: Leg) -> Path:
         return self.work / leg.name / "tables" / "retrieval_table"
+
+    @property
+    def english_market(self) -> Path:
+        return self.work / "english"
 
     def folder(self, cell: Cell) -> Path:
         return self.work / "cells" / cell.name
@@ -219,6 +229,11 @@ class Study:
             "title_pairs.queries": parquet(self.learnt_queries(inputs)),
             "title_pairs.retrieval_table": {"path": str(self.titles(cell.leg))},
         }
+        if cell.row == ENGLISH:
+            title_pairs = {
+                f"title_pairs.{name}": parquet(self.english_market / f"{name}.parquet")
+                for name in ("queries", "retrieval_table")
+            }
         is_without_dev = {"distillation.choose_by": "agreement", "distillation.num_folds": 2}
         distillation = is_without_dev if cell.leg is REAL_NOISE else {}
         return {
