@@ -109,7 +109,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        row = re.sub(r"[^a-z]+", "-", self.row).strip("-")
+        row = re.sub(r"[^a-z]+", "-", self.row.lower()).strip("-")
         return f"{self.leg.name}.{self.num_queries}.noise-{self.noise:.0%}.{row}.{self.seed}".replace("%", "")
 
     @property
