@@ -9,6 +9,8 @@ It needs no package of CSRM's; each task starts `jobs/<name>.py` in a process of
 | `csrm_submit` | `spark-submit` | starts a job: `spark-submit --master yarn ...`, or `python` for a local session |
 | `csrm_alert_url` | none | a web hook that takes alerts as `{"text": ...}`; without it they are only logged |
 
+A market without judgments: leave `evaluate.yaml` out of the configurations, and the night is not evaluated.
+
 The form of a run describes its parameters. The data date is the day (UTC) of the run's logical date, or of its start
 where it has none. The run id of the scores is that of the DAG run, so what is tried again goes on where it stopped.
 
@@ -44,6 +46,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import yaml
 from airflow.sdk import (
     DAG,
     Asset,
@@ -79,38 +82,48 @@ class CsrmJobOperator(BaseOperator):
 
     Args:
         job: name of the job.
-        arguments: its command line; empty words are left out.
+        config: its configuration file.
+        arguments: the rest of its command line; empty words are left out.
         submit: words that start it, as a shell would read them.
         home: working directory.
-        tables: for a job that writes a row of scoring_runs: the folder of CSRM's tables.
-        run_id: the same: the row's run. What became of the run is then pushed as the XCom `outcome`.
+        tables: folder of CSRM's tables; empty: the one that the configuration file names.
+        run_id: for a job that writes a row of scoring_runs: the row's run. What became of the run is then pushed as the
+            XCom `outcome`.
+        is_optional: whether the task is skipped where there is no such configuration file.
     """
 
-    template_fields = ("arguments", "submit", "home", "tables", "run_id")
+    template_fields = ("config", "arguments", "submit", "home", "tables", "run_id")
 
     def __init__(
         self,
         *,
         job: str,
+        config: str,
         arguments: Sequence[str],
         submit: str = "{{ var.value.get('csrm_submit', 'spark-submit') }}",
         home: str = "{{ var.value.get('csrm_home', '') or checkout }}",
         tables: str = "",
         run_id: str = "",
+        is_optional: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.job = job
+        self.config = config
         self.arguments = arguments
         self.submit = submit
         self.home = home
         self.tables = tables
         self.run_id = run_id
+        self.is_optional = is_optional
         self._process: subprocess.Popen[str] | None = None
 
     def execute(self, context: Context) -> None:
+        if self.is_optional and not Path(self.home, self.config).exists():
+            raise AirflowSkipException(f"{self.job}: there is no {self.config}.")
         started_at = datetime.now(UTC)
-        command = [*shlex.split(self.submit), f"jobs/{self.job}.py", *filter(None, self.arguments)]
+        words = [f"--config={self.config}", setting("tables", self.tables or None), *self.arguments]
+        command = [*shlex.split(self.submit), f"jobs/{self.job}.py", *filter(None, words)]
         self.log.info("in %s: %s", self.home, shlex.join(command))
         exit_code, event = self._run(command)
         if self.run_id:
@@ -122,7 +135,7 @@ class CsrmJobOperator(BaseOperator):
                     "run_id": self.run_id,
                     "verdict": row.get("verdict") or event.get("event"),
                     "version": row.get("published_version") or event.get("version"),
-                    "tables": self.tables,
+                    "tables": self._tables(),
                 }
                 context["ti"].xcom_push(key="outcome", value=outcome)
         if exit_code in FINAL_EXIT_CODES:
@@ -165,15 +178,22 @@ class CsrmJobOperator(BaseOperator):
         finally:
             self.on_kill()
 
+    def _tables(self) -> str:
+        """The folder or URI of the tables that the job writes."""
+        if self.tables:
+            return self.tables
+        settings = yaml.safe_load(Path(self.home, self.config).read_text(encoding="utf-8"))
+        return str(settings["tables"])
+
     def _run_row(self) -> Mapping[str, Any]:
         """What scoring_runs says of the run; empty where it cannot be read, and then what was printed has to do."""
-        tables = self.tables if "://" in self.tables else os.path.join(self.home, self.tables)
         try:
-            return read_run_row(tables, self.run_id)
+            tables = self._tables()
+            return read_run_row(tables if "://" in tables else os.path.join(self.home, tables), self.run_id)
         except ImportError:
             self.log.info("deltalake is not installed: what the job printed and its exit code say what became of it.")
         except Exception as error:
-            self.log.warning("scoring_runs in %s cannot be read: %s", tables, error)
+            self.log.warning("scoring_runs cannot be read: %s", error)
         return {}
 
 
@@ -246,8 +266,14 @@ def announce(**context: Any) -> None:
 
 def job(name: str, *arguments: str, task_id: str | None = None, **kwargs: Any) -> CsrmJobOperator:
     """Runs a job with its configuration, on the run's tables."""
-    config = ["--config={{ params.conf }}/" + name + ".yaml", "{{ setting('tables', params.tables) }}"]
-    return CsrmJobOperator(task_id=task_id or name, job=name, arguments=[*config, *arguments], **kwargs)
+    return CsrmJobOperator(
+        task_id=task_id or name,
+        job=name,
+        config="{{ params.conf }}/" + name + ".yaml",
+        arguments=arguments,
+        tables="{{ params.tables or '' }}",
+        **kwargs,
+    )
 
 
 MARKETS = "{{ setting('markets', params.markets) }}"
@@ -269,7 +295,7 @@ with DAG(
     params={
         "markets": Param(None, type=["null", "object"], description="Market to its language; null: as in `conf`"),
         "conf": Param("conf", type="string", description="Folder with a YAML file for each job"),
-        "tables": Param("build/demo/tables", type="string", description="Folder or URI of the tables that CSRM writes"),
+        "tables": Param(None, type=["null", "string"], description="Folder or URI of the tables; null: as in `conf`"),
         "bundle": Param(None, type=["null", "string"], description="Folder or URI of the bundle; null: as in `conf`"),
         "data_date": Param(None, type=["null", "string"], format="date", description="Day whose inputs are scored"),
     },
@@ -295,14 +321,13 @@ with DAG(
         f"--data-date={DATA_DATE}",
         "--log-format=json",
         task_id="score_and_publish",
-        tables="{{ params.tables }}",
         run_id=RUN_ID,
     )
-    evaluation = job("evaluate", MARKETS)
+    evaluation = job("evaluate", MARKETS, is_optional=True)
     report = job(
         "report", MARKETS, f"--run-id={RUN_ID}", trigger_rule=TriggerRule.ALL_DONE, pre_execute=skip_without_outcome
     )
-    maintenance = job("maintain")
+    maintenance = job("maintain", trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
 
     retrieval_table >> candidates >> score_and_publish >> evaluation >> report >> maintenance
     score_and_publish >> announce()

@@ -130,6 +130,8 @@ def run_nights(airflow: Airflow, nights: dict[str, dict[str, Any]], folder: Path
         for name, one in nights.items()
     ]
     asked.write_text(json.dumps(plans))
+    (folder / "conf").mkdir()
+    (folder / "conf" / "evaluate.yaml").touch()  # is looked for; the jobs' stand-in reads no file
     env = {"AIRFLOW_VAR_CSRM_SUBMIT": STAND_IN, "AIRFLOW_VAR_CSRM_HOME": str(folder), **env}
     ended = airflow.run("python", str(IN_AIRFLOW), str(asked), str(results), **env)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-5000:]
@@ -159,6 +161,7 @@ NIGHTS = {
     "flattened superseded": night(10, {"score_catalog": {"exit": [1], "verdict": "superseded"}}),
     "died": night(11, {"score_catalog": {"exit": [1, 137, 0], "event": "published", "verdict": "published"}}),
     "evaluation": night(12, {**PUBLISHED, "evaluate": {"exit": [2]}}),
+    "no judgments": night(13, PUBLISHED, conf="conf_without_evaluate"),
 }
 
 
@@ -282,6 +285,7 @@ SKIPPED = {
         ("flattened superseded", SKIPPED),
         ("died", {**ALL_DONE, "score_and_publish": "success 3"}),
         ("evaluation", {**ALL_DONE, "evaluate": "failed 1", "maintain": "upstream_failed 0"}),
+        ("no judgments", {**ALL_DONE, "evaluate": "skipped 1"}),
     ],
 )
 def test_exit_codes_say_what_becomes_of_the_night(results: dict[str, Any], name: str, states: dict[str, str]) -> None:
@@ -289,8 +293,8 @@ def test_exit_codes_say_what_becomes_of_the_night(results: dict[str, Any], name:
 
 
 def test_the_asset_is_updated_once_for_each_run_that_published(results: dict[str, Any]) -> None:
-    published = ("published", "no logical date", "published by hand", "died", "evaluation")
-    assert results["nights"]["evaluation"]["asset_events"] == [
+    published = ("published", "no logical date", "published by hand", "died", "evaluation", "no judgments")
+    assert results["nights"]["no judgments"]["asset_events"] == [
         {
             "run_id": results["nights"][name]["run_id"].replace("+", "_"),
             "verdict": "published",
@@ -384,8 +388,8 @@ class Market:
     @property
     def conf(self) -> dict[str, Any]:
         """Parameters of the DAG."""
-        tables, conf = str(self.folder / "tables"), str(self.folder / "conf")
-        return {"tables": tables, "conf": conf, "markets": {"kr": "ko", "us": "en"}, "bundle": "conf/demo_bundle"}
+        conf = str(self.folder / "conf")  # which names the tables
+        return {"conf": conf, "markets": {"kr": "ko", "us": "en"}, "bundle": "conf/demo_bundle"}
 
     def scores(self) -> DeltaTable:
         return DeltaTable(self.folder / "tables" / "relevance_scores")
@@ -426,6 +430,7 @@ def first_night(airflow: Airflow, market: Market) -> dict[str, Any]:
 def test_a_night_scores_a_market_with_spark_and_updates_the_asset(first_night: dict[str, Any], market: Market) -> None:
     assert set(first_night["states"].values()) == {"success 1"}
     (event,) = first_night["events"]
+    assert event["tables"] == str(market.folder / "tables")
     (run,) = market.runs().to_dict("records")
     assert (run["run_id"], run["published_version"]) == (event["run_id"], event["version"])
     assert (run["verdict"], str(run["data_date"])) == ("published", "2026-11-26")
