@@ -12,7 +12,8 @@ It needs no package of CSRM's; each task starts `jobs/<name>.py` in a process of
 A market without judgments: leave `evaluate.yaml` out of the configurations, and the night is not evaluated.
 
 The form of a run describes its parameters. The data date is the day (UTC) of the run's logical date, or of its start
-where it has none. The run id of the scores is that of the DAG run, so what is tried again goes on where it stopped.
+where it has none. The run id of the scores is that of the DAG and its run, so what is tried again goes on where it
+stopped, and copies of this DAG for other markets may share tables.
 
 | a job's exit code | the task |
 | --- | --- |
@@ -222,9 +223,9 @@ def setting(name: str, value: object) -> str:
     return "" if value is None else f"--set={name}={json.dumps(value, ensure_ascii=False)}"
 
 
-def run_id_of(dag_run_id: str) -> str:
-    """The DAG run's id in the characters that a run id may have."""
-    return re.sub(r"[^\w.:-]", "_", dag_run_id)
+def run_id_of(dag_id: str, dag_run_id: str) -> str:
+    """Both in the characters that a run id may have."""
+    return re.sub(r"[^\w.:-]", "_", f"{dag_id}.{dag_run_id}")
 
 
 def send_alert(text: str) -> None:
@@ -277,7 +278,7 @@ def job(name: str, *arguments: str, task_id: str | None = None, **kwargs: Any) -
 
 
 MARKETS = "{{ setting('markets', params.markets) }}"
-RUN_ID = "{{ run_id_of(dag_run.run_id) }}"
+RUN_ID = "{{ run_id_of(dag.dag_id, dag_run.run_id) }}"
 DATA_DATE = "{{ params.data_date or (dag_run.logical_date or dag_run.run_after) | ds }}"
 
 DEADLINE = DeadlineAlert(

@@ -238,11 +238,11 @@ def test_the_data_date_is_named_or_the_day_of_the_run(results: dict[str, Any]) -
     }
 
 
-def test_every_attempt_and_the_report_use_the_run_id_of_the_dag_run(results: dict[str, Any]) -> None:
+def test_every_attempt_and_the_report_use_the_run_id_of_the_dag_and_its_run(results: dict[str, Any]) -> None:
     died = results["nights"]["died"]
     assert [job for job, _, _ in died["commands"]] == [*JOBS[:2], *["score_catalog"] * 3, *JOBS[3:]]
     run_ids = {word for _, words, _ in died["commands"] for word in words if word.startswith("--run-id=")}
-    assert run_ids == {"--run-id=manual__2026-11-11T02:00:00_00:00"}
+    assert run_ids == {"--run-id=csrm_nightly.manual__2026-11-11T02:00:00_00:00"}
 
 
 ALL_DONE = dict.fromkeys(
@@ -296,7 +296,7 @@ def test_the_asset_is_updated_once_for_each_run_that_published(results: dict[str
     published = ("published", "no logical date", "published by hand", "died", "evaluation", "no judgments")
     assert results["nights"]["no judgments"]["asset_events"] == [
         {
-            "run_id": results["nights"][name]["run_id"].replace("+", "_"),
+            "run_id": "csrm_nightly." + results["nights"][name]["run_id"].replace("+", "_"),
             "verdict": "published",
             "version": 8,
             "tables": "tables",
