@@ -315,7 +315,7 @@ def relevance_packs(
     )
     sources = [judged]
     if config.title_pairs is not None:
-        sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, measured))
+        sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, measured, without))
 
     def packed(groups: Iterator[pd.DataFrame]) -> Iterator[TrainingPack]:
         groups = with_dropped_titles(groups, tuning.drop_all_titles, tuning.drop_title, tuning.seed)
@@ -410,7 +410,7 @@ def write_report(
     """Write the one-page report of the run; returns where it is."""
     model_dir = Path(config.model_dir)
     best = best_round(rounds, config.distillation.min_gain) if config.distillation is not None else None
-    trained = [one.model_dir for one in rounds if (one.model_dir / "model.json").exists()]  # or teachers alone
+    trained = [one.model_dir for one in rounds if one is best or one.dev_auc is not None]  # others: teachers alone
     folders = [stages_dir / "translation"] if config.translation is not None else []
     folders += trained or [model_dir]
     calibration = moves = None

@@ -23,7 +23,7 @@ from csrm.errors import InputError
 from csrm.labels import Label
 from csrm.schemas import QUERIES, RETRIEVAL_TABLE
 from csrm.text import search_terms
-from csrm.training.data import add_table, language_of_query, open_database, random_number, same_text
+from csrm.training.data import Fold, add_table, language_of_query, open_database, random_number, same_text
 
 QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
@@ -74,7 +74,11 @@ class _Query(NamedTuple):
 
 
 def title_pairs(
-    settings: TitlePairs, labels: Sequence[Label], seed: int, without: Collection[str] = ()
+    settings: TitlePairs,
+    labels: Sequence[Label],
+    seed: int,
+    without: Collection[str] = (),
+    fold: Fold | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Groups of one query: one title that names it, which leaves its prompt, and titles of other queries.
 
@@ -82,6 +86,7 @@ def title_pairs(
         labels: a title that names its query gets the one of largest gain, the others that of least gain.
         seed: of the queries and titles.
         without: query texts to leave out, as csrm.training.data.same_text: those that measure the model.
+        fold: leave out its queries too: a teacher that judges them must not have seen them.
 
     Yields:
         Batches as of csrm.training.data.JudgedPairs.groups.
@@ -94,7 +99,7 @@ def title_pairs(
     relevant, irrelevant = distributions[int(np.argmax(gains))], distributions[int(np.argmin(gains))]
     num_groups = 0
     most = settings.max_queries
-    for part in _parts(settings, seed):
+    for part in _parts(settings, seed, fold):
         queries = [query for query in part if query.named and query.same_text not in without]
         rows = []
         for query, title, others in _groups(queries, settings.irrelevant_per_query, np.random.default_rng([seed, 1])):
@@ -137,15 +142,23 @@ def _groups(
         for other in drawn:
             named = queries[other].named
             title = named[rng.integers(len(named))]
-            own = {each.said for each in query.named}
-            if title.said not in own and query.terms.isdisjoint(search_terms(title.said)) and len(others) < num_others:
+            if len(others) < num_others and _is_irrelevant(title, query):
                 others[title.said] = title
         if others:
             yield query, query.named[rng.integers(len(query.named))], list(others.values())
 
 
-def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
-    """The queries that have titles, in random order, some at a time."""
+def _is_irrelevant(title: _Title, query: _Query) -> bool:
+    """Whether nothing says that another query's title fits: it was not found for this one and does not name it, nor
+    does what is said of it share a term with it, or equal what is said of a relevant one."""
+    if title.title in query.titles or query.terms <= set(search_terms(title.title)):
+        return False
+    return query.terms.isdisjoint(search_terms(title.said)) and all(title.said != own.said for own in query.named)
+
+
+def _parts(settings: TitlePairs, seed: int, fold: Fold | None) -> Iterator[list[_Query]]:
+    """The queries that have titles, without those of a fold, in random order, some at a time."""
+    outside = "true" if fold is None else f"NOT {fold.sql()}"
     with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder, open_database(folder) as database:
         add_table(database, QUERIES, settings.queries, settings.markets)
         add_table(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)
@@ -154,7 +167,7 @@ def _parts(settings: TitlePairs, seed: int) -> Iterator[list[_Query]]:
                 SELECT market, query_id, {language_of_query(settings.markets)} AS language, query,
                     {same_text("query")} AS same_text,
                     list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
-                FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL
+                FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL AND {outside}
                 GROUP BY market, query_id, language, query
             ) ORDER BY {random_number(seed, "market", "query_id")}, market, query_id"""
         )
@@ -178,7 +191,7 @@ def _query(
 def _without(title: str, query: str) -> str:
     """The title without the query's words, and the marks between them; as it was where it does not have all of them."""
     shorter = title
-    for word in query.split():
+    for word in {word.casefold(): word for word in query.split()}.values():
         start, end = (r"\b" if _SPACED.match(letter) else "" for letter in (word[0], word[-1]))
         said = shorter
         shorter = regex.sub(start + regex.escape(word, literal_spaces=True) + end, " ", said, flags=regex.IGNORECASE)

@@ -8,6 +8,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS
 from csrm.text import search_terms
+from csrm.training.data import Fold
 from csrm.training.title_pairs import TitlePairs, title_pairs
 
 TITLES = {
@@ -40,9 +41,9 @@ def pairs(tables: dict[str, pd.DataFrame], folder: Path, **settings: object) -> 
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet")
     specs = {name: InputSpec(path=str(folder / f"{name}.parquet"), format="parquet") for name in tables}
-    without = settings.pop("without", ())
+    left_out = {name: settings.pop(name) for name in ("without", "fold") if name in settings}
     made = title_pairs(
-        TitlePairs.model_validate({"markets": {"us": "en"}, **specs, **settings}), ESCI_LABELS, 0, without
+        TitlePairs.model_validate({"markets": {"us": "en"}, **specs, **settings}), ESCI_LABELS, 0, **left_out
     )
     return pd.concat(made, ignore_index=True).assign(
         is_relevant=lambda rows: [label.argmax() == 3 for label in rows["soft_label"]]
@@ -74,6 +75,7 @@ def test_a_title_that_names_its_query_is_relevant_without_the_query(
         ("毛巾", "純棉毛巾 大號", {"純棉 大號"}),
         ("pen", "Open air grill", set()),
         ("pen (blue)", "Pen, fine (blue)", {"fine"}),
+        ("pop Pop corn", "Pop corn, salted", {"salted"}),
         ("", "Pen  fine", set()),
         (" !! ", "Pen !!  fine", set()),
         (None, "Pen", set()),
@@ -107,6 +109,25 @@ def test_titles_of_other_queries_are_irrelevant_and_share_no_term_with_the_query
     )
     assert (made["weight"] == 0.5).all()
     assert [np.flatnonzero(label).tolist() for label in irrelevant["soft_label"]] == [[0]] * len(irrelevant)
+
+
+def test_titles_that_name_a_query_or_were_found_for_it_are_not_irrelevant(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    tables["queries"]["query"] = tables["queries"]["query"].replace("sofa", "towel rail")
+    titles = tables["retrieval_table"]
+    titles.loc[titles["query_id"] == "sofa", "title"] = "Towel rail, chrome"  # names the query towel
+    titles.loc[titles["title"] == "Hiking socks", "title"] = "Running shoes for women"
+    made = pairs(tables, tmp_path, irrelevant_per_query=10).query("not is_relevant").groupby("query")["title"].agg(set)
+    assert "chrome" not in made["towel"]
+    assert "for women" not in made["hiking shoes"]
+    assert "chrome" in made["hiking shoes"] | made["running shoes"] | made["jeans"]
+
+
+def test_queries_of_a_fold_are_left_out(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    parts = [set(pairs(tables, tmp_path, fold=Fold(number, 2))["query"]) for number in range(2)]
+    assert parts[0] | parts[1] == set(pairs(tables, tmp_path)["query"])
+    assert parts[0].isdisjoint(parts[1])
 
 
 def test_groups_stand_side_by_side_and_are_always_the_same(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
