@@ -140,13 +140,12 @@ class _Holder:
 
     @classmethod
     def read(cls, folder: "_Folder", number: int) -> "_Holder":
-        content = json.loads(folder.read(f"{number}.lease") or "{}")  # empty where its writer died at once
-        beat = json.loads(folder.read(f"{number}.beat") or "{}")
+        content, beat = _read_values(folder, f"{number}.lease"), _read_values(folder, f"{number}.beat")
         return cls(
             content.get("owner", "a run"),
             content.get("host", "an unknown host"),
             content.get("pid", 0),
-            content.get("seconds", 0.0),
+            content.get("seconds", LEASE_SECONDS),
             content.get("fence", 0),
             time.time() - beat.get("at", content.get("at", 0)),
             folder.read(f"{number}.given_back") is not None,
@@ -195,6 +194,18 @@ def _described(folder: "_Folder", number: int) -> str:
     return str(_Holder.read(folder, number))
 
 
+def _read_values(folder: "_Folder", name: str) -> dict[str, Any]:
+    """Values of a lease's file; none where there is no such file.
+
+    Hadoop's storages show a file before its text. An empty one is being written, or its writer died at it: it is a
+    sign of life of when it was created.
+    """
+    text = folder.read(name)
+    if text is None:
+        return {}
+    return dict(json.loads(text)) if text else {"at": folder.modified_at(name)}
+
+
 class _Folder(Protocol):
     """The few things that leases need of a storage."""
 
@@ -205,6 +216,9 @@ class _Folder(Protocol):
 
     def read(self, name: str) -> str | None:
         """A file's text; None where there is none."""
+
+    def modified_at(self, name: str) -> float:
+        """When a file was created or last written, in seconds since 1970."""
 
     def names(self) -> list[str]: ...
 
@@ -254,6 +268,9 @@ class _LocalFolder:
         except FileNotFoundError:
             return None
 
+    def modified_at(self, name: str) -> float:
+        return (self._path / name).stat().st_mtime
+
     def names(self) -> list[str]:
         return [path.name for path in self._path.iterdir()]
 
@@ -294,6 +311,9 @@ class _HadoopFolder:
             return str(self._io.toString(stream, "UTF-8"))
         finally:
             stream.close()
+
+    def modified_at(self, name: str) -> float:
+        return float(self._files.getFileStatus(self._at(name)).getModificationTime() / 1000)
 
     def names(self) -> list[str]:
         return [str(status.getPath().getName()) for status in self._files.listStatus(self._path(self._uri))]

@@ -1,5 +1,6 @@
 """Leases: one holder at a time, and none that comes back from the dead."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -101,6 +102,27 @@ def test_a_lost_folder_of_leases_does_not_block_the_table(spark: SparkSession, t
         for file in (tmp_path / "_leases" / "market=tw").iterdir():
             file.unlink()
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("empty", ["1.lease", "1.beat"])
+def test_a_file_that_is_being_written_is_a_sign_of_life_and_one_left_empty_ends_the_lease(
+    spark: SparkSession, tmp_path: Path, empty: str
+) -> None:
+    market, hour_ago = tmp_path / "_leases" / "market=tw", time.time() - 3600
+    market.mkdir(parents=True)
+    lease = {"owner": "run a", "host": "h", "pid": 1, "at": hour_ago, "seconds": 60, "fence": 7}
+    (market / "1.lease").write_text(json.dumps(lease))
+    (market / empty).write_text("")
+    through_hadoop = leases._HadoopFolder(spark, f"file://{market}")
+
+    assert leases._Holder.read(through_hadoop, 1).holds
+    with pytest.raises(LeaseError, match="works on it"), hold_leases(spark, str(tmp_path), ["tw"], "run b"):
+        pass
+
+    os.utime(market / empty, (hour_ago, hour_ago))
+    assert not leases._Holder.read(through_hadoop, 1).holds
+    with hold_leases(spark, str(tmp_path), ["tw"], "run b") as held:
+        held["tw"].require()
 
 
 @pytest.mark.parametrize("market", ["..", "a/b", "台灣 'x'", "no"])
