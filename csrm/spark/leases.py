@@ -25,7 +25,7 @@ from pyspark.sql import SparkSession
 
 from csrm.errors import LeaseError
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.tables import Transaction, append_nothing, table_exists, table_path
+from csrm.spark.tables import Transaction, append_nothing, require_one_place, table_exists, table_path
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,10 @@ def hold_leases(
         seconds: for which the leases hold after a sign of life; see LEASE_SECONDS.
 
     Raises:
+        ConfigError: see require_one_place.
         LeaseError: another process holds one of them.
     """
+    require_one_place(spark, tables_dir)
     with ExitStack() as stack:
         leases = {}
         for market in sorted(markets):

@@ -18,7 +18,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
-from csrm.errors import InputError
+from csrm.errors import ConfigError, InputError
 from csrm.schemas import Table
 
 USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
@@ -48,6 +48,23 @@ def attempts_path(tables_dir: str, run_id: str) -> str:
     return f"{_absolute(tables_dir)}/_attempts/{run_id}"
 
 
+def require_one_place(spark: SparkSession, path: str) -> None:
+    """Refuse a path that Spark finds on one storage, and leases and notes of attempts on the driver's disk.
+
+    Raises:
+        ConfigError: the path has no scheme, and Hadoop's default file system is not this machine's.
+    """
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    default = str(jvm.org.apache.hadoop.fs.FileSystem.getDefaultUri(spark.sparkContext._jsc.hadoopConfiguration()))
+    if not urlsplit(path).scheme and urlsplit(default).scheme != "file":
+        there, here = default.rstrip("/") + _absolute(path), f"file://{_absolute(path)}"
+        raise ConfigError(
+            f"tables at {path!r}: expected a URI, as fs.defaultFS is {default}; got a path without a scheme, which is "
+            f"another place for Spark than for leases. Name the scheme: {there}, or {here}."
+        )
+
+
 def spark_schema(table: Table) -> StructType:
     """The declaration as a Spark schema: comments kept, nullable where a column is not required."""
     return StructType(
@@ -62,8 +79,10 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
     """Create the table where there is none: columns, comments, constraints, partitions, change feed.
 
     Raises:
+        ConfigError: see require_one_place.
         InputError: something else is at the path; it is left alone.
     """
+    require_one_place(spark, path)
     if table_exists(spark, path):
         _check_columns(spark, table, path)
         return
@@ -324,8 +343,10 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
         The columns that were added.
 
     Raises:
+        ConfigError: see require_one_place.
         InputError: not a table of an older version of this declaration.
     """
+    require_one_place(spark, path)
     where = f"table {table.name} at {path!r}"
     written = schema_version(spark, path)
     found = {field.name: field.dataType for field in spark.read.format("delta").load(path).schema}

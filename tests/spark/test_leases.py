@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from csrm.errors import LeaseError
+from csrm.errors import ConfigError, LeaseError
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark import leases
 from csrm.spark.leases import hold_leases
-from csrm.spark.tables import create_table, merge_changes, read_table, spark_schema, table_path, table_version
+from csrm.spark.tables import (
+    create_table,
+    merge_changes,
+    migrate_table,
+    read_table,
+    spark_schema,
+    table_path,
+    table_version,
+)
 
 pytestmark = pytest.mark.spark
 
@@ -155,6 +163,26 @@ def test_a_storage_that_cannot_keep_two_runs_apart_is_named(
         leases._open_folder(spark, "s3a://bucket/tables/_leases/market=tw")
 
     assert "tables on s3a://: this storage is not known to create a file only once" in caplog.text
+
+
+def test_a_path_that_is_one_place_for_spark_and_another_for_leases_is_refused(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    hadoop, path = spark.sparkContext._jsc.hadoopConfiguration(), table_path(str(tmp_path), RELEVANCE_SCORES)
+    here, message = hadoop.get("fs.defaultFS"), rf"got a path without a scheme, .* hdfs://cluster{tmp_path}.* file://"
+    hadoop.set("fs.defaultFS", "hdfs://cluster/")
+    try:
+        with pytest.raises(ConfigError, match=message), hold_leases(spark, str(tmp_path), ["tw"], "run a"):
+            pass
+        with pytest.raises(ConfigError, match=message):
+            create_table(spark, RELEVANCE_SCORES, path)
+        with pytest.raises(ConfigError, match=message):
+            migrate_table(spark, RELEVANCE_SCORES, path)
+        assert not list(tmp_path.iterdir())
+        with hold_leases(spark, f"file://{tmp_path}", ["tw"], "run a"):
+            pass
+    finally:
+        hadoop.set("fs.defaultFS", here)
 
 
 def _create(path: Path, barrier: object, created: object) -> None:
