@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from csrm.prompts import Translation
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
 from csrm.training.base_model import BaseModel
-from csrm.training.data import Fold, JudgedInputs, JudgedPairs
+from csrm.training.data import Fold, JudgedInputs, JudgedPairs, MeasuredQueries
 from csrm.training.distillation import (
     DevMetrics,
     Distillation,
@@ -300,13 +300,13 @@ def relevance_packs(
     tokenizer: PromptTokenizer,
     soft_labels: Path | None,
     without: Fold | None,
-    measured: Collection[str],
+    measured: MeasuredQueries,
     phrasebook: Phrasebook | None,
 ) -> Iterator[TrainingPack]:
     """Packs of the training pairs with their targets; title pairs and translations too, where these are configured.
 
     Args:
-        measured: query texts that measure the model, see JudgedPairs.measured_queries; no title pair has them.
+        measured: no title pair is made of these, see JudgedPairs.measured_queries.
         phrasebook: puts a share of the pairs into other languages; None: none.
     """
     tuning, translation = config.tuning, config.translation

@@ -39,6 +39,7 @@ _TABLES = """
         attributes MAP(VARCHAR, VARCHAR)
     );
     CREATE TABLE keys (query_number BIGINT, product_number BIGINT, grade VARCHAR, split VARCHAR);
+    CREATE TABLE measured_texts (text VARCHAR);
     CREATE VIEW pairs AS
         SELECT
             market, query_id, product_id, grade, split, language, query, retrieved_titles, title, brand, category,
@@ -74,6 +75,19 @@ class UnlabelledInputs(Settings):
     candidates: InputSpec
     retrieval_table: InputSpec | None = None
     """Titles that augment the queries; without it, queries are not augmented."""
+
+
+class MeasuredQueries(NamedTuple):
+    """Queries that measure a model: judged in a split other than train, in any market."""
+
+    ids: frozenset[tuple[str, str]] = frozenset()
+    """Market and query_id of all of them."""
+    texts: frozenset[str] = frozenset()
+    """See same_text. Of those whose text is in a table of queries that was read; the texts of others are not known, so
+    that the same text in another market is not found."""
+
+    def has(self, market: str, query_id: str, text: str) -> bool:
+        return (market, query_id) in self.ids or text in self.texts
 
 
 class Fold(NamedTuple):
@@ -127,12 +141,11 @@ class JudgedPairs:
                 _check_markets(database, JUDGMENTS, inputs.judgments, markets)
                 _add_text_tables(database, inputs, markets)
                 database.execute(
-                    f"""CREATE TABLE measured_texts AS SELECT DISTINCT {same_text("query")} AS text
-                    FROM queries_of_all_markets JOIN (
-                        SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED}
-                    ) USING (market, query_id) WHERE {has_text("query")};
+                    f"""CREATE TABLE measured_ids AS
+                    SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED};
                     CREATE TEMP TABLE added AS FROM judgments"""
                 )
+                _add_measured_texts(database)
                 _add_texts(database, inputs, markets)
                 _add_keys(database, JUDGMENTS, inputs.judgments)
                 if inputs.labels_from_behaviour and inputs.retrieval_table is not None:
@@ -174,10 +187,12 @@ class JudgedPairs:
             add_table(database, CANDIDATES, inputs.candidates, markets)
             _check_markets(database, CANDIDATES, inputs.candidates, markets)
             _add_text_tables(database, inputs, markets)
+            _add_measured_texts(database)
             database.execute(
                 f"""CREATE TEMP TABLE added AS
                 SELECT market, query_id, product_id, NULL::VARCHAR AS grade, 'unlabelled' AS split FROM candidates
                 ANTI JOIN pairs USING (market, query_id, product_id)
+                ANTI JOIN measured_ids USING (market, query_id)
                 ANTI JOIN (
                     FROM queries SEMI JOIN measured_texts ON text = {same_text("query")}
                 ) USING (market, query_id)
@@ -191,12 +206,14 @@ class JudgedPairs:
         rows = self._database.execute("SELECT split, count(*) FROM keys GROUP BY split ORDER BY split").fetchall()
         return dict(rows)
 
-    def measured_queries(self) -> set[str]:
-        """Texts of the queries that measure a model, as same_text: judged in a split other than train, in any market.
+    def measured_queries(self) -> MeasuredQueries:
+        """Queries that measure a model; no pair without a label is made of them.
 
-        No pair without a label is made of them. A market that is not learnt from may share texts with one that is.
+        A market that is not learnt from may share texts with one that is.
         """
-        return {text for (text,) in self._database.execute("FROM measured_texts").fetchall()}
+        ids = self._database.execute("SELECT market, query_id FROM measured_ids").fetchall()
+        texts = self._database.execute("SELECT text FROM measured_texts").fetchall()
+        return MeasuredQueries(frozenset(ids), frozenset(text for (text,) in texts))
 
     def grades(self) -> list[str]:
         """Of the judgments, sorted."""
@@ -406,6 +423,14 @@ def _add_text_tables(
     add_table(database, CATALOG, inputs.catalog, markets)
     if inputs.retrieval_table is not None:
         add_table(database, RETRIEVAL_TABLE, inputs.retrieval_table, markets)
+
+
+def _add_measured_texts(database: duckdb.DuckDBPyConnection) -> None:
+    """Keep the texts that these queries have of those that measure a model."""
+    database.execute(
+        f"""INSERT INTO measured_texts SELECT DISTINCT {same_text("query")}
+        FROM queries_of_all_markets SEMI JOIN measured_ids USING (market, query_id) WHERE {has_text("query")}"""
+    )
 
 
 def _add_texts(

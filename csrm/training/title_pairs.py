@@ -9,7 +9,7 @@ in a market without labels as in one whose labels are wrong.
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,15 @@ from csrm.errors import InputError
 from csrm.labels import Label
 from csrm.schemas import QUERIES, RETRIEVAL_TABLE
 from csrm.text import search_terms
-from csrm.training.data import Fold, add_table, language_of_query, open_database, random_number, same_text
+from csrm.training.data import (
+    Fold,
+    MeasuredQueries,
+    add_table,
+    language_of_query,
+    open_database,
+    random_number,
+    same_text,
+)
 
 QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
@@ -77,7 +85,7 @@ def title_pairs(
     settings: TitlePairs,
     labels: Sequence[Label],
     seed: int,
-    without: Collection[str] = (),
+    without: MeasuredQueries | None = None,
     fold: Fold | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Groups of one query: one title that names it, which leaves its prompt, and titles of other queries.
@@ -85,7 +93,7 @@ def title_pairs(
     Args:
         labels: a title that names its query gets the one of largest gain, the others that of least gain.
         seed: of the queries and titles.
-        without: query texts to leave out, as csrm.training.data.same_text: those that measure the model.
+        without: queries to leave out, by their text and by their id: those that measure the model.
         fold: leave out its queries too: a teacher that judges them must not have seen them.
 
     Yields:
@@ -99,8 +107,9 @@ def title_pairs(
     relevant, irrelevant = distributions[int(np.argmax(gains))], distributions[int(np.argmin(gains))]
     num_groups = 0
     most = settings.max_queries
+    left_out = without or MeasuredQueries()
     for part in _parts(settings, seed, fold):
-        queries = [query for query in part if query.named and query.same_text not in without]
+        queries = [each for each in part if each.named and not left_out.has(each.market, each.query_id, each.same_text)]
         rows = []
         for query, title, others in _groups(queries, settings.irrelevant_per_query, np.random.default_rng([seed, 1])):
             if num_groups == most:

@@ -7,7 +7,7 @@ import pytest
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.training import data
-from csrm.training.data import JudgedInputs, JudgedPairs, UnlabelledInputs
+from csrm.training.data import JudgedInputs, JudgedPairs, MeasuredQueries, UnlabelledInputs
 
 MARKETS = {"us": "en", "kr": "ko"}
 
@@ -222,7 +222,7 @@ def test_queries_of_other_splits_than_train_measure(tables: dict[str, pd.DataFra
     tables["judgments"]["split"] = ["test", None]
     tables["queries"]["query"] = [" Mouse", "마우스"]
     with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
-        assert pairs.measured_queries() == {"mouse"}
+        assert pairs.measured_queries() == MeasuredQueries(frozenset({("us", "q1")}), frozenset({"mouse"}))
 
 
 def test_texts_that_look_alike_are_one_text(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_queries_that_are_judged_in_other_markets_measure_too_and_are_not_pseudo
         candidates=InputSpec(path=str(tmp_path / "candidates.parquet"), format="parquet"),
     )
     with JudgedPairs(inputs, {"us": "en"}) as pairs:
-        assert pairs.measured_queries() == {"마우스"}
+        assert pairs.measured_queries() == MeasuredQueries(frozenset({("kr", "q1")}), frozenset({"마우스"}))
         assert pairs.add_unlabelled(unlabelled, {"kr": "ko"}, 5, seed=0) == 1
         assert pairs.read("unlabelled")["query"].tolist() == ["키보드"]
         assert pairs.grades() == ["E"]
@@ -257,6 +257,29 @@ def test_queries_that_are_judged_in_other_markets_measure_too_and_are_not_pseudo
         pairs.read("unlabelled").assign(soft_label=[[0.0, 1.0]], weight=0.5).to_parquet(learnt)
         groups = pd.concat(pairs.groups("train", 8, seed=0, random_negatives=1.0, soft_labels=learnt))
     assert len(groups) == 2  # no negatives: there is one judged pair in its market, and the other has no label
+
+
+def test_a_query_that_measures_is_not_pseudo_labelled_where_only_the_unlabelled_tables_have_its_text(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    """Tables that are kept for each market: the judgments name kr q1, and the judged pairs' queries are of us alone."""
+    tables["judgments"]["split"] = ["train", "test"]
+    of_kr = pd.DataFrame({"market": "kr", "query_id": ["q1", "q2", "q3"], "query": ["마우스", "키보드", "마우스 "]})
+    of_kr.to_parquet(tmp_path / "kr_queries.parquet")
+    of_kr.assign(product_id="p1").to_parquet(tmp_path / "candidates.parquet")
+    tables["queries"] = tables["queries"].query("market == 'us'")
+    inputs = written(tables, tmp_path)
+    spec = inputs.queries
+    unlabelled = UnlabelledInputs(
+        catalog=inputs.catalog,
+        queries=spec.model_copy(update={"path": str(tmp_path / "kr_queries.parquet")}),
+        candidates=spec.model_copy(update={"path": str(tmp_path / "candidates.parquet")}),
+    )
+    with JudgedPairs(inputs, {"us": "en"}) as pairs:
+        assert pairs.measured_queries() == MeasuredQueries(frozenset({("kr", "q1")}))
+        assert pairs.add_unlabelled(unlabelled, {"kr": "ko"}, 5, seed=0) == 1
+        assert pairs.read("unlabelled")["query"].tolist() == ["키보드"]
+        assert pairs.measured_queries().texts == {"마우스"}
 
 
 def test_pairs_that_scoring_rejects_are_left_out(

@@ -8,7 +8,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.labels import ESCI_LABELS
 from csrm.text import search_terms
-from csrm.training.data import Fold
+from csrm.training.data import Fold, MeasuredQueries
 from csrm.training.title_pairs import TitlePairs, title_pairs
 
 TITLES = {
@@ -141,10 +141,20 @@ def test_groups_stand_side_by_side_and_are_always_the_same(tables: dict[str, pd.
 
 def test_as_many_queries_as_asked_and_none_that_measures(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     assert pairs(tables, tmp_path, max_queries=2)["query"].nunique() == 2
-    assert "towel" not in set(pairs(tables, tmp_path, without={"towel"})["query"])
+    towel = MeasuredQueries(texts=frozenset({"towel"}))
+    assert "towel" not in set(pairs(tables, tmp_path, without=towel)["query"])
     tables["queries"]["query"] = tables["queries"]["query"].replace("towel", " TOWEL\u3000")
     assert " TOWEL\u3000" in set(pairs(tables, tmp_path)["query"])
-    assert " TOWEL\u3000" not in set(pairs(tables, tmp_path, without={"towel"})["query"])
+    assert " TOWEL\u3000" not in set(pairs(tables, tmp_path, without=towel)["query"])
+
+
+def test_a_query_that_measures_gives_no_pair_where_only_its_id_is_known(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    without = MeasuredQueries(ids=frozenset({("us", "towel"), ("uk", "jeans")}))
+    made = pairs(tables, tmp_path, without=without)
+    assert set(made["query"]) == {"jeans", "hiking shoes", "running shoes"}
+    assert "Bath" not in set(made["title"])  # nor as an irrelevant title
 
 
 def test_titles_that_name_no_query_are_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
