@@ -407,10 +407,7 @@ def _settings(
     graph_path: Path,
     device: str,
 ) -> BundleSettings:
-    base_model = BaseModel(**card.base_model)
-    base_folder = Path(base_model.folder or "")
-    patterns = base_model.gguf_file or "*.safetensors"
-    base_files = sorted(base_folder.glob(patterns)) if base_model.folder else []
+    base_files = card.base_model_files.items()
     adapter = model_dir / "weights" / "adapter_model.safetensors"
     inputs, outputs = graph_tensors(graph_path)
     packages = ["csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnx-ir", "tokenizers"]
@@ -424,8 +421,8 @@ def _settings(
         golden_tolerance=0.0,
         golden_source=golden.source,
         origin=Origin(
-            base_model=base_model.name,
-            base_model_files={path.name: file_digest(path) for path in base_files},
+            base_model=BaseModel(**card.base_model).name,
+            base_model_files={name: sha256 for name, sha256 in base_files if name.endswith((".gguf", ".safetensors"))},
             adapter=file_digest(adapter) if adapter.exists() else None,
             trained_model=model_digest,
             training_run=card.fingerprint,

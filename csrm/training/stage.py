@@ -101,6 +101,8 @@ class ModelCard:
 
     base_model: dict[str, str | None]
     """What the first stage started from."""
+    base_model_files: dict[str, str]
+    """File of its folder to sha256; empty for a hub model."""
     tuning: dict[str, Any]
     labels: tuple[Label, ...]
     budgets: Budgets
@@ -198,7 +200,8 @@ def train_stage(
     num_packs = write_packs(packs, pack_file)
     if not num_packs:
         raise InputError("training: there is nothing to train on.")
-    fingerprint = _fingerprint(pack_file, start, tuning, [labels, budgets, pack_tokens])
+    base_model, base_model_files = _origin(start)
+    fingerprint = _fingerprint(pack_file, start, base_model_files, tuning, [labels, budgets, pack_tokens])
     if _has_ended(output_dir, fingerprint):
         shutil.rmtree(unfinished)
         logger.info("%s: has ended before with the same inputs and settings, not trained again", output_dir)
@@ -227,7 +230,8 @@ def train_stage(
     model.language_model.save_pretrained(finished / "weights")  # of an adapted model: the adapter alone
     (finished / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     card = ModelCard(
-        base_model=_first_base_model(start).model_dump(),
+        base_model=base_model.model_dump(),
+        base_model_files=base_model_files,
         tuning=tuning.model_dump(),
         labels=tuple(labels),
         budgets=budgets,
@@ -249,7 +253,7 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
     """A trained folder as a torch model with its adapters merged in float32, and its scorer.
 
     Raises:
-        BundleError: a file of the folder is missing or changed.
+        BundleError: a file of the folder, or of the base model of its adapters, is missing or changed.
         ConfigError: the base model is not where it was.
     """
     model, tokenizer, card = _load(Path(model_dir))
@@ -471,10 +475,17 @@ def _trained_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, prompts: Sequence[Any]) -> str:
+def _fingerprint(
+    pack_file: Path,
+    start: BaseModel | Path,
+    base_model_files: Mapping[str, str],
+    tuning: Tuning,
+    prompts: Sequence[Any],
+) -> str:
     """Digest of all that a trained folder follows from.
 
     Args:
+        base_model_files: see ModelCard.
         prompts: what the folder says of the prompts of its model.
     """
     if isinstance(start, Path):
@@ -482,8 +493,7 @@ def _fingerprint(pack_file: Path, start: BaseModel | Path, tuning: Tuning, promp
     else:
         origin = start.model_dump()
         if start.folder is not None:
-            files = [Path(start.folder) / start.gguf_file] if start.gguf_file else Path(start.folder).glob("*")
-            origin |= {path.name: file_digest(path) for path in sorted(files) if path.is_file()}
+            origin |= base_model_files
             del origin["folder"]  # the same model elsewhere is the same model
     parts = {
         "packs": file_digest(pack_file),
@@ -500,9 +510,13 @@ def _has_ended(folder: Path, fingerprint: str) -> bool:
     if not (folder / "model.json").exists():
         return False
     try:
-        return _read_card(folder).fingerprint == fingerprint
+        card = _read_card(folder)
+        if card.fingerprint != fingerprint:
+            return False
+        _check_base(folder, card)
     except BundleError:
         return False
+    return True
 
 
 def _read_card(folder: Path) -> ModelCard:
@@ -517,9 +531,21 @@ def _read_card(folder: Path) -> ModelCard:
         ) from error
 
 
-def _first_base_model(start: BaseModel | Path) -> BaseModel:
-    """What the first stage started from."""
-    return start if isinstance(start, BaseModel) else BaseModel(**_read_card(start).base_model)
+def _origin(start: BaseModel | Path) -> tuple[BaseModel, dict[str, str]]:
+    """What the first stage started from, with the digests of its files then."""
+    if isinstance(start, BaseModel):
+        return start, _base_model_files(start)
+    card = _read_card(start)
+    return BaseModel(**card.base_model), card.base_model_files
+
+
+def _base_model_files(base_model: BaseModel) -> dict[str, str]:
+    """See ModelCard."""
+    if base_model.folder is None:
+        return {}
+    folder = Path(base_model.folder)
+    files = [folder / base_model.gguf_file] if base_model.gguf_file else folder.glob("*")
+    return {path.name: file_digest(path) for path in sorted(files) if path.is_file()}
 
 
 def _load_start(start: BaseModel | Path, tuning: Tuning) -> PreTrainedModel:
@@ -543,13 +569,36 @@ def _load_start(start: BaseModel | Path, tuning: Tuning) -> PreTrainedModel:
 
 def _load_base(folder: Path, card: ModelCard) -> PreTrainedModel:
     """The model that a folder's adapters were made for."""
+    _check_base(folder, card)
+    return load_language_model(BaseModel(**card.base_model))
+
+
+def _check_base(folder: Path, card: ModelCard) -> None:
+    """Adapters fit the weights that they were made for alone.
+
+    Raises:
+        BundleError: a file of the base model is not as it was.
+        ConfigError: the base model is not where it was.
+    """
+    if card.tuning["method"] == "full":
+        return
+    base_model = BaseModel(**card.base_model)
+    way_out = "Bring the base model there, or delete the folder and train it again."
     try:
-        return load_language_model(BaseModel(**card.base_model))
+        base_model.source()
     except ConfigError as error:
-        raise ConfigError(
-            f"model {str(folder)!r} holds adapters of a base model. {error} Bring the base model there, or delete the "
-            "folder and train it again."
-        ) from error
+        raise ConfigError(f"model {str(folder)!r} holds adapters of a base model. {error} {way_out}") from error
+    expected, got = card.base_model_files, _base_model_files(base_model)
+    changed = [
+        f"{name}: expected {expected.get(name, 'no such file')}, got {got.get(name, 'no such file')}"
+        for name in sorted(expected.keys() | got.keys())
+        if expected.get(name) != got.get(name)
+    ]
+    if changed:
+        raise BundleError(
+            f"model {str(folder)!r} holds adapters of a base model, and {str(base_model.folder)!r} is not as it was "
+            f"then (sha256): {'; '.join(changed)}. {way_out}"
+        )
 
 
 def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:

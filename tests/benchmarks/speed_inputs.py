@@ -173,6 +173,7 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
 
     card = ModelCard(
         base_model={"folder": str(folder / "weights")},
+        base_model_files={},
         tuning={"method": "full"},
         labels=ESCI_LABELS,
         budgets=Budgets(),

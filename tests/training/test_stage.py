@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 
 from csrm.errors import BundleError, ConfigError, InputError
 from csrm.labels import BINARY_LABELS, ESCI_LABELS
-from csrm.manifest import write_manifest
+from csrm.manifest import file_digest, write_manifest
 from csrm.prompts import Translation
 from csrm.scoring import PairScorer
 from csrm.tokenization import Budgets, PromptTokenizer
@@ -293,6 +294,34 @@ def test_a_folder_of_another_version_is_refused_and_trained_again(
         load_trained(model)
     train_on(pairs, base, model, max_steps=1)
     assert load_trained(model)[2].num_packs > 0
+
+
+def test_adapters_are_not_merged_into_another_base_model_than_they_were_made_for(
+    train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
+) -> None:
+    original = Path(str(base.folder))
+    here = BaseModel(folder=str(shutil.copytree(original, tmp_path / "base")))
+    train_on(pairs, here, tmp_path / "first", max_steps=1)
+    second = train_on(pairs, tmp_path / "first", tmp_path / "second", max_steps=1).logits(pairs)
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    before, after = (file_digest(folder / "model.safetensors") for folder in (original, tmp_path / "base"))
+    message = rf"base' is not as it was then .*: model\.safetensors: expected {before}, got {after}\. Bring"
+    for name in ("first", "second"):
+        with pytest.raises(BundleError, match=message):
+            load_trained(tmp_path / name)
+    with pytest.raises(BundleError, match=message):
+        train_on(pairs, tmp_path / "first", tmp_path / "second", max_steps=1)  # which has ended before
+
+    again = train_on(pairs, base, tmp_path / "first", max_steps=1)  # the same weights elsewhere
+    assert load_trained(tmp_path / "first")[2].base_model["folder"] == base.folder
+    np.testing.assert_allclose(load_trained(tmp_path / "first")[1].logits(pairs), again.logits(pairs), atol=1e-4)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"model\.safetensors: expected \w{64}, got no such file"):
+        load_trained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(original, tmp_path / "base")
+    np.testing.assert_allclose(load_trained(tmp_path / "second")[1].logits(pairs), second, atol=1e-4)
 
 
 def test_grades_map_to_labels() -> None:
