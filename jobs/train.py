@@ -168,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pairs.check_apart("train", split)
         one_hot_targets(pd.Series(pairs.grades(), dtype=object), config.labels, config.grade_labels)
         if config.distillation is not None:
+            true_grades = pd.Series(pairs.true_grades(), dtype=object)
+            one_hot_targets(true_grades, config.labels, config.grade_labels, column="true_grade")
             check_folds(config.distillation, pairs, config.tuning.seed)
         add_unlabelled(pairs, config)
         dev_pairs = pairs.read(config.dev_split)

@@ -220,6 +220,13 @@ class JudgedPairs:
         rows = self._database.execute("SELECT DISTINCT grade FROM keys WHERE grade IS NOT NULL ORDER BY grade")
         return [grade for (grade,) in rows.fetchall()]
 
+    def true_grades(self) -> list[str]:
+        """Those that are known of the judgments of split train, sorted."""
+        rows = self._database.execute(
+            "SELECT DISTINCT true_grade FROM true_grades WHERE coalesce(split, 'train') = 'train' ORDER BY true_grade"
+        )
+        return [grade for (grade,) in rows.fetchall()]
+
     def check_apart(self, split: str, other: str) -> None:
         """No query text, see same_text, may be in two splits: a model would be measured by what it was trained on.
 

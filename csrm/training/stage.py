@@ -126,12 +126,15 @@ class StagePaths(NamedTuple):
     last_checkpoint: Path | None
 
 
-def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Mapping[str, str] | None) -> np.ndarray:
+def one_hot_targets(
+    grades: pd.Series, labels: Sequence[Label], grade_labels: Mapping[str, str] | None, column: str = "grade"
+) -> np.ndarray:
     """A distribution over the labels for each grade, all on its own label: shape (num_pairs, num_labels), float32.
 
     Args:
         grades: null for a random negative, whose label is the one of least gain.
         grade_labels: grade to label name; None where the labels are named as the grades.
+        column: of the judgments, where the grades come from; for messages.
 
     Raises:
         InputError: a grade has no label.
@@ -143,7 +146,7 @@ def one_hot_targets(grades: pd.Series, labels: Sequence[Label], grade_labels: Ma
     unknown = sorted(set(grades[targets.isna()].astype(str)))
     if unknown:
         raise InputError(
-            f"judgments: grades {unknown} have no label; labels are {sorted(number)}, grade_labels {grade_labels}. "
+            f"judgments: {column}s {unknown} have no label; labels are {sorted(number)}, grade_labels {grade_labels}. "
             "Name them in the config under grade_labels."
         )
     one_hot: np.ndarray = np.eye(len(labels), dtype=np.float32)[targets.to_numpy(dtype=np.int64)]

@@ -251,6 +251,20 @@ def test_judgments_without_rows_to_train_on_are_an_error(
     assert "no rows of split train; splits are ['dev']" in capsys.readouterr().err
 
 
+def test_a_true_grade_without_a_label_is_an_error_before_anything_is_trained(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = dict(settings["inputs"])
+    judgments = pd.read_parquet(inputs["judgments"]["path"])
+    judgments.loc[judgments.index[judgments["split"] == "train"][0], "true_grade"] = "partly"
+    judgments.to_parquet(tmp_path / "judgments.parquet")
+    inputs["judgments"] = {"path": str(tmp_path / "judgments.parquet"), "format": "parquet"}
+    changes = {"inputs": inputs, "distillation": {"rounds": 1}, "model_dir": str(tmp_path / "model")}
+    assert run_job(train.main, setting_arguments(**{**settings, **changes})) == 2
+    assert "judgments: true_grades ['partly'] have no label; labels are" in capsys.readouterr().err
+    assert not (tmp_path / "model.stages").exists()
+
+
 def test_a_tokenizer_that_spells_a_language_in_bytes_is_named(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
