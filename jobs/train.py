@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from csrm.cli import job_parser, run_job
 from csrm.config import InputSpec, Settings, load_config
@@ -82,7 +82,7 @@ class TranslationSettings(Settings):
     max_steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
-    """These three replace those of `tuning` where given; epochs replace max_steps too."""
+    """These three replace those of `tuning` where given; epochs replace max_steps too, also the one given here."""
     text_tokens: int = Field(default=48, ge=1)
     """Most tokens of each text."""
     mixed_share: float = Field(default=0.2, ge=0)
@@ -93,7 +93,21 @@ class TranslationSettings(Settings):
     csrm.training.phrasebook."""
     held_out_split: str = "dev"
     num_held_out: int = Field(default=100, ge=1, le=1_000)
-    """Texts of held_out_split that measure how well is translated; without such texts it is not measured."""
+    """Texts of held_out_split that measure how well is translated, those that split train has too left out; without
+    such texts it is not measured."""
+
+    @field_validator("held_out_split")
+    @classmethod
+    def _is_held_out(cls, split: str) -> str:
+        if split == "train":
+            raise ValueError("is what is learnt: name a split that is not")
+        return split
+
+    def tuning(self, tuning: Tuning) -> Tuning:
+        """The tuning of this stage."""
+        changes = {"max_steps": self.max_steps, "epochs": self.epochs, "learning_rate": self.learning_rate}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return tuning.model_copy(update=given | ({"max_steps": None} if self.epochs is not None else {}))
 
 
 class TrainConfig(Settings):
@@ -240,9 +254,7 @@ def learn_translation(
     held_out = parallel.first(settings.held_out_split, config.tuning.seed, settings.num_held_out)
     texts = parallel.translations("train", config.tuning.seed)
     packs: Iterator[TrainingPack] = translation_packs(texts, tokenizer, config.pack_tokens, settings.text_tokens)
-    changes = {"max_steps": settings.max_steps, "epochs": settings.epochs, "learning_rate": settings.learning_rate}
-    given = {name: value for name, value in changes.items() if value is not None}
-    tuning = config.tuning.model_copy(update=({"max_steps": None} if settings.epochs is not None else {}) | given)
+    tuning = settings.tuning(config.tuning)
     if tuning.max_steps is not None:
         packs = islice(packs, tuning.max_steps * tuning.packs_per_step)  # the texts are in random order
     _train(packs, config.base_model, tuning, config, output_dir)
@@ -251,7 +263,7 @@ def learn_translation(
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(parallel.num_left_out.items())) or "none"
     report = f"translation: {parallel.num_kept:,} pairs of texts to learn from, left out: {left_out}"
     if not held_out:
-        return f"{report}; not measured, for no text is of split {settings.held_out_split}"
+        return f"{report}; not measured, for no text is of split {settings.held_out_split} alone"
     quality = _measured_translation(held_out, settings, tokenizer, output_dir)
     return (
         f"{report}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "

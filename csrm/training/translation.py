@@ -15,7 +15,7 @@ from csrm.errors import InputError
 from csrm.prompts import Translation
 from csrm.schemas import PARALLEL_TEXT
 from csrm.tokenization import PromptTokenizer
-from csrm.training.data import add_table, open_database
+from csrm.training.data import add_table, literal, open_database, same_text
 from csrm.training.model import PackedRelevanceModel
 from csrm.training.packs import collate, translation_packs
 
@@ -29,6 +29,9 @@ _OTHER_SCRIPTS = {
 }
 _SCRIPTS = {"ko": r"\p{Hangul}", "zh": r"\p{Han}", "ja": r"[\p{Han}\p{Hiragana}\p{Katakana}]"}
 _LATIN = ("en", "es", "fr", "de", "pt", "it", "nl", "id", "vi", "pl", "cs", "da", "sv", "fi", "nb", "tr", "hu", "ro")
+_SIDES = [f"concat_ws(' ', {side}_language, {same_text(f'{side}_text')})" for side in ("source", "target")]
+_PAIR_OF_TEXTS = f"md5_number_lower(concat(least({', '.join(_SIDES)}), ' ', greatest({', '.join(_SIDES)})))"
+"""SQL: the same for both directions, and for texts that are the same text."""
 _TEXTS_AT_ONCE = 1_024
 _COMPARED_CHARACTERS = 256
 
@@ -66,22 +69,29 @@ class ParallelText:
             seed += 1
 
     def first(self, split: str, seed: int, most: int) -> list[Translation]:
-        """At most so many of translations(split, seed); none where the split has none."""
-        with closing(self._one_pass(split, seed)) as batches:
+        """At most so many of translations(split, seed), without the pairs of texts that split train has too, in either
+        direction; none where none are left."""
+        with closing(self._one_pass(split, seed, without="train")) as batches:
             return list(islice(chain.from_iterable(batches), most))
 
-    def _one_pass(self, split: str, seed: int) -> Generator[list[Translation], None, None]:
+    def _one_pass(self, split: str, seed: int, without: str | None = None) -> Generator[list[Translation], None, None]:
         self.num_kept, self.num_left_out = 0, Counter()
         with tempfile.TemporaryDirectory(prefix="csrm-parallel-text-") as folder, open_database(folder) as database:
             add_table(database, PARALLEL_TEXT, self._spec)
-            both = """
+            chosen = "parallel_text WHERE coalesce(split, 'train') = $split"
+            if without is not None:
+                chosen = f"""(SELECT *, {_PAIR_OF_TEXTS} AS pair FROM {chosen}) ANTI JOIN (
+                    SELECT {_PAIR_OF_TEXTS} AS pair FROM parallel_text
+                    WHERE coalesce(split, 'train') = {literal(without)}
+                ) USING (pair)"""
+            both = f"""
                 SELECT source_language, target_language, source_text, target_text, is_near_copy, copy FROM (
                     SELECT *, levenshtein(left(lower(source_text), $compared), left(lower(target_text), $compared))
                         <= $near * least(greatest(length(source_text), length(target_text)), $compared) AS is_near_copy,
                         row_number() OVER (
                             PARTITION BY source_language, target_language, source_text, target_text
                         ) AS copy
-                    FROM parallel_text WHERE coalesce(split, 'train') = $split
+                    FROM {chosen}
                 )
             """
             rows = database.sql(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from csrm.bundle import load_scorer
 from csrm.cli import run_job, setting_arguments
 from csrm.manifest import verify_manifest
+from csrm.training.stage import Tuning
 from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
 from export import export_bundle
 from jobs import generate_market, train
@@ -240,6 +241,23 @@ def test_parallel_text_without_splits_whose_languages_have_other_names(
     assert " 1 steps" in caplog.text  # of translation: its epochs replace max_steps
 
 
+@pytest.mark.parametrize(
+    ("given", "max_steps", "epochs"),
+    [
+        ({}, 5, 1.0),
+        ({"max_steps": 800}, 800, 1.0),
+        ({"epochs": 2.0}, None, 2.0),
+        ({"max_steps": 800, "epochs": 2.0}, None, 2.0),
+    ],
+)
+def test_epochs_of_the_translation_replace_every_number_of_steps(
+    given: dict[str, Any], max_steps: int | None, epochs: float
+) -> None:
+    translation = train.TranslationSettings.model_validate({"parallel_text": {"path": "x"}, **given})
+    tuning = translation.tuning(Tuning(max_steps=5))
+    assert (tuning.max_steps, tuning.epochs) == (max_steps, epochs)
+
+
 def test_judgments_without_rows_to_train_on_are_an_error(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +315,10 @@ def test_distillation_needs_a_dev_split(settings: dict[str, Any], capsys: pytest
         ({"labels": [{"name": "E", "token": " yes", "gain": 1.0}]}, "at least two of different names, got ['E']"),
         ({"grade_labels": {"exact": "X"}}, "grade_labels name ['X']; labels are"),
         ({"dev_split": "train"}, "dev_split is 'train', what is learnt"),
+        (
+            {"translation": {"parallel_text": {"path": "nowhere"}, "held_out_split": "train"}},
+            "translation.held_out_split: Value error, is what is learnt: name a split that is not (got 'train')",
+        ),
         (
             {"translation": {"parallel_text": {"path": "nowhere"}, "text_tokens": 256}},
             "text_tokens is 256, but two texts fit a pack of 512 tokens, pack_tokens, with at most 224 each",

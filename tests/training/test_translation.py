@@ -58,8 +58,23 @@ def test_a_split_without_usable_text_is_an_error(spec: InputSpec) -> None:
 
 def test_the_first_texts_of_a_split_which_may_have_none(spec: InputSpec) -> None:
     parallel = ParallelText(spec)
-    assert parallel.first("train", 0, 3) == next(parallel.translations("train", 0))[:3]
+    assert parallel.first("dev", 0, 1) == next(parallel.translations("dev", 0))[:1]
     assert parallel.first("test", 0, 3) == []
+
+
+def test_held_out_texts_are_not_learnt_in_either_direction(spec: InputSpec) -> None:
+    rows = pd.read_parquet(spec.path)
+    seen = [
+        ("ko", "en", "수건", "Towel ", "dev"),
+        ("zh-TW", "ko", "無線滑鼠", "무선 마우스", "dev"),
+        ("ko", "en", "수건", "bath towel", "dev"),
+    ]
+    pd.concat([rows, pd.DataFrame(seen, columns=rows.columns)]).to_parquet(spec.path)
+    parallel = ParallelText(spec)
+    held_out = parallel.first("dev", 0, 9)
+    assert {text.target_text for text in held_out} == {"수건", "bath towel", "담요", "blanket"}
+    assert len(held_out) == 4
+    assert parallel.first("train", 0, 9) == []
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
