@@ -77,7 +77,7 @@ class ExportConfig(Settings):
     """Folder that jobs/train.py wrote."""
     bundle_dir: str
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
-    markets: dict[str, str]
+    markets: dict[str, str] = Field(min_length=1)
     """Market to language: whose pairs the proof runs over."""
     inputs: JudgedInputs
     """Real prompts for the proof, and labelled pairs for the quality gate."""

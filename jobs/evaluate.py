@@ -42,7 +42,7 @@ class EvaluationInputs(Settings):
 class EvaluationConfig(Settings):
     """Settings of the evaluation."""
 
-    markets: dict[str, str]
+    markets: dict[str, str] = Field(min_length=1)
     """Market to language; other markets' judgments are not looked at."""
     inputs: EvaluationInputs
     tables: str

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -35,7 +35,7 @@ class ImportConfig(Settings):
     data: str
     """Folder that holds the files."""
     inputs: EsciFiles
-    markets: dict[str, str]
+    markets: dict[str, str] = Field(min_length=1)
     """Market to language."""
     locales: dict[str, str]
     """Locale in the files to market; rows of other locales are left out."""

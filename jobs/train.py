@@ -113,7 +113,7 @@ class TranslationSettings(Settings):
 class TrainConfig(Settings):
     """Settings of a training."""
 
-    markets: dict[str, str]
+    markets: dict[str, str] = Field(min_length=1)
     """Source markets, each with the language of its text."""
     inputs: JudgedInputs
     base_model: BaseModel

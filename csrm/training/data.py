@@ -138,7 +138,7 @@ class JudgedPairs:
             self._database.execute(_TABLES)
             with self._database.cursor() as database:
                 add_table(database, JUDGMENTS, inputs.judgments, markets)
-                _check_markets(database, JUDGMENTS, inputs.judgments, markets)
+                check_markets(database, JUDGMENTS, inputs.judgments, markets)
                 _add_text_tables(database, inputs, markets)
                 database.execute(
                     f"""CREATE TABLE measured_ids AS
@@ -185,7 +185,7 @@ class JudgedPairs:
         place = random_number(seed, "market", "query_id", "product_id")
         with self._database.cursor() as database:
             add_table(database, CANDIDATES, inputs.candidates, markets)
-            _check_markets(database, CANDIDATES, inputs.candidates, markets)
+            check_markets(database, CANDIDATES, inputs.candidates, markets)
             _add_text_tables(database, inputs, markets)
             _add_measured_texts(database)
             database.execute(
@@ -400,9 +400,14 @@ class JudgedPairs:
             yield from _frames(database.sql(query, params={"split": split}))
 
 
-def _check_markets(
+def check_markets(
     database: duckdb.DuckDBPyConnection, table: Table, spec: InputSpec, markets: Mapping[str, str]
 ) -> None:
+    """A table that add_table made known must have rows of each market.
+
+    Raises:
+        InputError: it has none of one.
+    """
     found = {row[0] for row in database.execute(f"SELECT DISTINCT market FROM {table.name}").fetchall()}
     if empty := sorted(set(markets) - found):
         raise InputError(f"{table.name} {spec.path!r}: no rows for markets {empty}.")

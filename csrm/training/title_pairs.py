@@ -27,6 +27,7 @@ from csrm.training.data import (
     Fold,
     MeasuredQueries,
     add_table,
+    check_markets,
     language_of_query,
     open_database,
     random_number,
@@ -100,7 +101,7 @@ def title_pairs(
         Batches as of csrm.training.data.JudgedPairs.groups.
 
     Raises:
-        InputError: a table cannot be read or has problems, or no title names its query.
+        InputError: a table cannot be read, has problems or has no rows of a market, or no title names its query.
     """
     gains = [label.gain for label in labels]
     distributions = np.eye(len(labels), dtype=np.float32)
@@ -171,6 +172,8 @@ def _parts(settings: TitlePairs, seed: int, fold: Fold | None) -> Iterator[list[
     with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder, open_database(folder) as database:
         add_table(database, QUERIES, settings.queries, settings.markets)
         add_table(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)
+        check_markets(database, QUERIES, settings.queries, settings.markets)
+        check_markets(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)
         found = database.sql(
             f"""FROM (
                 SELECT market, query_id, {language_of_query(settings.markets)} AS language, query,

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
-from csrm.errors import InputError
+from csrm.config import load_config
+from csrm.errors import ConfigError, InputError
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import overwrite_table, spark_schema, table_path
-from jobs.evaluate import main
+from jobs.evaluate import EvaluationConfig, main
 
 pytestmark = pytest.mark.spark
 
@@ -113,6 +114,11 @@ def test_the_result_says_what_it_was_made_from(folder: Path) -> None:
 def test_no_judgments_of_a_split_is_an_error(folder: Path) -> None:
     with pytest.raises(InputError, match=r"expected rows of markets .* and splits \['dev'\], got none"):
         evaluate(folder, "splits=[dev]", "baseline_bm25=false")
+
+
+def test_settings_without_a_market_are_refused() -> None:
+    with pytest.raises(ConfigError, match="markets: Dictionary should have at least 1 item"):
+        load_config(CONF, EvaluationConfig, ["markets={}"])
 
 
 def test_a_table_that_was_never_published_is_an_error(folder: Path) -> None:

@@ -178,6 +178,8 @@ def test_locales_must_have_markets_of_their_own() -> None:
     for setting in ("locales={us: us, uk: us}", "locales={us: fr}", "default_locale=fr"):
         with pytest.raises(ConfigError, match=r"needs a market of its own|not among the keys"):
             load_config(CONF / "import_esci.yaml", ImportConfig, [setting])
+    with pytest.raises(ConfigError, match="markets: Dictionary should have at least 1 item"):
+        load_config(CONF / "import_esci.yaml", ImportConfig, ["markets={}"])
 
 
 def test_the_real_sample_is_imported_whole(spark: SparkSession, tmp_path: Path) -> None:

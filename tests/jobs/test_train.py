@@ -304,6 +304,7 @@ def test_distillation_needs_a_dev_split(settings: dict[str, Any], capsys: pytest
     ("change", "message"),
     [
         ({"markets": {"jp": "ja"}}, "no rows for markets ['jp']"),
+        ({"markets": {}}, "markets: Dictionary should have at least 1 item"),
         (
             {"labels": [{"name": "E", "token": " yes", "gain": 1.0}, {"name": "I", "token": " no", "gain": 0}]},
             "no label",
@@ -330,3 +331,8 @@ def test_bad_settings_end_with_exit_code_2_and_their_reason(
 ) -> None:
     assert run_job(train.main, setting_arguments(**{**settings, **change})) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_export_without_a_market_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(export_bundle.main, setting_arguments(markets={})) == 2
+    assert "markets: Dictionary should have at least 1 item" in capsys.readouterr().err

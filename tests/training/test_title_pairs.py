@@ -157,6 +157,15 @@ def test_a_query_that_measures_gives_no_pair_where_only_its_id_is_known(
     assert "Bath" not in set(made["title"])  # nor as an irrelevant title
 
 
+@pytest.mark.parametrize("name", ["queries", "retrieval_table"])
+def test_a_market_without_queries_or_titles_is_named(
+    name: str, tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    tables[name] = tables[name].query("market == 'us'")
+    with pytest.raises(InputError, match=rf"{name} .*: no rows for markets \['uk'\]"):
+        pairs(tables, tmp_path, markets={"us": "en", "uk": "en"})
+
+
 def test_titles_that_name_no_query_are_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     tables["retrieval_table"]["title"] = "Couch"
     with pytest.raises(InputError, match=r"no title of markets \['us'\] names its query.*Leave title_pairs out"):
