@@ -586,6 +586,7 @@ def add_table(
 
 
 def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
+    """A table as Spark wrote it; columns that name folders (market=kr), as of partitionBy, are text."""
     if spec.format == "delta":
         try:
             from deltalake import DeltaTable
@@ -605,7 +606,14 @@ def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
         )
     try:
         filesystem, path = pa_fs.FileSystem.from_uri(spec.path) if "://" in spec.path else (None, spec.path)
-        return pa_dataset.dataset(path, filesystem=filesystem, format=spec.format)
+        dataset = pa_dataset.dataset(path, filesystem=filesystem, format=spec.format)
+        folders = {folder for file in dataset.files for folder in file.removeprefix(path).split("/")[:-1]}
+        names = {folder.partition("=")[0] for folder in folders if "=" in folder} - {*dataset.schema.names}
+        if not names:
+            return dataset
+        columns = pa.schema([(name, pa.string()) for name in sorted(names)])
+        hive = pa_dataset.partitioning(columns, flavor="hive")
+        return pa_dataset.dataset(path, filesystem=filesystem, format=spec.format, partitioning=hive)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{where}: cannot be read: {error}. Is the path right?") from error
 

@@ -105,6 +105,26 @@ def test_an_input_that_is_not_there_is_named(tables: dict[str, pd.DataFrame], tm
             judged_pairs(absent, MARKETS)
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_columns_that_name_folders_are_read_as_text(
+    scheme: str, tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    """As Spark's partitionBy writes them; what lies above the table's own folder is no column of it."""
+    for name in ("catalog", "queries", "judgments"):
+        tables[name]["market"] = tables[name]["market"].replace("us", "01")
+    tables["retrieval_table"]["market"] = "01"
+    inputs = written(tables, tmp_path)
+    tables["queries"].to_parquet(tmp_path / "query_id=x" / "queries", partition_cols=["market"])
+    queries = InputSpec(path=f"{scheme}{tmp_path}/query_id=x/queries", format="parquet")
+    partitioned = inputs.model_copy(update={"queries": queries})
+    markets = {"01": "en", "kr": "ko"}
+    pd.testing.assert_frame_equal(judged_pairs(partitioned, markets), judged_pairs(inputs, markets))
+    (file,) = (tmp_path / "query_id=x" / "queries" / "market=kr").iterdir()
+    one_file = partitioned.model_copy(update={"queries": queries.model_copy(update={"path": f"{scheme}{file}"})})
+    with pytest.raises(InputError, match=r"missing columns \['market'\]; it has \['query_id', 'query', 'language'\]"):
+        judged_pairs(one_file, markets)
+
+
 def test_a_format_with_options_is_refused(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     inputs = written(tables, tmp_path)
     csv = inputs.model_copy(update={"catalog": InputSpec(path="x.csv", format="csv", options={"sep": ";"})})
