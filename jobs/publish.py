@@ -82,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores_df = read_newest(spark, RELEVANCE_SCORES, config.tables)
         published_df = scores_df.where(F.col("market").isin(*run["markets"]))
         planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, args.run_id)
+        num_planned = planned_df.count()
+        if num_planned != run["num_candidates"]:  # published rows that a plan does not name are deleted
+            raise AuditError(
+                f"run {args.run_id}: expected {run['num_candidates']:,} pairs in {RUN_PAIRS.name}, found "
+                f"{num_planned:,}: its plan was cleaned up (staging_days of jobs/maintain.py). Nothing published. "
+                "Score again with jobs/score_catalog.py."
+            )
         staged_df = read_open_staging(spark, config.tables, run["markets"])
         changes_df = run_changes(planned_df, published_df, staged_df, args.run_id).persist(StorageLevel.MEMORY_AND_DISK)
         num_missing = changes_df.where("operation != 'delete' AND relevance_score IS NULL").count()

@@ -1,0 +1,47 @@
+"""Publishing a rejected run after review: what keeps it from being published, on small tables of a real Delta."""
+
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from csrm.cli import setting_arguments
+from csrm.errors import AuditError
+from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
+from csrm.spark.runs import create_output_tables, read_newest, write_run_rows
+from csrm.spark.tables import delete_rows, spark_schema, table_path
+from jobs import publish as publish_job
+from tests.consumers.publishing import publish, record
+
+pytestmark = pytest.mark.spark
+
+ACCEPT = ("--accept", "deleted", "--reason", "season is over")
+
+
+@pytest.fixture
+def tables_dir(spark: SparkSession, tmp_path: Path) -> str:
+    """Tables of a market with three rows, and of a rejected run that deletes one of them."""
+    folder = str(tmp_path)
+    create_output_tables(spark, folder)
+    version = publish(spark, folder, "first", {"kr": {("q", f"p{n}"): 0.5 for n in range(3)}}, day=1)
+    record(spark, folder, "first", ["kr"], "published", 1, published_version=version)
+    rows = [("kr", "q", f"p{n}", 500, "unchanged", None, 0, "second") for n in range(2)]
+    write_run_rows(spark.createDataFrame(rows, spark_schema(RUN_PAIRS)), RUN_PAIRS, folder, "second")
+    failed = {"market": "kr", "name": "deleted", "passed": False, "severity": "error", "accepted": None}
+    plan = {"num_candidates": 2, "base_version": version, "audit": [failed]}
+    record(spark, folder, "second", ["kr"], "rejected", 2, **plan)
+    return folder
+
+
+def review(tables_dir: str, *arguments: str) -> int:
+    return publish_job.main(["--run-id", "second", *arguments, *setting_arguments(tables=tables_dir)])
+
+
+def test_a_run_whose_plan_was_cleaned_up_is_not_published(spark: SparkSession, tables_dir: str) -> None:
+    delete_rows(spark, table_path(tables_dir, RUN_PAIRS), F.col("run_id") == "second")
+
+    with pytest.raises(AuditError, match=r"expected 2 pairs in run_pairs, found 0: its plan was cleaned up"):
+        review(tables_dir, *ACCEPT)
+
+    assert read_newest(spark, RELEVANCE_SCORES, tables_dir).count() == 3
