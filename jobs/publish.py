@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{num_planned:,}: its plan was cleaned up (staging_days of jobs/maintain.py). Nothing published. "
                 "Score again with jobs/score_catalog.py."
             )
-        staged_df = read_open_staging(spark, config.tables, run["markets"])
+        staged_df = read_open_staging(spark, config.tables, run["markets"], args.run_id)
         changes_df = run_changes(planned_df, published_df, staged_df, args.run_id).persist(StorageLevel.MEMORY_AND_DISK)
         num_missing = changes_df.where("operation != 'delete' AND relevance_score IS NULL").count()
         if num_missing:

@@ -237,7 +237,7 @@ def score_and_publish(
         _augmented_queries(inputs, config),
         inputs["catalog"].df,
         published_df,
-        read_open_staging(spark, config.tables, config.markets),
+        read_open_staging(spark, config.tables, config.markets, run_id),
         night.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
     write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
@@ -261,7 +261,7 @@ def score_and_publish(
         stage_scores(spark, config.tables, attempt, counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
     clock.lap("scoring")
     _say_scored(console, counts.num_to_score, clock.seconds["scoring"], progress.share_saved)
-    staged_df = read_open_staging(spark, config.tables, config.markets)
+    staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
         write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
         planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)

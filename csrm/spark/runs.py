@@ -107,8 +107,16 @@ def check_same_run(published: Row, markets: Collection[str], bundle_digest: str)
         )
 
 
-def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[str]) -> DataFrame:
+def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[str], run_id: str) -> DataFrame:
     """Staged scores that may still be published: those of runs that were neither published nor discarded.
+
+    Pairs that could not be scored are those of the run itself: what failed in another run is tried again.
+
+    Args:
+        spark: the session.
+        tables_dir: folder of CSRM's tables.
+        markets: those of the run.
+        run_id: of the run that reads.
 
     Returns:
         Columns of scores_staging. A pair may be there more than once, also with one pair_key.
@@ -116,6 +124,7 @@ def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[
     closed = F.col("verdict").isin(*PUBLISHED, "discarded")
     closed_df = read_newest(spark, SCORING_RUNS, tables_dir).where(closed).select("run_id")
     staged_df = read_newest(spark, SCORES_STAGING, tables_dir).where(F.col("market").isin(*sorted(markets)))
+    staged_df = staged_df.where(F.col("reason").isNull() | (F.col("run_id") == run_id))
     return staged_df.join(F.broadcast(closed_df), on="run_id", how="left_anti").select(*SCORES_STAGING.column_names)
 
 

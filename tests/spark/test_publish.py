@@ -252,10 +252,12 @@ def test_staged_scores_are_open_until_their_run_is_published_or_discarded(spark:
         write_run_rows(staged(spark, run_id, ("kr", run_id, 0.1, "no", 1)), SCORES_STAGING, tables, run_id)
         record_run(spark, tables, {**RUN, "run_id": run_id, "verdict": verdict})
     write_run_rows(staged(spark, "no row", ("kr", "no row", 0.1, "no", 1)), SCORES_STAGING, tables, "no row")
+    write_run_rows(staged(spark, "failed", ("kr", "failed", None, "no", 1)), SCORES_STAGING, tables, "failed")
 
-    def open_runs(markets: list[str]) -> set[str]:
-        return {row["run_id"] for row in read_open_staging(spark, tables, markets).collect()}
+    def open_runs(markets: list[str], run_id: str = "next") -> set[str]:
+        return {row["run_id"] for row in read_open_staging(spark, tables, markets, run_id).collect()}
 
+    assert open_runs(["kr"], "failed") == {"r", "run'", "s", "no row", "failed"}  # the run that goes on
     assert open_runs(["kr"]) == {"r", "run'", "s", "no row"}
     assert open_runs(["tw"]) == set()
     assert discard_staging(spark, tables, "run'") == 1
