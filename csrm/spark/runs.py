@@ -14,6 +14,7 @@ from csrm.spark.tables import (
     delete_rows,
     read_table,
     replace_rows,
+    retry_conflicts,
     spark_schema,
     sql_literal,
     table_exists,
@@ -50,7 +51,7 @@ def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame
 
 
 def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
-    """Write a run's row of scoring_runs.
+    """Write a run's row of scoring_runs; runs of other markets may write theirs at the same time.
 
     Args:
         run: its columns, with audit as a list of results; what is not there is null.
@@ -58,7 +59,8 @@ def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> 
     audit = run.get("audit")
     values = {**run, "audit": None if audit is None else json.dumps(audit)}
     row = tuple(values.get(name) for name in SCORING_RUNS.column_names)
-    write_run_rows(spark.createDataFrame([row], spark_schema(SCORING_RUNS)), SCORING_RUNS, tables_dir, run["run_id"])
+    row_df = spark.createDataFrame([row], spark_schema(SCORING_RUNS))
+    retry_conflicts(lambda: write_run_rows(row_df, SCORING_RUNS, tables_dir, run["run_id"]))
 
 
 def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:

@@ -120,8 +120,8 @@ def errors_of_workers() -> Iterator[None]:
         if found is not None and hasattr(errors, found[1]):
             raise getattr(errors, found[1])(found[2]) from error
         raise ScoringError(
-            f"Spark gave up: {_cause(text)}\nNothing was published, and what was staged is kept: start it again. The "
-            "log of the executor that is named says more."
+            f"Spark gave up: {_cause(text)}\nEach market is as it was or published whole, and what was staged is kept: "
+            "start it again. The log of the executor that is named says more."
         ) from error
 
 

@@ -4,14 +4,24 @@ The only file that names Delta.
 """
 
 import json
+import random
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from delta.exceptions import ConcurrentTransactionException
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -29,6 +39,17 @@ _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 _SCHEMA_VERSION = "csrm.schemaVersion"
 _RECENT_COMMITS = 100
 """More than others can make between a commit and the look at the history."""
+_CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+"""What Delta raises where a commit of others, made at the same time, touched what this one had read."""
+_LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+"""Before each further try."""
 
 
 class Transaction(NamedTuple):
@@ -191,6 +212,20 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
     if where is not None:
         writer = writer.option("replaceWhere", where)
     writer.save(path)
+
+
+def retry_conflicts(commit: Callable[[], None]) -> None:
+    """Make a commit; where commits of others conflict with it, again after a pause, a few times.
+
+    Args:
+        commit: has no effect where it raises, and may be called again.
+    """
+    for longest_pause_s in _LONGEST_PAUSES_S:
+        try:
+            return commit()
+        except _CONFLICTS:
+            time.sleep(random.uniform(0, longest_pause_s))  # at random, so that two do not meet again
+    return commit()
 
 
 def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:

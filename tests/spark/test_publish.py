@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from csrm.spark.runs import (
     scoring_rate,
     write_run_rows,
 )
-from csrm.spark.tables import read_table, spark_schema, sql_path, table_path, table_version
+from csrm.spark.tables import create_table, read_table, spark_schema, sql_path, table_path, table_version
 
 SCORED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SCHEMA = (
@@ -275,6 +277,23 @@ def test_a_second_attempt_of_a_run_replaces_its_rows(spark: SparkSession, tmp_pa
 
     assert [row["product_id"] for row in read_run_rows(spark, RUN_PAIRS, tables, "b'").collect()] == ["2"]
     assert read_run_rows(spark, RUN_PAIRS, tables, "r").count() == 1
+
+
+@pytest.mark.spark
+def test_runs_of_two_markets_record_at_the_same_time(spark: SparkSession, tmp_path: Path) -> None:
+    tables = str(tmp_path)
+    create_table(spark, SCORING_RUNS, table_path(tables, SCORING_RUNS))
+    together = Barrier(2)
+
+    def record(run_id: str) -> None:
+        together.wait(60)
+        record_run(spark, tables, {**RUN, "run_id": run_id})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(record, ("a", "b")))
+
+    rows = read_table(spark, SCORING_RUNS, table_path(tables, SCORING_RUNS)).collect()
+    assert sorted(row["run_id"] for row in rows) == ["a", "b"]
 
 
 @pytest.mark.spark

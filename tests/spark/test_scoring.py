@@ -209,7 +209,8 @@ def test_what_spark_gives_up_on_is_said_in_one_line(spark: SparkSession) -> None
 
     left_df = spark.range(1).mapInPandas(leave, "id bigint")
 
-    with pytest.raises(ScoringError, match=r"^Spark gave up: .*Python worker exited unexpectedly"), errors_of_workers():
+    said = r"^Spark gave up: .*Python worker exited unexpectedly.*\nEach market is as it was or published whole"
+    with pytest.raises(ScoringError, match=said), errors_of_workers():
         left_df.collect()
 
 
