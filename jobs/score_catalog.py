@@ -64,6 +64,7 @@ from csrm.spark.runs import (
     find_run,
     read_open_staging,
     read_run_rows,
+    record_end,
     record_run,
     scoring_rate,
     write_run_rows,
@@ -288,7 +289,7 @@ def score_and_publish(
         clock.lap("audit")
         _say_warnings(console, results)
         if failures(results):
-            _record_end(spark, config, row, "rejected", None)
+            record_end(spark, config.tables, row, "rejected")
             raise AuditError(_say_rejected(night, results))
         require_unchanged(spark, inputs)
         num_changes = {market: outcome.num_changes for market, outcome in outcomes.items() if outcome.num_changes}
@@ -296,7 +297,7 @@ def score_and_publish(
         try:
             publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
         except LeaseError:
-            _record_end(spark, config, row, "superseded", None)
+            record_end(spark, config.tables, row, "superseded")
             console.say("superseded", "", run_id=run_id)
             raise
     finally:
@@ -304,7 +305,7 @@ def score_and_publish(
     clock.lap("publish")
     row["changes"] = publication.totals
     verdict = "published" if num_changes else "already_published"
-    _record_end(spark, config, row, verdict, publication.version)
+    record_end(spark, config.tables, row, verdict, publication.version)
     say_publication(console, verdict, run_id, publication, config.tables)
     return 0
 
@@ -368,13 +369,6 @@ def _first_row(night: Night, inputs: Mapping[str, Input], base_version: int) -> 
         "versions": {"csrm": csrm.__version__, **{name: version(name) for name in packages}},
         "base_version": base_version,
     }
-
-
-def _record_end(
-    spark: SparkSession, config: ScoringConfig, row: Mapping[str, Any], verdict: str, published_version: int | None
-) -> None:
-    end = {"verdict": verdict, "published_version": published_version, "finished_at": datetime.now(UTC)}
-    record_run(spark, config.tables, {**row, **end})
 
 
 def _augmented_queries(inputs: Mapping[str, Input], config: ScoringConfig, chunk: Chunk | None = None) -> DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from pyspark.sql import DataFrame, Row, SparkSession
@@ -61,6 +62,24 @@ def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> 
     row = tuple(values.get(name) for name in SCORING_RUNS.column_names)
     row_df = spark.createDataFrame([row], spark_schema(SCORING_RUNS))
     retry_conflicts(lambda: write_run_rows(row_df, SCORING_RUNS, tables_dir, run["run_id"]))
+
+
+def record_end(
+    spark: SparkSession, tables_dir: str, run: Mapping[str, Any], verdict: str, published_version: int | None = None
+) -> None:
+    """Write the row of a run that ends now.
+
+    Where a successor of the same id, which took over the run's lease, has recorded that it published, that row stays.
+
+    Args:
+        run: as for record_run.
+        verdict: of the run.
+        published_version: version of relevance_scores after it.
+    """
+    recorded = None if verdict == "published" else find_run(spark, tables_dir, run["run_id"])
+    if recorded is None or recorded["verdict"] not in PUBLISHED:
+        end = {"verdict": verdict, "published_version": published_version, "finished_at": datetime.now(UTC)}
+        record_run(spark, tables_dir, {**run, **end})
 
 
 def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:

@@ -24,6 +24,7 @@ from csrm.spark.runs import (
     find_run,
     read_open_staging,
     read_run_rows,
+    record_end,
     record_run,
     require_run,
     scoring_rate,
@@ -318,6 +319,9 @@ def test_a_run_has_one_row_which_is_found(spark: SparkSession, tmp_path: Path) -
         require_run(spark, tables, "c")
     path = table_path(tables, SCORING_RUNS)
     assert read_table(spark, SCORING_RUNS, path).count() == 2
+
+    record_end(spark, tables, RUN, "superseded")  # of an attempt that slept while its successor published
+    assert find_run(spark, tables, "a") == found
 
     assert find_later_run(spark, tables, {**RUN, "started_at": SCORED_AT.replace(tzinfo=None)}) is None
     record_run(spark, tables, {**later, "verdict": "published", "markets": ["tw"]})
