@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spark = build_session("csrm-publish")
     run = require_run(spark, config.tables, args.run_id)
     with hold_leases(spark, config.tables, run["markets"], f"jobs/publish.py of {args.run_id}") as leases:
+        run = require_run(spark, config.tables, args.run_id)  # others may have worked on it until now
         if args.discard:
             discard(spark, config.tables, run, console)
             return 0

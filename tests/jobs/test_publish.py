@@ -1,28 +1,33 @@
 """Publishing a rejected run after review: what keeps it from being published, on small tables of a real Delta."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
-from csrm.errors import AuditError
+from csrm.errors import AuditError, ConfigError
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
+from csrm.spark.leases import Lease, hold_leases
 from csrm.spark.runs import create_output_tables, read_newest, write_run_rows
 from csrm.spark.tables import delete_rows, spark_schema, table_path
 from jobs import publish as publish_job
 from tests.consumers.publishing import publish, record
 
-pytestmark = pytest.mark.spark
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 ACCEPT = ("--accept", "deleted", "--reason", "season is over")
 
 
-@pytest.fixture
-def tables_dir(spark: SparkSession, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def rejected_run(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Tables of a market with three rows, and of a rejected run that deletes one of them."""
-    folder = str(tmp_path)
+    folder = str(tmp_path_factory.mktemp("rejected"))
     create_output_tables(spark, folder)
     version = publish(spark, folder, "first", {"kr": {("q", f"p{n}"): 0.5 for n in range(3)}}, day=1)
     record(spark, folder, "first", ["kr"], "published", 1, published_version=version)
@@ -32,6 +37,13 @@ def tables_dir(spark: SparkSession, tmp_path: Path) -> str:
     plan = {"num_candidates": 2, "base_version": version, "audit": [failed]}
     record(spark, folder, "second", ["kr"], "rejected", 2, **plan)
     return folder
+
+
+@pytest.fixture
+def tables_dir(rejected_run: str, tmp_path: Path) -> str:
+    """A copy of these tables."""
+    shutil.copytree(rejected_run, tmp_path / "tables")
+    return str(tmp_path / "tables")
 
 
 def review(tables_dir: str, *arguments: str) -> int:
@@ -45,3 +57,18 @@ def test_a_run_whose_plan_was_cleaned_up_is_not_published(spark: SparkSession, t
         review(tables_dir, *ACCEPT)
 
     assert read_newest(spark, RELEVANCE_SCORES, tables_dir).count() == 3
+
+
+def test_a_run_that_was_published_before_its_markets_were_free_is_not_discarded(
+    spark: SparkSession, tables_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def hold_later(*arguments: Any) -> Iterator[dict[str, Lease]]:
+        record(spark, tables_dir, "second", ["kr"], "published", 2, published_version=2)
+        with hold_leases(*arguments) as leases:
+            yield leases
+
+    monkeypatch.setattr(publish_job, "hold_leases", hold_later)
+
+    with pytest.raises(ConfigError, match=r"run 'second': was published, which discarding would not undo"):
+        review(tables_dir, "--discard")
