@@ -34,6 +34,7 @@ from csrm.spark.runs import (
     require_run,
 )
 from csrm.spark.session import build_session
+from csrm.spark.tables import read_commits, table_path
 
 
 class PublishConfig(Settings):
@@ -128,7 +129,7 @@ def discard(spark: SparkSession, tables_dir: str, run: dict[str, Any], console: 
 def _require_publishable(spark: SparkSession, tables_dir: str, run: dict[str, Any]) -> None:
     """Raises:
     ConfigError: the run is not one that its audit rejected.
-    LeaseError: a later run was published in one of its markets: this one's state is old.
+    LeaseError: one of its markets was published since, maybe by a run that died before it ended: its state is old.
     """
     if run["verdict"] != "rejected":
         raise ConfigError(f"run {run['run_id']!r}: expected a run that its audit rejected, it is {run['verdict']}.")
@@ -136,6 +137,12 @@ def _require_publishable(spark: SparkSession, tables_dir: str, run: dict[str, An
     if later is not None:
         raise LeaseError(
             f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
+        )
+    commits = read_commits(spark, table_path(tables_dir, RELEVANCE_SCORES), run["base_version"])
+    if changed := sorted(set(run["markets"]) & {commit.get("market") for commit in commits}):
+        raise LeaseError(
+            f"run {run['run_id']!r}: the published scores of {changed} were changed since it compared with them. "
+            "Score again."
         )
 
 

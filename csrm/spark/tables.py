@@ -310,6 +310,14 @@ def merge_changes(
     return None if row is None else int(row["version"])
 
 
+def read_commits(spark: SparkSession, path: str, after_version: int) -> list[dict[str, str]]:
+    """What the commits of merge_changes after a version carried: their metadata and slice."""
+    is_later = (F.col("version") > after_version) & (F.col("operation") == "MERGE")
+    carried = F.from_json("userMetadata", "map<string,string>").alias("carried")
+    rows = DeltaTable.forPath(spark, path).history().where(is_later).select(carried).collect()
+    return [row["carried"] for row in rows if row["carried"]]
+
+
 @contextmanager
 def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
     """Settings of the session while the block runs; threads share them."""

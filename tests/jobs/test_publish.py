@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
-from csrm.errors import AuditError, ConfigError
+from csrm.errors import AuditError, ConfigError, LeaseError
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
 from csrm.spark.leases import Lease, hold_leases
 from csrm.spark.runs import create_output_tables, read_newest, write_run_rows
@@ -72,3 +72,22 @@ def test_a_run_that_was_published_before_its_markets_were_free_is_not_discarded(
 
     with pytest.raises(ConfigError, match=r"run 'second': was published, which discarding would not undo"):
         review(tables_dir, "--discard")
+
+
+def test_a_run_is_not_published_over_one_that_died_after_it_had_published_the_market(
+    spark: SparkSession, tables_dir: str
+) -> None:
+    publish(spark, tables_dir, "died", {"kr": {("q", "p0"): 0.7}}, day=3)
+    record(spark, tables_dir, "died", ["kr", "tw"], "running", 3)
+
+    with pytest.raises(LeaseError, match=r"the published scores of \['kr'\] were changed since it compared with them"):
+        review(tables_dir, *ACCEPT)
+
+
+def test_a_run_is_published_after_commits_of_other_markets(spark: SparkSession, tables_dir: str) -> None:
+    publish(spark, tables_dir, "other", {"tw": {("q", "p0"): 0.7}}, day=3)
+
+    assert review(tables_dir, *ACCEPT) == 0
+
+    rows = read_newest(spark, RELEVANCE_SCORES, tables_dir).orderBy("market", "product_id").collect()
+    assert [(row["market"], row["product_id"]) for row in rows] == [("kr", "p0"), ("kr", "p1"), ("tw", "p0")]
