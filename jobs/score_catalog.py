@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, ScoringConfig, args.overrides)
     data_date = _data_date(args.data_date, started_at)
     run_id = args.run_id or f"{data_date}-{started_at:%H%M%S}"
-    if not re.fullmatch(r"[\w.:-]+", run_id):
-        raise ConfigError(f"--run-id {run_id!r}: expected letters, digits and . : _ - only.")
+    if not re.fullmatch(r"\w[\w.:-]*", run_id):  # it names a folder: not ..
+        raise ConfigError(f"--run-id {run_id!r}: expected letters, digits and . : _ - only, none of . : - first.")
     bundle = load_bundle(config.bundle, config.bundle_digest)
 
     spark = build_session("csrm-score-catalog")

@@ -194,6 +194,7 @@ def test_a_bad_configuration_exits_with_2_before_spark_starts(config: Path) -> N
     ("arguments", "message"),
     [
         (["--run-id", "../x y"], r"--run-id '\.\./x y': expected letters, digits"),
+        (["--run-id", ".."], r"--run-id '\.\.': expected letters, digits and \. : _ - only, none of \. : - first\."),
         (["--data-date", "01.02.2026"], r"--data-date '01\.02\.2026': expected YYYY-MM-DD\."),
     ],
 )
