@@ -162,12 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before any Spark job: a run that holds a lease may hold all executors too.
     with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
         earlier = find_run(spark, config.tables, run_id)
-        if earlier is not None and earlier["verdict"] in PUBLISHED:
+        if earlier is not None:
             check_same_run(earlier, config.markets, bundle.digest)
-            version_ = earlier["published_version"]
-            text = f"run {run_id} was published before: relevance_scores version {version_}."
-            console.say("already_published", text, run_id=run_id, version=version_)
-            return 0
+            if earlier["verdict"] in PUBLISHED:
+                version_ = earlier["published_version"]
+                text = f"run {run_id} was published before: relevance_scores version {version_}."
+                console.say("already_published", text, run_id=run_id, version=version_)
+                return 0
         _warn_of_languages(bundle, config.markets, console)
         profile = scoring_profile(spark, config.device, config.one_task_per_gpu)
         scorer = probe_scorer(spark, config.bundle, config.device, task_threads(spark), profile)

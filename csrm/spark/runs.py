@@ -107,24 +107,25 @@ def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, 
     return {**row.asDict(), "audit": None if audit is None else json.loads(audit)}
 
 
-def check_same_run(published: Row, markets: Collection[str], bundle_digest: str) -> None:
-    """Refuse a run id under which other markets, or scores of another bundle, were published.
+def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -> None:
+    """Refuse a run id that names a run of other markets, or under which scores of another bundle were published.
 
     Args:
-        published: the row of a run that was published.
+        earlier: the row of the run that has the id.
         markets: those of the new run.
         bundle_digest: that of the new run.
 
     Raises:
         ConfigError: the markets or the bundle differ.
     """
-    expected = (sorted(published["markets"]), published["bundle_digest"])
+    expected = (sorted(earlier["markets"]), earlier["bundle_digest"])
     found = (sorted(markets), bundle_digest)
-    if found != expected:
+    is_same = found == expected if earlier["verdict"] in PUBLISHED else found[0] == expected[0]
+    if not is_same:
         raise ConfigError(
-            f"--run-id {published['run_id']!r}: a run of this name, started {published['started_at']}, published the "
-            f"markets {expected[0]} with bundle {expected[1][:12]}; this one has the markets {found[0]} with bundle "
-            f"{found[1][:12]}. Choose another --run-id."
+            f"--run-id {earlier['run_id']!r}: a run of this name, started {earlier['started_at']}, is "
+            f"{earlier['verdict']}: it has the markets {expected[0]} with bundle {expected[1][:12]}; this one has the "
+            f"markets {found[0]} with bundle {found[1][:12]}. Choose another --run-id."
         )
 
 

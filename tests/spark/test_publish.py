@@ -93,20 +93,34 @@ def planned(spark: SparkSession, *pairs: tuple[str, str, int | None]) -> DataFra
 
 
 @pytest.mark.parametrize(
-    ("markets", "digest", "named"),
+    ("verdict", "markets", "digest", "named"),
     [
-        (["kr"], "d1", r"markets \['kr', 'tw'\] with bundle d1; this one has the markets \['kr'\] with bundle d1"),
-        (["kr", "tw"], "d2", r"with bundle d1; .* with bundle d2\. Choose another --run-id"),
+        (
+            "published",
+            ["kr"],
+            "d1",
+            r"is published: it has the markets \['kr', 'tw'\] with bundle d1; this one has the markets \['kr'\] with "
+            "bundle d1",
+        ),
+        ("published", ["kr", "tw"], "d2", r"with bundle d1; .* with bundle d2\. Choose another --run-id"),
+        ("running", ["kr"], "d1", "is running: it has the markets"),
+        ("rejected", ["kr", "tw", "us"], "d1", "is rejected: it has the markets"),
     ],
 )
 def test_a_run_id_is_not_used_again_for_other_markets_or_another_bundle(
-    markets: list[str], digest: str, named: str
+    verdict: str, markets: list[str], digest: str, named: str
 ) -> None:
-    published = Row(run_id="a", started_at=SCORED_AT, markets=["kr", "tw"], bundle_digest="d1")
+    earlier = Row(run_id="a", started_at=SCORED_AT, verdict=verdict, markets=["kr", "tw"], bundle_digest="d1")
 
-    check_same_run(published, ["tw", "kr"], "d1")
+    check_same_run(earlier, ["tw", "kr"], "d1")
     with pytest.raises(ConfigError, match=named):
-        check_same_run(published, markets, digest)
+        check_same_run(earlier, markets, digest)
+
+
+def test_a_run_that_was_not_published_goes_on_with_another_bundle() -> None:
+    earlier = Row(run_id="a", started_at=SCORED_AT, verdict="rejected", markets=["kr", "tw"], bundle_digest="d1")
+
+    check_same_run(earlier, ["kr", "tw"], "d2")
 
 
 @pytest.mark.spark
