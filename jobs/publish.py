@@ -139,7 +139,8 @@ def _require_publishable(spark: SparkSession, tables_dir: str, run: dict[str, An
             f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
         )
     commits = read_commits(spark, table_path(tables_dir, RELEVANCE_SCORES), run["base_version"])
-    if changed := sorted(set(run["markets"]) & {commit.get("market") for commit in commits}):
+    of_others = {commit.get("market") for commit in commits if commit.get("run_id") != run["run_id"]}
+    if changed := sorted(set(run["markets"]) & of_others):
         raise LeaseError(
             f"run {run['run_id']!r}: the published scores of {changed} were changed since it compared with them. "
             "Score again."

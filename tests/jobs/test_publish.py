@@ -84,6 +84,15 @@ def test_a_run_is_not_published_over_one_that_died_after_it_had_published_the_ma
         review(tables_dir, *ACCEPT)
 
 
+def test_a_run_is_published_after_a_publish_of_it_that_died_in_between(spark: SparkSession, tables_dir: str) -> None:
+    publish(spark, tables_dir, "second", {"kr": {("q", "p2"): None}}, day=3)
+
+    assert review(tables_dir, *ACCEPT) == 0
+
+    rows = read_newest(spark, RELEVANCE_SCORES, tables_dir).orderBy("product_id").collect()
+    assert [row["product_id"] for row in rows] == ["p0", "p1"]
+
+
 def test_a_run_is_published_after_commits_of_other_markets(spark: SparkSession, tables_dir: str) -> None:
     publish(spark, tables_dir, "other", {"tw": {("q", "p0"): 0.7}}, day=3)
 
