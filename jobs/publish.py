@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(args.log_format == "json")
     spark = build_session("csrm-publish")
     run = require_run(spark, config.tables, args.run_id)
-    with hold_leases(spark, config.tables, run["markets"], f"jobs/publish.py of {args.run_id}") as leases:
+    owner = f"jobs/publish.py of {args.run_id}"
+    with hold_leases(spark, config.tables, run["markets"], owner, config.lease_seconds) as leases:
         run = require_run(spark, config.tables, args.run_id)  # others may have worked on it until now
         if args.discard:
             discard(spark, config.tables, run, console)
