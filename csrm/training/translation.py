@@ -20,7 +20,7 @@ from csrm.training.model import PackedRelevanceModel
 from csrm.training.packs import collate, translation_packs
 
 NEAR_COPY_SHARE = 0.2
-"""Texts that differ in at most this share of their characters are near-copies (Levenshtein distance to the longer)."""
+"""Texts that differ in at most this share of their UTF-8 bytes are near-copies (Levenshtein distance to the longer)."""
 
 _OTHER_SCRIPTS = {
     "ko": r"[\p{Hiragana}\p{Katakana}]",
@@ -86,8 +86,11 @@ class ParallelText:
                 ) USING (pair)"""
             both = f"""
                 SELECT source_language, target_language, source_text, target_text, is_near_copy, copy FROM (
-                    SELECT *, levenshtein(left(lower(source_text), $compared), left(lower(target_text), $compared))
-                        <= $near * least(greatest(length(source_text), length(target_text)), $compared) AS is_near_copy,
+                    SELECT *,
+                        left(lower(source_text), $compared) AS source_start,
+                        left(lower(target_text), $compared) AS target_start,
+                        levenshtein(source_start, target_start)
+                            <= $near * greatest(strlen(source_start), strlen(target_start)) AS is_near_copy,
                         row_number() OVER (
                             PARTITION BY source_language, target_language, source_text, target_text
                         ) AS copy
