@@ -86,16 +86,16 @@ def title_pairs(
     settings: TitlePairs,
     labels: Sequence[Label],
     seed: int,
-    without: MeasuredQueries | None = None,
-    fold: Fold | None = None,
+    measured: MeasuredQueries,
+    without: Fold | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Groups of one query: one title that names it, which leaves its prompt, and titles of other queries.
 
     Args:
         labels: a title that names its query gets the one of largest gain, the others that of least gain.
         seed: of the queries and titles.
-        without: queries to leave out, by their text and by their id: those that measure the model.
-        fold: leave out its queries too: a teacher that judges them must not have seen them.
+        measured: queries to leave out, by their text and by their id.
+        without: leave out the queries of this fold too: a teacher that judges them must not have seen them.
 
     Yields:
         Batches as of csrm.training.data.JudgedPairs.groups.
@@ -108,9 +108,8 @@ def title_pairs(
     relevant, irrelevant = distributions[int(np.argmax(gains))], distributions[int(np.argmin(gains))]
     num_groups = 0
     most = settings.max_queries
-    left_out = without or MeasuredQueries()
-    for part in _parts(settings, seed, fold):
-        queries = [each for each in part if each.named and not left_out.has(each.market, each.query_id, each.same_text)]
+    for part in _parts(settings, seed, without):
+        queries = [each for each in part if each.named and not measured.has(each.market, each.query_id, each.same_text)]
         rows = []
         for query, title, others in _groups(queries, settings.irrelevant_per_query, np.random.default_rng([seed, 1])):
             if num_groups == most:
@@ -166,9 +165,9 @@ def _is_irrelevant(title: _Title, query: _Query) -> bool:
     return query.terms.isdisjoint(search_terms(title.said)) and all(title.said != own.said for own in query.named)
 
 
-def _parts(settings: TitlePairs, seed: int, fold: Fold | None) -> Iterator[list[_Query]]:
+def _parts(settings: TitlePairs, seed: int, without: Fold | None) -> Iterator[list[_Query]]:
     """The queries that have titles, without those of a fold, in random order, some at a time."""
-    outside = "true" if fold is None else f"NOT {fold.sql()}"
+    outside = "true" if without is None else f"NOT {without.sql()}"
     with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder, open_database(folder) as database:
         add_table(database, QUERIES, settings.queries, settings.markets)
         add_table(database, RETRIEVAL_TABLE, settings.retrieval_table, settings.markets)

@@ -41,9 +41,9 @@ def pairs(tables: dict[str, pd.DataFrame], folder: Path, **settings: object) -> 
     for name, table in tables.items():
         table.to_parquet(folder / f"{name}.parquet")
     specs = {name: InputSpec(path=str(folder / f"{name}.parquet"), format="parquet") for name in tables}
-    left_out = {name: settings.pop(name) for name in ("without", "fold") if name in settings}
+    measured, without = settings.pop("measured", MeasuredQueries()), settings.pop("without", None)
     made = title_pairs(
-        TitlePairs.model_validate({"markets": {"us": "en"}, **specs, **settings}), ESCI_LABELS, 0, **left_out
+        TitlePairs.model_validate({"markets": {"us": "en"}, **specs, **settings}), ESCI_LABELS, 0, measured, without
     )
     return pd.concat(made, ignore_index=True).assign(
         is_relevant=lambda rows: [label.argmax() == 3 for label in rows["soft_label"]]
@@ -125,7 +125,7 @@ def test_titles_that_name_a_query_or_were_found_for_it_are_not_irrelevant(
 
 
 def test_queries_of_a_fold_are_left_out(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
-    parts = [set(pairs(tables, tmp_path, fold=Fold(number, 2))["query"]) for number in range(2)]
+    parts = [set(pairs(tables, tmp_path, without=Fold(number, 2))["query"]) for number in range(2)]
     assert parts[0] | parts[1] == set(pairs(tables, tmp_path)["query"])
     assert parts[0].isdisjoint(parts[1])
 
@@ -142,17 +142,17 @@ def test_groups_stand_side_by_side_and_are_always_the_same(tables: dict[str, pd.
 def test_as_many_queries_as_asked_and_none_that_measures(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     assert pairs(tables, tmp_path, max_queries=2)["query"].nunique() == 2
     towel = MeasuredQueries(texts=frozenset({"towel"}))
-    assert "towel" not in set(pairs(tables, tmp_path, without=towel)["query"])
+    assert "towel" not in set(pairs(tables, tmp_path, measured=towel)["query"])
     tables["queries"]["query"] = tables["queries"]["query"].replace("towel", " TOWEL\u3000")
     assert " TOWEL\u3000" in set(pairs(tables, tmp_path)["query"])
-    assert " TOWEL\u3000" not in set(pairs(tables, tmp_path, without=towel)["query"])
+    assert " TOWEL\u3000" not in set(pairs(tables, tmp_path, measured=towel)["query"])
 
 
 def test_a_query_that_measures_gives_no_pair_where_only_its_id_is_known(
     tables: dict[str, pd.DataFrame], tmp_path: Path
 ) -> None:
-    without = MeasuredQueries(ids=frozenset({("us", "towel"), ("uk", "jeans")}))
-    made = pairs(tables, tmp_path, without=without)
+    measured = MeasuredQueries(ids=frozenset({("us", "towel"), ("uk", "jeans")}))
+    made = pairs(tables, tmp_path, measured=measured)
     assert set(made["query"]) == {"jeans", "hiking shoes", "running shoes"}
     assert "Bath" not in set(made["title"])  # nor as an irrelevant title
 

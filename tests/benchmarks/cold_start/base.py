@@ -3,9 +3,7 @@
 python tests/benchmarks/cold_start/base.py --data FOLDER --base-model FOLDER
 """
 
-import numpy as np
-import pandas as pd
-from study import BASE_ROW, CONFIG, REPOSITORY, measure_untrained, study_of, study_parser
+from study import BASE_ROW, CONFIG, REPOSITORY, measure_untrained, scores_with, study_of, study_parser
 
 from csrm.config import load_config
 from csrm.scoring import PairScorer
@@ -24,11 +22,7 @@ def main() -> None:
     model = PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(config.labels)).eval()
     use_block_attention(model.language_model)
     scorer = PairScorer(tokenizer, config.labels, torch_pack_scorer(model, config.tuning.precision), config.pack_tokens)
-
-    def scores_of(pairs: pd.DataFrame) -> np.ndarray:
-        return scorer.score(pairs)["relevance_score"].to_numpy()
-
-    measure_untrained(study, BASE_ROW, scores_of)
+    measure_untrained(study, BASE_ROW, scores_with(scorer))
 
 
 if __name__ == "__main__":

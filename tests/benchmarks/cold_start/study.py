@@ -35,6 +35,7 @@ from report import write_report
 
 from csrm.cli import setting_arguments
 from csrm.manifest import file_digest
+from csrm.scoring import PairScorer
 from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
 from csrm.training.data import JudgedInputs, JudgedPairs
 from csrm.training.stage import trained_scorer
@@ -70,6 +71,9 @@ def only(*techniques: str) -> dict[str, Any]:
 
 
 SMOOTHING = {"tuning.label_smoothing": 0.2}
+TARGET = "labels of the target"
+ENGLISH = "English title pairs"
+"""Those of the market that is measured in English, in place of those of the taxonomy."""
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "labels only": only(),
     **{f"+ {technique}": only(technique) for technique in OFF},
@@ -81,14 +85,11 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "+ titles and distillation": only("titles", "distillation"),
     "+ titles and label smoothing": {**only("titles"), **SMOOTHING},
     "+ titles and pruning by cleanlab": only("titles"),
-    "labels of the target": only(),
-    "labels of the target + titles": only("titles"),
-    "English title pairs": {**without("distillation"), "title_pairs.markets": {"us": "en"}},
+    TARGET: only(),
+    f"{TARGET} + titles": only("titles"),
+    ENGLISH: {**without("distillation"), "title_pairs.markets": {"us": "en"}},
 }
 PRUNED = ("+ pruning by cleanlab", "+ titles and pruning by cleanlab")
-TARGET = "labels of the target"
-ENGLISH = "English title pairs"
-"""Those of the market that is measured in English, in place of those of the taxonomy."""
 AFTER = ("all", "+ distillation", "+ titles and distillation")
 """Rows whose round 0 is the first cell of their group."""
 ScoresOf = Callable[[pd.DataFrame], np.ndarray]
@@ -274,11 +275,7 @@ class Study:
             shutil.rmtree(translation, ignore_errors=True)
             shutil.copytree(stages / "translation", partial := translation.with_name(f"{cell.name}.partial"))
             partial.rename(translation)
-        scorer = trained_scorer(folder / "model", "bf16")
-
-        def scores_of(pairs: pd.DataFrame) -> np.ndarray:
-            return scorer.score(pairs)["relevance_score"].to_numpy()
-
+        scores_of = scores_with(trained_scorer(folder / "model", "bf16"))
         has_titles = "inputs.retrieval_table" not in ROWS[cell.row]
         rounds = json.loads(path.read_text(encoding="utf-8")) if (path := stages / "rounds.json").exists() else []
         result = {
@@ -330,7 +327,7 @@ class Study:
             inputs = {**settings["inputs"], "judgments": parquet(folder / "others.parquet")}
             with JudgedPairs(JudgedInputs.model_validate(inputs), settings["markets"]) as pairs:
                 others = pairs.read("train")
-            scores = trained_scorer(folder / "model", "bf16").score(others)["relevance_score"].to_numpy()
+            scores = scores_with(trained_scorer(folder / "model", "bf16"))(others)
             keyed = pd.Series(scores, index=pd.MultiIndex.from_frame(others[["query_id", "product_id"]]))
             keys = pd.MultiIndex.from_frame(train.loc[~is_learnt, ["query_id", "product_id"]])
             probabilities[~is_learnt] = keyed.loc[keys].to_numpy()
@@ -361,6 +358,11 @@ class Study:
         if not self.base_model_folder.exists():
             write_folder(self.base_model, self.base_model_folder)
         return self.base_model_folder
+
+
+def scores_with(scorer: PairScorer) -> ScoresOf:
+    """The scorer's relevance scores."""
+    return lambda pairs: scorer.score(pairs)["relevance_score"].to_numpy()
 
 
 def measure_untrained(study: Study, row: str, scores_of: ScoresOf) -> None:
