@@ -1,75 +1,9 @@
-"""Make the demo's bundle: a tiny model, trained from Korean labels alone and exported by the real jobs.
-
-It learns on generated markets of another seed than the demo's; those of Taiwan and the USA give it no label.
-"""
+"""Make the demo's bundle: a tiny model, trained from Korean labels alone and exported by the real jobs."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from csrm.cli import job_parser, run_job, setting_arguments
-from csrm.config import Settings, load_config
-from csrm.training.tiny import write_base_model_of_market
-from export import export_bundle
-from jobs import build_candidates, build_retrieval_table, generate_market, train
-
-
-class DemoBundleConfig(Settings):
-    """Settings of the demo's bundle."""
-
-    work: str
-    """Folder for the market, the base model and the trained model."""
-    bundle_dir: str
-    """Where the bundle goes."""
-    seed: int
-    """Of the market; not the demo's, so that the demo scores products and queries that it was not trained on."""
-    products_per_market: int
-    queries_per_market: int
-    vocab_size: int
-    """Tokens of the tokenizer."""
-    hidden_size: int
-    num_layers: int
-    translation_steps: int
-    """They replace those of conf/train.yaml, which are for a smaller market."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/demo_bundle.yaml").parse_args(argv)
-    config = load_config(args.config, DemoBundleConfig, args.overrides)
-    work = Path(config.work)
-    inputs = {
-        name: {"path": work / "inputs" / f"{name}.parquet", "format": "parquet"}
-        for name in ("catalog", "queries", "behaviour", "candidates", "judgments", "parallel_text")
-    }
-    generate_market.main(
-        setting_arguments(
-            seed=config.seed,
-            products_per_market=config.products_per_market,
-            queries_per_market=config.queries_per_market,
-            output=work / "inputs",
-        )
-    )
-    texts = {name: inputs[name] for name in ("catalog", "queries")}
-    tables = work / "tables"
-    behaviour = {**texts, "behaviour": inputs["behaviour"], "judgments": inputs["judgments"]}
-    build_retrieval_table.main(setting_arguments(inputs=behaviour, tables=tables))
-    build_candidates.main(setting_arguments(inputs={**texts, "candidates": inputs["candidates"]}, tables=tables))
-    base_model = write_base_model_of_market(
-        work / "inputs", work / "base_model", config.vocab_size, config.hidden_size, config.num_layers
-    )
-    texts["retrieval_table"] = {"path": tables / "retrieval_table"}
-    judged = {**texts, "judgments": inputs["judgments"]}
-    settings = {
-        "inputs": judged,
-        "base_model": {"folder": base_model},
-        "translation.parallel_text": inputs["parallel_text"],
-        "translation.max_steps": config.translation_steps,
-        "distillation.unlabelled.inputs": {**texts, "candidates": {"path": tables / "candidates"}},
-        "model_dir": work / "model",
-    }
-    train.main(setting_arguments(**settings))
-    return export_bundle.main(setting_arguments(inputs=judged, model_dir=work / "model", bundle_dir=config.bundle_dir))
-
+from csrm.cli import run_job
+from csrm.commands.demo_bundle import main
 
 if __name__ == "__main__":
     sys.exit(run_job(main))

@@ -1,40 +1,9 @@
 """Bring the tables that an older CSRM wrote to this version's columns. New columns are null in old rows."""
 
-import argparse
 import sys
-from collections.abc import Sequence
 
-from csrm.cli import job_parser, run_job
-from csrm.config import Settings, load_config
-from csrm.schemas import OUTPUTS
-from csrm.spark.session import build_session
-from csrm.spark.tables import migrate_table, table_exists, table_path
-
-
-class MigrationConfig(Settings):
-    """Settings of the job."""
-
-    tables: str
-    """Folder of the tables that CSRM writes."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    return job_parser(__doc__ or "", "conf/migrate.yaml")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    config = load_config(args.config, MigrationConfig, args.overrides)
-    spark = build_session("csrm-migrate")
-    for table in OUTPUTS:
-        path = table_path(config.tables, table)
-        if table_exists(spark, path):
-            added = migrate_table(spark, table, path)
-            print(
-                f"{table.name}: " + (f"added {', '.join(added)}" if added else f"is at version {table.schema_version}")
-            )
-    return 0
-
+from csrm.cli import run_job
+from csrm.commands.migrate import main
 
 if __name__ == "__main__":
     sys.exit(run_job(main))

@@ -14,10 +14,10 @@ import pytest
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from csrm.scoring import PairScorer
-    from csrm.tokenization import PromptTokenizer
-    from csrm.training.base_model import BaseModel
-    from csrm.training.model import PackedRelevanceModel
+    from csrm.scoring.scorer import PairScorer
+    from csrm.scoring.tokenization import PromptTokenizer
+    from csrm.training.model.base import BaseModel
+    from csrm.training.model.relevance import PackedRelevanceModel
 
 # Short Spark programs spend most of their time in the JVM's optimising compiler; jobs that tests submit inherit this.
 # Without that compiler the code cache is small by default, and once it is full nothing is compiled any more.
@@ -70,7 +70,7 @@ def loud_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny random base model whose weights are large enough that its scores differ from pair to pair."""
     from tokenizers import Tokenizer
 
-    from csrm.training.tiny import write_tiny_base_model
+    from csrm.training.model.tiny import write_tiny_base_model
 
     tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer.json"))
     return write_tiny_base_model(tmp_path_factory.mktemp("base"), tokenizer, initializer_range=0.25)
@@ -79,7 +79,7 @@ def loud_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prompt_tokenizer() -> "PromptTokenizer":
     """Tokenizer of the golden prompts with the default budgets."""
-    from csrm.tokenization import Budgets, PromptTokenizer
+    from csrm.scoring.tokenization import Budgets, PromptTokenizer
 
     return PromptTokenizer.from_file(GOLDEN / "tokenizer.json", Budgets())
 
@@ -87,9 +87,9 @@ def prompt_tokenizer() -> "PromptTokenizer":
 @pytest.fixture(scope="session")
 def loud_model(loud_base_model: Path, prompt_tokenizer: "PromptTokenizer") -> "PackedRelevanceModel":
     """Untrained relevance model on the loud base model, with graded labels."""
-    from csrm.labels import ESCI_LABELS
-    from csrm.training.base_model import BaseModel, load_language_model
-    from csrm.training.model import PackedRelevanceModel
+    from csrm.scoring.labels import ESCI_LABELS
+    from csrm.training.model.base import BaseModel, load_language_model
+    from csrm.training.model.relevance import PackedRelevanceModel
 
     language_model = load_language_model(BaseModel(folder=str(loud_base_model)))
     return PackedRelevanceModel(language_model, prompt_tokenizer.label_ids(ESCI_LABELS)).eval()
@@ -98,10 +98,13 @@ def loud_model(loud_base_model: Path, prompt_tokenizer: "PromptTokenizer") -> "P
 @pytest.fixture(scope="session")
 def train_on() -> "Callable[..., PairScorer]":
     """Train on judged pairs (PAIR_COLUMNS and grade): train_on(pairs, start, output_dir, budgets, **tuning)."""
-    from csrm.labels import ESCI_LABELS
-    from csrm.tokenization import Budgets, PromptTokenizer
-    from csrm.training.packs import judged_packs
-    from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
+    from csrm.scoring.labels import ESCI_LABELS
+    from csrm.scoring.tokenization import Budgets, PromptTokenizer
+    from csrm.training.data.packs import judged_packs
+    from csrm.training.stage import train_stage
+    from csrm.training.targets import one_hot_targets
+    from csrm.training.trained import start_tokenizer_json
+    from csrm.training.tuning import Tuning
 
     def train(
         pairs: pd.DataFrame,
@@ -131,8 +134,8 @@ def tiny_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A real bundle: a tiny model, trained for two steps and exported by the code that does it for real ones."""
-    from csrm.training.base_model import BaseModel
-    from export.export_bundle import export_bundle
+    from csrm.export.bundle import export_bundle
+    from csrm.training.model.base import BaseModel
 
     folder = tmp_path_factory.mktemp("bundle")
     judged = pairs_pdf.assign(grade=["E", "S", "C", "I", "I"] * 6)

@@ -17,7 +17,7 @@ DEMO_BUNDLE = Path(__file__).parents[1] / "conf" / "demo_bundle"
 
 
 def test_the_demo_bundle_has_its_golden_scores() -> None:
-    from csrm.bundle import load_scorer
+    from csrm.bundle.loading import load_scorer
 
     scorer = load_scorer(DEMO_BUNDLE, "cuda", num_golden=None)  # raises where they differ
     assert scorer.provider == "CUDAExecutionProvider"
@@ -27,8 +27,8 @@ def test_the_demo_bundle_has_its_golden_scores() -> None:
 def test_a_model_that_a_gpu_trained_scores_the_same_on_the_cpu(
     method: str, train_on: Callable, pairs_pdf: pd.DataFrame, loud_base_model: Path, tmp_path: Path
 ) -> None:
-    from csrm.training.base_model import BaseModel
-    from csrm.training.stage import load_trained, trained_scorer
+    from csrm.training.model.base import BaseModel
+    from csrm.training.trained import load_trained, trained_scorer
 
     graded = pairs_pdf.assign(grade=["ESCI"[place % 4] for place in range(len(pairs_pdf))])
     base = BaseModel(folder=str(loud_base_model))

@@ -11,16 +11,9 @@ from typing import Any
 
 import pytest
 
-from csrm.bundle import load_bundle
-from csrm.capacity import (
-    SHUFFLED_KEY_BYTES,
-    SHUFFLED_TEXT,
-    STAGES,
-    Machines,
-    Plan,
-    Run,
-    bundle_figures,
-)
+from csrm.bundle.loading import load_bundle
+from csrm.capacity.figures import Run, bundle_figures
+from csrm.capacity.formula import PHASES, SHUFFLED_KEY_BYTES, SHUFFLED_TEXT, Machines, Plan
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 DEMO_BUNDLE = BENCHMARKS.parents[1] / "conf" / "demo_bundle"
@@ -117,8 +110,8 @@ def test_nights_that_are_as_foretold_are_reported_so(night_cost: ModuleType) -> 
     assert compared == {(pairs, what): "+0%" for pairs in ("10,000", "100,000") for what in whats}
     assert ["demo", "30,000", "100,000"] in [row[:3] for row in rows]
     assert f"SHUFFLED_KEY_BYTES = {SHUFFLED_KEY_BYTES:.0f}\nSHUFFLED_TEXT = {SHUFFLED_TEXT:.2f}" in text
-    assert f'"start": StageCost({STAGES["start"].fixed_s}, 0.0),' in text
-    assert f'"plan": StageCost({STAGES["plan"].fixed_s}, {STAGES["plan"].pair_us}),' in text
+    assert f'"start": StageCost({PHASES["start"].fixed_s}, 0.0),' in text
+    assert f'"plan": StageCost({PHASES["plan"].fixed_s}, {PHASES["plan"].pair_us}),' in text
 
 
 @pytest.mark.long

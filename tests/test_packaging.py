@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from csrm import onnx_install
-from csrm.bundle import load_bundle
+from csrm.bundle.loading import load_bundle
 from csrm.config import Settings, load_config
 from csrm.errors import ConfigError, MissingDependencyError
+from csrm.scoring import runtime as onnx_install
 
 ROOT = Path(__file__).parent.parent
 CORE_MODULES = sorted(f"csrm.{path.stem}" for path in (ROOT / "csrm").glob("*.py") if path.stem != "__init__")
 SCORING_MODULES = [
     *sorted(f"csrm.spark.{path.stem}" for path in (ROOT / "csrm" / "spark").glob("*.py") if path.stem != "__init__"),
-    *(name for name in CORE_MODULES if name == "csrm.onnx_backend"),
-    "jobs.score_catalog",
+    *(name for name in CORE_MODULES if name == "csrm.scoring.runtime"),
+    "csrm.night.run",
 ]
 
 # A finder in front of all others: importing a blocked package fails as if it were not installed.
@@ -48,7 +48,7 @@ def import_without(blocked: list[str], modules: list[str]) -> None:
 
 
 def test_the_core_imports_without_spark_torch_and_an_onnx_runtime() -> None:
-    modules = [name for name in CORE_MODULES if name != "csrm.onnx_backend"]
+    modules = [name for name in CORE_MODULES if name != "csrm.scoring.runtime"]
     assert "csrm.schemas" in modules
     import_without(["pyspark", "delta", "torch", "transformers", "peft", "optimum", "onnxruntime", "onnx"], modules)
 
@@ -154,7 +154,7 @@ def test_scoring_needs_no_torch_and_each_onnx_runtime_has_an_extra_of_its_own() 
 
 
 def test_the_demo_bundle_is_what_its_training_makes() -> None:
-    from jobs.train import TrainConfig
+    from csrm.training.settings import TrainConfig
 
     settings = load_bundle(ROOT / "conf" / "demo_bundle").settings
     config = load_config(ROOT / "conf" / "train.yaml", TrainConfig)

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
@@ -27,18 +26,13 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.schemas import Column as TableColumn
 from csrm.schemas import Table
+from csrm.spark.storage import FileState, file_states
 from csrm.spark.tables import open_table
 
 _INTEGRAL = (ByteType, ShortType, IntegerType, LongType)
+
+
 _NUM_EXAMPLES = 3
-
-
-class FileState(NamedTuple):
-    """What tells one content of a file from another."""
-
-    num_bytes: int
-    changed_at: int
-    """Milliseconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
     """
     where = f"input {table.name} at {spec.path!r} ({spec.format})"
     source_df, version = _load(spark, spec, where)
-    files = _file_states(spark, source_df.inputFiles()) if version is None else {}
+    files = file_states(spark, source_df.inputFiles()) if version is None else {}
     problems = [
         f"'columns' maps {name!r}, which is no column of {table.name}; it has {table.column_names}"
         for name in spec.columns
@@ -133,7 +127,7 @@ def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
     """
     problems = []
     for name, read in inputs.items():
-        now = _file_states(spark, list(read.files))
+        now = file_states(spark, list(read.files))
         changed = sorted(file for file, state in read.files.items() if now[file] != state)
         if changed:
             problems.append(
@@ -162,7 +156,7 @@ def errors_of_inputs(spark: SparkSession, inputs: Mapping[str, Input]) -> Iterat
         for name, read in inputs.items():
             if read.version is None:
                 continue
-            states = _file_states(spark, read.df.inputFiles())
+            states = file_states(spark, read.df.inputFiles())
             gone = sorted(file for file, state in states.items() if state is None)
             if gone:
                 raise InputError(
@@ -171,24 +165,6 @@ def errors_of_inputs(spark: SparkSession, inputs: Mapping[str, Input]) -> Iterat
                     "Nothing was published. Run it again, and let VACUUM keep files for longer than a run takes."
                 ) from error
         raise
-
-
-def _file_states(spark: SparkSession, files: Collection[str]) -> dict[str, FileState | None]:
-    """Each file's state; None where it is gone. One listing for each folder."""
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    paths = {file: jvm.org.apache.hadoop.fs.Path(jvm.java.net.URI(file)) for file in files}
-    folders = {path.getParent().toString(): path for path in paths.values()}
-    states = {}
-    for path in folders.values():
-        try:
-            listed = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).listStatus(path.getParent())
-        except Py4JJavaError:  # the folder is gone, and with it its files
-            continue
-        for status in listed:
-            name = (path.getParent().toString(), status.getPath().getName())
-            states[name] = FileState(status.getLen(), status.getModificationTime())
-    return {file: states.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}
 
 
 def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:

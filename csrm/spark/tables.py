@@ -3,87 +3,24 @@
 The only file that names Delta.
 """
 
-import json
-import random
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from collections.abc import Sequence
 
-from delta.exceptions import (
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentTransactionException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
 
-from csrm.errors import ConfigError, InputError
+from csrm.errors import InputError
 from csrm.schemas import Table
+from csrm.spark.storage import absolute_path, require_one_place
 
-USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
-_MERGE_BY_PARTITION = "spark.databricks.delta.merge.repartitionBeforeWrite.enabled"
-"""Delta's default gathers all rows of a partition, here a market, in one task before it writes them."""
-_TXN_APP = "spark.databricks.delta.write.txnAppId"
-_TXN_VERSION = "spark.databricks.delta.write.txnVersion"
-_SCHEMA_VERSION = "csrm.schemaVersion"
-_RECENT_COMMITS = 100
-"""More than others can make between a commit and the look at the history."""
-_CONFLICTS = (
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
-"""What Delta raises where a commit of others, made at the same time, touched what this one had read."""
-_LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
-"""Before each further try."""
-
-
-class Transaction(NamedTuple):
-    """Makes a commit happen at most once: Delta skips one whose version is not above the last of its application."""
-
-    app: str
-    version: int
+SCHEMA_VERSION_PROPERTY = "csrm.schemaVersion"
 
 
 def table_path(tables_dir: str, table: Table) -> str:
     """Folder of one of CSRM's tables; a relative tables_dir starts at the working directory."""
-    return f"{_absolute(tables_dir)}/{table.name}"
-
-
-def attempts_path(tables_dir: str, run_id: str) -> str:
-    """Folder beside the tables for what attempts of a run are at; see csrm.attempts."""
-    return f"{_absolute(tables_dir)}/_attempts/{run_id}"
-
-
-def require_one_place(spark: SparkSession, path: str) -> None:
-    """Refuse a path that Spark finds on one storage, and leases and notes of attempts on the driver's disk.
-
-    Raises:
-        ConfigError: the path has no scheme, and Hadoop's default file system is not this machine's.
-    """
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    default = str(jvm.org.apache.hadoop.fs.FileSystem.getDefaultUri(spark.sparkContext._jsc.hadoopConfiguration()))
-    if not urlsplit(path).scheme and urlsplit(default).scheme != "file":
-        there, here = default.rstrip("/") + _absolute(path), f"file://{_absolute(path)}"
-        raise ConfigError(
-            f"tables at {path!r}: expected a URI, as fs.defaultFS is {default}; got a path without a scheme, which is "
-            f"another place for Spark than for leases. Name the scheme: {there}, or {here}."
-        )
+    return f"{absolute_path(tables_dir)}/{table.name}"
 
 
 def spark_schema(table: Table) -> StructType:
@@ -108,10 +45,10 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
         _check_columns(spark, table, path)
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
-    properties[_SCHEMA_VERSION] = str(table.schema_version)
+    properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
     if table.change_feed:
         properties["delta.enableChangeDataFeed"] = "true"
-    builder = DeltaTable.createIfNotExists(spark).location(_absolute(path)).comment(table.comment)
+    builder = DeltaTable.createIfNotExists(spark).location(absolute_path(path)).comment(table.comment)
     for field in spark_schema(table).fields:
         builder = builder.addColumn(field.name, field.dataType, field.nullable, comment=field.metadata["comment"])
     for key, value in properties.items():
@@ -214,126 +151,6 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
     writer.save(path)
 
 
-def retry_conflicts(commit: Callable[[], None]) -> None:
-    """Make a commit; where commits of others conflict with it, again after a pause, a few times.
-
-    Args:
-        commit: has no effect where it raises, and may be called again.
-    """
-    for longest_pause_s in _LONGEST_PAUSES_S:
-        try:
-            return commit()
-        except _CONFLICTS:
-            time.sleep(random.uniform(0, longest_pause_s))  # at random, so that two do not meet again
-    return commit()
-
-
-def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:
-    """Append the declared columns of df to an existing table, in one commit; see Transaction."""
-    writer = df.select(*table.column_names).write.format("delta").mode("append")
-    writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version).save(path)
-
-
-def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
-    """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
-    append_rows(spark.read.format("delta").load(path).limit(0), table, path, transaction)
-
-
-def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
-    """Delete the rows that meet a condition, in one commit, and return how many there were."""
-    delta_table = DeltaTable.forPath(spark, path)
-    num_rows = delta_table.toDF().where(condition).count()
-    if num_rows:
-        delta_table.delete(condition)
-    return num_rows
-
-
-def delete_table(spark: SparkSession, path: str) -> None:
-    """Delete a table's folder and all that is in it, where there is one."""
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    folder = jvm.org.apache.hadoop.fs.Path(path)
-    folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).delete(folder, True)
-
-
-def merge_changes(
-    changes_df: DataFrame,
-    table: Table,
-    path: str,
-    slice_: Mapping[str, str],
-    metadata: Mapping[str, str],
-    transaction: Transaction | None = None,
-) -> int | None:
-    """Apply row changes to one slice of a table in one commit.
-
-    Args:
-        changes_df: the table's columns and `operation`: insert, update or delete. At most one row a key; a delete
-            needs only the key.
-        table: the declaration.
-        path: the table's folder.
-        slice_: column to value of the slice, such as {"market": "tw"}: put into the condition as literals, so that
-            files of other slices are neither read nor rewritten.
-        metadata: what the commit carries in the table's history as JSON, with the slice.
-        transaction: see Transaction.
-
-    Returns:
-        The version that the commit made; None where Delta skipped it because of its transaction, or refused it because
-        another one of the same application was committed meanwhile.
-    """
-    spark = changes_df.sparkSession
-    condition = [F.col(f"old.{name}") == F.lit(value) for name, value in slice_.items()]
-    condition += [F.col(f"old.{name}") == F.col(f"new.{name}") for name in table.key]
-    matched = condition[0]
-    for part in condition[1:]:
-        matched = matched & part
-    values = {name: F.col(f"new.{name}") for name in table.column_names}
-    operation = F.col("new.operation")
-    delta_table = DeltaTable.forPath(spark, path)
-    merge = (
-        delta_table.alias("old")
-        .merge(changes_df.alias("new"), matched)
-        .whenMatchedDelete(operation == "delete")
-        .whenMatchedUpdate(operation != "delete", set=values)
-        .whenNotMatchedInsert(operation != "delete", values=values)
-    )
-    # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
-    carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
-    settings = {USER_METADATA: carried, _MERGE_BY_PARTITION: "false"}
-    if transaction is not None:  # MERGE takes it from the session alone
-        settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
-    with session_settings(spark, settings):
-        try:
-            merge.execute()
-        except ConcurrentTransactionException:
-            return None
-    row = delta_table.history(_RECENT_COMMITS).where(F.col("userMetadata") == carried).head()
-    return None if row is None else int(row["version"])
-
-
-def read_commits(spark: SparkSession, path: str, after_version: int) -> list[dict[str, str]]:
-    """What the commits of merge_changes after a version carried: their metadata and slice."""
-    is_later = (F.col("version") > after_version) & (F.col("operation") == "MERGE")
-    carried = F.from_json("userMetadata", "map<string,string>").alias("carried")
-    rows = DeltaTable.forPath(spark, path).history().where(is_later).select(carried).collect()
-    return [row["carried"] for row in rows if row["carried"]]
-
-
-@contextmanager
-def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
-    """Settings of the session while the block runs; threads share them."""
-    before = {key: spark.conf.get(key, None) for key in settings}
-    for key, value in settings.items():
-        spark.conf.set(key, value)
-    try:
-        yield
-    finally:
-        for key, earlier in before.items():
-            if earlier is None:
-                spark.conf.unset(key)
-            else:
-                spark.conf.set(key, earlier)
-
-
 def sql_path(path: str) -> str:
     """A Delta table at a path, as SQL names it."""
     return f"delta.`{path.replace('`', '``')}`"
@@ -343,11 +160,6 @@ def sql_literal(value: str) -> str:
     """A string as a SQL literal."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
-
-
-def _absolute(path: str) -> str:
-    """Delta takes a relative location for the name of a table; URIs stay as they are."""
-    return path.rstrip("/") if urlsplit(path).scheme else str(Path(path).absolute())
 
 
 def _require_table(spark: SparkSession, path: str) -> None:
@@ -376,53 +188,11 @@ def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     )
 
 
-def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
-    """Bring a table of an older version to the declared columns, in place.
-
-    Columns that it lacks are added, and are null in its rows; their order becomes the declared one; columns that may be
-    null now lose their constraint.
-
-    Returns:
-        The columns that were added.
-
-    Raises:
-        ConfigError: see require_one_place.
-        InputError: not a table of an older version of this declaration.
-    """
-    require_one_place(spark, path)
-    where = f"table {table.name} at {path!r}"
-    written = schema_version(spark, path)
-    found = {field.name: field.dataType for field in spark.read.format("delta").load(path).schema}
-    declared = {field.name: field for field in spark_schema(table)}
-    if [*found.items()] == [(name, field.dataType) for name, field in declared.items()]:
-        return []
-    unknown = [name for name, type_ in found.items() if name not in declared or declared[name].dataType != type_]
-    if unknown or written is None or written > table.schema_version:
-        raise InputError(
-            f"{where}: expected version {table.schema_version} of its columns or an older one, it has {written} "
-            f"with the columns {unknown} of no such version. It is left as it is."
-        )
-    added = [name for name in declared if name not in found]
-    for place, name in enumerate(declared):
-        after = f"AFTER `{table.column_names[place - 1]}`" if place else "FIRST"
-        field = declared[name]
-        if name in added:
-            comment = sql_literal(field.metadata["comment"])
-            change = f"ADD COLUMNS (`{name}` {field.dataType.simpleString()} COMMENT {comment} {after})"
-        else:
-            change = f"ALTER COLUMN `{name}` {after}"
-            if field.nullable:
-                spark.sql(f"ALTER TABLE {sql_path(path)} ALTER COLUMN `{name}` DROP NOT NULL")
-        spark.sql(f"ALTER TABLE {sql_path(path)} {change}")
-    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_SCHEMA_VERSION}' = '{table.schema_version}')")
-    return added
-
-
 def schema_version(spark: SparkSession, path: str) -> int | None:
     """Version of the declaration that a table was made from; None for a table that CSRM did not make."""
     detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
     assert detail is not None
-    text = detail["properties"].get(_SCHEMA_VERSION)
+    text = detail["properties"].get(SCHEMA_VERSION_PROPERTY)
     return None if text is None else int(text)
 
 

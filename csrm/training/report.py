@@ -8,7 +8,8 @@ import pandas as pd
 from markupsafe import Markup
 from sklearn.calibration import calibration_curve
 
-from csrm.html import COLOURS, INK, is_known, new_figure, render, rows, seen, svg
+from csrm.pages.page import is_known, render, rows, seen
+from csrm.pages.plots import COLOURS, INK, new_figure, svg
 
 NUM_BINS = 10
 MOST_ROWS = 20

@@ -54,14 +54,14 @@ from speed_report import Spread, markdown
 from torch import nn
 from transformers import DynamicCache
 
-from csrm.bundle import TOKENIZER_NAME
+from csrm.bundle.contents import TOKENIZER_NAME
 from csrm.errors import CsrmError
-from csrm.labels import ESCI_LABELS, expected_gain
-from csrm.onnx_backend import load_pack_scorer, require_device
-from csrm.packing import Group
-from csrm.scoring import PackScorer, PairScorer, pair_groups
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
+from csrm.scoring.labels import ESCI_LABELS, expected_gain
+from csrm.scoring.packing import Group
+from csrm.scoring.runtime import load_pack_scorer, require_device
+from csrm.scoring.scorer import PackScorer, PairScorer, pair_groups
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
 
 SHAPES = {
     "half": {
@@ -256,8 +256,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(folder: Path, shape: str) -> None:
     """The packed graphs of the seeded model: fp32 and fp16."""
-    from export.packed_onnx import export_packed_graph
-    from export.precision import RECIPES, write_precision
+    from csrm.export.packed_onnx import export_packed_graph
+    from csrm.export.precision import RECIPES, write_precision
 
     made_from = {"shape": SHAPES[shape], "code": code_digest(*CODE)}
     about = folder / "about.json"

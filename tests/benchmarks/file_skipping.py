@@ -21,10 +21,11 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.operations.maintenance import cluster_market
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.maintenance import cluster_market
+from csrm.spark.commits import merge_changes
 from csrm.spark.session import build_session
-from csrm.spark.tables import create_table, merge_changes, spark_schema
+from csrm.spark.tables import create_table, spark_schema
 
 MARKETS = ("kr", "tw")
 NUM_READS = 20

@@ -8,7 +8,7 @@ For each share of wrong labels: generate a market, train a tiny model from scrat
 once without each fold, and rank the labels by what these think of them. precision@k is the share of wrong
 labels among the first k, where k is the number of wrong ones; a random order has the noise itself. `found` is what each
 way would put before a person who does not know k: labels less probable than another one, as
-csrm.training.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
+csrm.training.distillation.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
 cross_val_predict by query of a logistic regression on TF-IDF of query and title, in cleanlab.
 
 """
@@ -28,16 +28,19 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from csrm.cli import setting_arguments
+from csrm.commands import generate_market
 from csrm.config import InputSpec
-from csrm.labels import ESCI_LABELS
-from csrm.scoring import PairScorer
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.base_model import BaseModel
-from csrm.training.data import Fold, JudgedInputs, JudgedPairs
-from csrm.training.packs import judged_packs
-from csrm.training.stage import Tuning, one_hot_targets, start_tokenizer_json, train_stage
-from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
-from jobs import generate_market
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.data.judged import Fold, JudgedInputs, JudgedPairs
+from csrm.training.data.packs import judged_packs
+from csrm.training.model.base import BaseModel
+from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.training.stage import train_stage
+from csrm.training.targets import one_hot_targets
+from csrm.training.trained import start_tokenizer_json
+from csrm.training.tuning import Tuning
 
 PACK_TOKENS = 512
 

@@ -42,18 +42,20 @@ import numpy as np
 import pandas as pd
 import psutil
 from nights import MARKET, Nights
-from nights import STAGES as NIGHT_STAGES
+from nights import PHASES as NIGHT_STAGES
 from speed import machine
 from speed_inputs import REPOSITORY, code_digest
 from speed_report import markdown
 
-from csrm.bundle import GOLDEN_NAME, KIND, MODEL_NAME, TOKENIZER_NAME, Bundle, Origin, load_bundle
-from csrm.capacity import STAGES, TABLE_BYTES, Machines, Plan, Run, StageCost, bundle_figures, read_run, with_run
-from csrm.golden import GoldenPairs
+from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, Origin
+from csrm.bundle.golden import GoldenPairs
+from csrm.bundle.loading import Bundle, load_bundle
+from csrm.capacity.figures import Run, bundle_figures, read_run, with_run
+from csrm.capacity.formula import PHASES, TABLE_BYTES, Machines, PhaseCost, Plan
 from csrm.manifest import write_manifest
-from csrm.onnx_backend import load_pack_scorer
-from csrm.packing import PackBatch
-from csrm.scoring import PAIR_COLUMNS, PairScorer
+from csrm.scoring.packing import PackBatch
+from csrm.scoring.runtime import load_pack_scorer
+from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer
 
 DEMO_BUNDLE = REPOSITORY / "conf" / "demo_bundle"
 BUNDLES = ("none", "demo")
@@ -107,7 +109,7 @@ def write_bundle_without_model(source: Bundle, folder: Path) -> None:
     scores = scorer.score(golden.pairs)["relevance_score"].to_numpy(dtype=np.float64)
     GoldenPairs("the graph itself", golden.pairs, golden.prompt_ids, scores).write(folder / GOLDEN_NAME)
     about = settings.model_copy(update={"origin": Origin(base_model="none", base_model_files={})})
-    write_manifest(folder, KIND, about.model_dump(mode="json"))
+    write_manifest(folder, BUNDLE_KIND, about.model_dump(mode="json"))
 
 
 def measure_cell(name: str, num_pairs: int, args: argparse.Namespace) -> Cell:
@@ -155,7 +157,7 @@ def measure_night(nights: Nights, folder: Path) -> Cell:
         raise SystemExit(f"the night ended with exit code {exit_code}")
     (row,) = nights.table("tables", "scoring_runs").to_pyarrow_table().to_pylist()
     windows = stage_windows(row)
-    stages = {stage: end - begin for stage, (begin, end) in windows.items() if stage in STAGES}
+    stages = {stage: end - begin for stage, (begin, end) in windows.items() if stage in PHASES}
     return {
         "pairs": row["num_scored"],
         "seconds": seconds,
@@ -302,15 +304,15 @@ def marginal(cells: Sequence[Cell], stage: str | None = None) -> list[float]:
     ]
 
 
-def measured_stages(cells: Sequence[Cell]) -> dict[str, StageCost]:
-    """STAGES as the first and the last of some nights without a model give them."""
+def measured_stages(cells: Sequence[Cell]) -> dict[str, PhaseCost]:
+    """PHASES as the first and the last of some nights without a model give them."""
     first, last = cells[0], cells[-1]
     cores = first["settings"]["cores"]
     costs = {}
-    for stage in STAGES:
+    for stage in PHASES:
         (slope,) = marginal([first, last], stage) if stage != "start" else (0.0,)
         fixed = first["stages"][stage] - slope * first["pairs"] / 1e6
-        costs[stage] = StageCost(round(fixed, 1), round(max(0.0, slope) * cores, 1))
+        costs[stage] = PhaseCost(round(fixed, 1), round(max(0.0, slope) * cores, 1))
     return costs
 
 
@@ -373,7 +375,7 @@ def report(cells: Sequence[Cell]) -> str:
 
 def _night_row(cell: Cell) -> dict[str, Any]:
     per_pair = 1e6 * cell["seconds"] * cell["settings"]["cores"] / cell["pairs"]
-    stages = {stage: f"{cell['stages'][stage]:.1f}" for stage in STAGES}
+    stages = {stage: f"{cell['stages'][stage]:.1f}" for stage in PHASES}
     whole = {"seconds": f"{cell['seconds']:.1f}", **stages, "us a pair and core": f"{per_pair:,.0f}"}
     return {"bundle": cell["bundle"], "pairs": f"{cell['pairs']:,}", **whole}
 
@@ -393,10 +395,10 @@ def _marginal_rows(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
 def _place_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     last, cores = cells[-1], cells[0]["settings"]["cores"]
     total, bare = cores * marginal(cells)[-1], last["bare_us"]
-    own = {stage: cores * marginal(cells, stage)[-1] for stage in STAGES}
+    own = {stage: cores * marginal(cells, stage)[-1] for stage in PHASES}
     in_tasks = {stage: 1e6 * totals["seconds"] / last["pairs"] for stage, totals in last["tasks"].items()}
     verdict = "" if total <= MOST_MICROSECONDS else ", missed"
-    rows = [(stage, f"{own[stage]:.1f}", f"{in_tasks[stage]:.1f}" if stage in in_tasks else "") for stage in STAGES]
+    rows = [(stage, f"{own[stage]:.1f}", f"{in_tasks[stage]:.1f}" if stage in in_tasks else "") for stage in PHASES]
     rows += [
         ("of scoring: PairScorer, measured without Spark", f"{bare['beside'] + bare['model']:.1f}", ""),
         (f"all, target {MOST_MICROSECONDS}", f"{total:.1f}{verdict}", ""),
@@ -409,7 +411,7 @@ def _bytes_row(cell: Cell) -> dict[str, Any]:
     for name, size in cell["run"]["table_bytes"].items():
         row[f"{name} (files)"] = f"{size:.1f} ({cell['num_files'][name]})"
     for stage, totals in cell["tasks"].items():
-        if stage in STAGES:
+        if stage in PHASES:
             row[f"shuffled: {stage}"] = f"{totals['shuffled'] / cell['pairs']:.1f}"
     row["spilled"] = f"{sum(totals['spilled'] for totals in cell['tasks'].values()) / cell['pairs']:.1f}"
     return row
@@ -434,10 +436,10 @@ def _constants(cells: Sequence[Cell]) -> str:
     shuffled = {stage: totals["shuffled"] / last["pairs"] for stage, totals in last["tasks"].items()}
     text_bytes = figures.prefix_bytes + figures.suffix_bytes
     stages = [
-        f'    "{name}": StageCost({cost.fixed_s}, {cost.pair_us}),' for name, cost in measured_stages(cells).items()
+        f'    "{name}": PhaseCost({cost.fixed_s}, {cost.pair_us}),' for name, cost in measured_stages(cells).items()
     ]
     table_bytes = {name: round(size, 1) for name, size in last["run"]["table_bytes"].items()}
-    lines = ["STAGES = {", *stages, "}", f"TABLE_BYTES = {table_bytes}"]
+    lines = ["PHASES = {", *stages, "}", f"TABLE_BYTES = {table_bytes}"]
     lines.append(f"SHUFFLED_KEY_BYTES = {sum(shuffled.values()) - shuffled['scoring']:.0f}")
     lines.append(f"SHUFFLED_TEXT = {shuffled['scoring'] / text_bytes:.2f}")
     return "\n".join(["```python", *lines, "```"])

@@ -31,13 +31,13 @@ from sklearn.metrics import ndcg_score
 from speed_report import markdown
 
 from csrm.cli import setting_arguments
-from csrm.labels import ESCI_LABELS
-from csrm.metrics import resample_weights
-from csrm.training.data import JudgedInputs, JudgedPairs
-from csrm.training.label_quality import resampled_auc
-from csrm.training.stage import trained_scorer
-from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
-from jobs import generate_market, train
+from csrm.commands import generate_market, train
+from csrm.evaluation.metrics import resample_weights
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.training.data.judged import JudgedInputs, JudgedPairs
+from csrm.training.distillation.label_quality import resampled_auc
+from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.training.trained import trained_scorer
 
 REPOSITORY = Path(__file__).parents[2]
 MARKETS = {"us": "en"}

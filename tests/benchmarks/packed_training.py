@@ -26,14 +26,14 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 
-from csrm.labels import ESCI_LABELS
-from csrm.packing import Group, build_packs
-from csrm.prompts import Product, Query
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.attention import use_block_attention
-from csrm.training.base_model import BaseModel, load_language_model
-from csrm.training.model import PackedRelevanceModel
-from csrm.training.stage import Tuning
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.packing import Group, build_packs
+from csrm.scoring.prompts import Product, Query
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.model.attention import use_block_attention
+from csrm.training.model.base import BaseModel, load_language_model
+from csrm.training.model.relevance import PackedRelevanceModel
+from csrm.training.tuning import Tuning
 
 PAIRS_PER_QUERY = 12
 TITLES_PER_QUERY = 3

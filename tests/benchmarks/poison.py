@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from csrm.bundle import load_scorer
+from csrm.bundle.loading import load_scorer
 from csrm.market import builtin_lexicon, generate_market
 from tests.faults.bundles import ERROR_MARK, NAN_MARK, faulty_bundle
 

@@ -27,8 +27,8 @@ from typing import Any
 import pandas as pd
 import psutil
 
+from csrm.operations.maintenance import MaintenanceConfig, maintain
 from csrm.spark.session import build_session
-from jobs.maintain import MaintenanceConfig, maintain
 from tests.faults.bundles import ERROR_MARK, faulty_bundle
 from tests.faults.cluster import Cluster, Submitted, kill, run_cluster, wait_for
 from tests.faults.night import KEY, LEASE_SECONDS, Night

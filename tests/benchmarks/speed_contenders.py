@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from csrm.bundle import load_bundle, load_scorer
-from csrm.labels import expected_gain
-from csrm.scoring import PAIR_COLUMNS
+from csrm.bundle.loading import load_bundle, load_scorer
+from csrm.scoring.labels import expected_gain
+from csrm.scoring.scorer import PAIR_COLUMNS
 
 BATCH_SIZE = 32
 """CrossEncoder's default."""
@@ -208,8 +208,9 @@ def spark_ours(folder: Path, threads: int) -> Run:
     """The operator of the nightly job behind its layout, which shuffles the pairs; fp32, one thread a task."""
     from pyspark.sql import functions as F
 
-    from csrm.spark.pairs import num_scoring_partitions, with_scoring_layout
-    from csrm.spark.scoring import ScoringProgress, with_relevance_score
+    from csrm.night.plan import num_scoring_partitions, with_scoring_layout
+    from csrm.spark.progress import ScoringProgress
+    from csrm.spark.scoring import with_relevance_score
 
     tables = SparkTables(threads)
     bundle = load_bundle(folder / "fp32")

@@ -31,14 +31,15 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
-from csrm.bundle import TOKENIZER_NAME, Precision, load_bundle
-from csrm.labels import ESCI_LABELS
+from csrm.bundle.contents import TOKENIZER_NAME, Precision
+from csrm.bundle.loading import load_bundle
 from csrm.manifest import MANIFEST_NAME, file_digest, write_manifest
 from csrm.market import generate_market
 from csrm.market.categories import Storefront, category_markets
-from csrm.prompts import ANSWER_CUE, Line, prefix_lines, suffix_lines
-from csrm.scoring import pair_texts
-from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.prompts import ANSWER_CUE, Line, prefix_lines, suffix_lines
+from csrm.scoring.scorer import pair_texts
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 PACK_TOKENS = 512
@@ -169,7 +170,7 @@ def seeded_language_model(sizes: Mapping[str, int]) -> Any:
 
 def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
     """A random Qwen3 model as a trained folder."""
-    from csrm.training.stage import KIND, ModelCard
+    from csrm.training.trained import MODEL_KIND, ModelCard
 
     card = ModelCard(
         base_model={"folder": str(folder / "weights")},
@@ -186,7 +187,7 @@ def write_seeded_model(folder: Path, name: str, tokenizer_file: Path) -> None:
     seeded_language_model(SEEDED_MODELS[name]).save_pretrained(folder / "weights")
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_NAME)
     (folder / "model.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
-    write_manifest(folder, KIND)
+    write_manifest(folder, MODEL_KIND)
 
 
 def write_classifier(model_dir: Path, folder: Path) -> dict[str, float | str]:
@@ -196,8 +197,8 @@ def write_classifier(model_dir: Path, folder: Path) -> dict[str, float | str]:
     from optimum.exporters.tasks import TasksManager
     from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-    from csrm.training.stage import load_trained
-    from export.packed_onnx import OPSET
+    from csrm.export.packed_onnx import OPSET
+    from csrm.training.trained import load_trained
 
     model, _, card = load_trained(model_dir)
     tokenizer = Tokenizer.from_file(str(model_dir / TOKENIZER_NAME))
@@ -229,8 +230,9 @@ def write_classifier(model_dir: Path, folder: Path) -> dict[str, float | str]:
 
 def write_bundles(model_dir: Path, folder: Path, pairs: pd.DataFrame) -> None:
     """The trained folder's bundles of all precisions."""
-    from csrm.onnx_backend import load_pack_scorer
-    from export.export_bundle import export_bundle, write_best_precision
+    from csrm.export.bundle import export_bundle
+    from csrm.export.trials import write_best_precision
+    from csrm.scoring.runtime import load_pack_scorer
 
     exact = export_bundle(model_dir, folder / "fp32", pairs)
     graph = exact.folder / "model.onnx"

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csrm.config import InputSpec
-from csrm.labels import ESCI_LABELS
-from csrm.tokenization import Budgets, PromptTokenizer
-from csrm.training.data import JudgedInputs, JudgedPairs
-from csrm.training.packs import judged_packs, write_packs
-from csrm.training.stage import one_hot_targets
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.data.judged import JudgedInputs, JudgedPairs
+from csrm.training.data.packs import judged_packs, write_packs
+from csrm.training.targets import one_hot_targets
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer.json"
 PRODUCTS_PER_QUERY = 20

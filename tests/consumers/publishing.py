@@ -6,9 +6,10 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
+from csrm.night.runs import record_run
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.runs import record_run
-from csrm.spark.tables import create_table, merge_changes, spark_schema, table_path, table_version
+from csrm.spark.commits import merge_changes
+from csrm.spark.tables import create_table, spark_schema, table_path, table_version
 
 HOSTILE_MARKET = 'it\'s a/b "東京" %41 = é?#'
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+from csrm.operations.maintenance import cluster_market, set_retention
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.maintenance import cluster_market, set_retention
 from csrm.spark.tables import table_path
 from tests.consumers.publishing import HOSTILE_MARKET, START, Changes, publish
 

@@ -13,21 +13,21 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import GPT2Config
 
-from csrm.bundle import load_bundle, load_scorer
+from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import ConfigError, ParityError
-from csrm.labels import ESCI_LABELS
+from csrm.export import trials as export_module
+from csrm.export.packed_onnx import export_packed_graph
+from csrm.export.parity import check_parity
 from csrm.manifest import write_manifest
-from csrm.onnx_backend import load_pack_scorer
-from csrm.packing import PackBatch, build_packs
-from csrm.scoring import PairScorer, pair_groups
-from csrm.tokenization import PromptTokenizer
-from csrm.training.base_model import BaseModel, load_language_model
-from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
-from csrm.training.stage import load_trained
-from export import export_bundle as export_module
-from export.packed_onnx import export_packed_graph
-from export.parity import check_parity
-from tests.training.test_model import MISTAKES
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.packing import PackBatch, build_packs
+from csrm.scoring.runtime import load_pack_scorer
+from csrm.scoring.scorer import PairScorer, pair_groups
+from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.model.base import BaseModel, load_language_model
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+from csrm.training.trained import load_trained
+from tests.training.model.test_relevance import MISTAKES
 
 
 @pytest.fixture(scope="module")

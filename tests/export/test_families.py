@@ -11,15 +11,15 @@ import torch
 import transformers
 
 from csrm.errors import ConfigError
-from csrm.labels import ESCI_LABELS, expected_gain
-from csrm.onnx_backend import load_pack_scorer
-from csrm.packing import Group, PackBatch, build_packs
-from csrm.scoring import PackScorer
-from csrm.training.base_model import BaseModel
-from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
-from export.families import check_config, check_model
-from export.packed_onnx import export_packed_graph
-from tests.training.test_model import MISTAKES
+from csrm.export.families import check_config, check_model
+from csrm.export.packed_onnx import export_packed_graph
+from csrm.scoring.labels import ESCI_LABELS, expected_gain
+from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.runtime import load_pack_scorer
+from csrm.scoring.scorer import PackScorer
+from csrm.training.model.base import BaseModel
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+from tests.training.model.test_relevance import MISTAKES
 
 TOLERANCE = 1e-4
 LABEL_IDS = (3, 4, 5, 6)

@@ -21,11 +21,11 @@ def export(folder: Path) -> None:
     import torch
     import transformers
 
-    from csrm.onnx_backend import load_pack_scorer
-    from csrm.packing import build_packs
-    from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
-    from export.packed_onnx import export_packed_graph
-    from export.precision import RECIPES, check_locations, write_precision
+    from csrm.export.packed_onnx import export_packed_graph
+    from csrm.export.precision import RECIPES, check_locations, write_precision
+    from csrm.scoring.packing import build_packs
+    from csrm.scoring.runtime import load_pack_scorer
+    from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
     from tests.export.test_families import LABEL_IDS, random_groups
 
     torch.manual_seed(0)

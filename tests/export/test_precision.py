@@ -7,19 +7,21 @@ import onnx
 import pandas as pd
 import pytest
 
-from csrm.bundle import Quality, load_bundle, load_scorer
+from csrm.bundle.contents import Quality
+from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import BundleError, ConfigError, InputError, ParityError
-from csrm.labels import ESCI_LABELS
-from csrm.metrics import evaluate_scores
-from csrm.onnx_backend import load_pack_scorer
-from csrm.scoring import PackScorer, PairScorer
-from csrm.tokenization import PromptTokenizer
-from csrm.training.model import PackedRelevanceModel
-from export.export_bundle import export_bundle, whole_queries
-from export.packed_onnx import export_packed_graph
-from export.parity import pack_spread
-from export.precision import RECIPES, Recipe, check_locations, write_precision
-from export.quality import gate, measure_quality
+from csrm.evaluation.metrics import evaluate_scores
+from csrm.export.bundle import export_bundle
+from csrm.export.packed_onnx import export_packed_graph
+from csrm.export.parity import pack_spread
+from csrm.export.precision import RECIPES, Recipe, check_locations, write_precision
+from csrm.export.quality import gate, measure_quality
+from csrm.export.trials import whole_queries
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.runtime import load_pack_scorer
+from csrm.scoring.scorer import PackScorer, PairScorer
+from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.model.relevance import PackedRelevanceModel
 
 GAINS = {label.name: label.gain for label in ESCI_LABELS}
 

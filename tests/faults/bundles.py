@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from csrm.bundle import KIND, MODEL_NAME, TOKENIZER_NAME, load_bundle
+from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME
+from csrm.bundle.loading import load_bundle
 from csrm.manifest import write_manifest
 
 ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK, TOKENIZER_MARK = "Ж", "Ա", "א", "Ω", "ܐ"
@@ -35,7 +36,7 @@ def faulty_bundle(source: Path, folder: Path, longest_pack: int | None = None) -
     onnx.checker.check_model(model)
     onnx.save(model, folder / MODEL_NAME)
     _forget_byte(folder / TOKENIZER_NAME, TOKENIZER_MARK.encode()[0])
-    write_manifest(folder, KIND, bundle.settings.model_dump(mode="json"))
+    write_manifest(folder, BUNDLE_KIND, bundle.settings.model_dump(mode="json"))
     return folder
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from csrm.bundle import load_scorer
-from csrm.scoring import PAIR_COLUMNS
+from csrm.bundle.loading import load_scorer
+from csrm.scoring.scorer import PAIR_COLUMNS
 
 KR, TW = "kr", "tw"
 LEASE_SECONDS = 5

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from csrm.bundle import GOLDEN_NAME, KIND, TOKENIZER_NAME, load_bundle, load_scorer
+from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME, TOKENIZER_NAME
+from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.config import InputSpec, load_config
 from csrm.errors import BundleError, ConfigError, CsrmError, InputError
 from csrm.manifest import MANIFEST_NAME, write_manifest
+from csrm.night.settings import ScoringConfig
 from csrm.schemas import RETRIEVAL_TABLE
 from csrm.spark.inputs import read_input
-from jobs.score_catalog import ScoringConfig
 from tests.faults.cluster import ROOT
 from tests.faults.nasty import NASTY
 
@@ -125,7 +126,7 @@ def test_a_damaged_manifest_is_refused(bundle: Path, rng: random.Random) -> None
 @given(rng=seeds)
 def test_a_bundle_that_says_something_else_of_itself_is_read_or_refused(bundle: Path, rng: random.Random) -> None:
     about = load_bundle(ROOT / "conf" / "demo_bundle").settings.model_dump(mode="json")
-    write_manifest(bundle, KIND, damaged_values(about, rng))
+    write_manifest(bundle, BUNDLE_KIND, damaged_values(about, rng))
 
     unless_refused(bundle, BundleError, lambda: load_bundle(bundle).prompt_tokenizer())
 
@@ -141,7 +142,7 @@ def test_a_bundle_with_a_damaged_file_scores_as_it_did_or_is_refused(
     damaged = damaged_json(source, rng)
     about = load_bundle(ROOT / "conf" / "demo_bundle").settings.model_dump(mode="json")
     (bundle / name).write_bytes(damaged)
-    write_manifest(bundle, KIND, about)
+    write_manifest(bundle, BUNDLE_KIND, about)
     try:
         scorer = unless_refused(bundle, BundleError, lambda: load_scorer(bundle, "cpu", threads=1, num_golden=None))
         assert scorer is None or scorer.digest == load_bundle(bundle).digest

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from jobs import score_catalog
+from csrm.commands import score_catalog
 from tests.faults.nasty import NASTY, attributes, keys, texts
 from tests.faults.night import KEY, KR, TW, Night
 

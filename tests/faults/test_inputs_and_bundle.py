@@ -11,11 +11,12 @@ import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
-from csrm.bundle import KIND, load_bundle
+from csrm.bundle.contents import BUNDLE_KIND
+from csrm.bundle.loading import load_bundle
+from csrm.commands import score_catalog
 from csrm.errors import BundleError, InputError
 from csrm.manifest import write_manifest
-from csrm.spark.tables import session_settings
-from jobs import score_catalog
+from csrm.spark.commits import session_settings
 from tests.faults.cluster import ROOT
 from tests.faults.night import Night
 
@@ -165,7 +166,7 @@ def test_a_bundle_that_is_replaced_while_the_job_runs_never_scores_under_the_old
 
     def replace() -> None:
         about = load_bundle(folder).settings.model_dump(mode="json")
-        write_manifest(folder, KIND, {**about, "device": "cuda"})
+        write_manifest(folder, BUNDLE_KIND, {**about, "device": "cuda"})
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # some have ended, and are zombies
                 if "pyspark.daemon" in " ".join(process.cmdline()):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from csrm.bundle import load_scorer
+from csrm.bundle.loading import load_scorer
 from tests.faults.bundles import ERROR_MARK, NAN_MARK, NAN_PACK_MARK, TOKENIZER_MARK, faulty_bundle
 from tests.faults.cluster import ROOT, Cluster
 from tests.faults.night import KEY, KR, TW, Night

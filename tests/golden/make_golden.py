@@ -6,8 +6,8 @@ Prints the texts: read them before you commit. The tokenizer is made once and ke
 import json
 from pathlib import Path
 
-from csrm.prompts import Product, Query
-from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.prompts import Product, Query
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
 
 GOLDEN = Path(__file__).parent
 

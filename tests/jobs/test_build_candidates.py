@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from csrm.commands.build_candidates import main
 from csrm.errors import ConfigError
 from csrm.schemas import CANDIDATES, UNCOVERED_PRODUCTS, Table
 from csrm.spark.tables import read_table, table_path
-from jobs.build_candidates import main
 
 pytestmark = pytest.mark.spark
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from csrm.commands.build_retrieval_table import main
 from csrm.errors import ConfigError
 from csrm.schemas import RETRIEVAL_TABLE
 from csrm.spark.tables import read_table, table_path
-from jobs.build_retrieval_table import main
 
 pytestmark = pytest.mark.spark
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from jobs import demo
+from csrm.commands import demo
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 

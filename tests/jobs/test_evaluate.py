@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
+from csrm.commands.evaluate import main
 from csrm.config import load_config
 from csrm.errors import ConfigError, InputError
+from csrm.operations.evaluation import EvaluationConfig
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import overwrite_table, spark_schema, table_path
-from jobs.evaluate import EvaluationConfig, main
 
 pytestmark = pytest.mark.spark
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from csrm.cli import run_job
+from csrm.commands.generate_market import MarketConfig, main
 from csrm.config import load_config
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES
-from jobs.generate_market import MarketConfig, main
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
+from csrm.commands.import_esci import ImportConfig, main
 from csrm.config import load_config
 from csrm.errors import ConfigError, InputError
-from jobs.import_esci import ImportConfig, main
 
 pytestmark = pytest.mark.spark
 

@@ -7,12 +7,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import setting_arguments
+from csrm.commands import maintain
 from csrm.config import load_config
 from csrm.errors import ConfigError, InputError, LeaseError
+from csrm.night.leases import hold_leases
 from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, Table
-from csrm.spark.leases import hold_leases
 from csrm.spark.tables import overwrite_table, read_table, spark_schema, table_path, table_version
-from jobs import maintain
 from tests.consumers.publishing import HOSTILE_MARKET, START, publish, record
 
 

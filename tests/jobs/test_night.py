@@ -18,9 +18,9 @@ import yaml
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
+from csrm.commands import publish, score_catalog
 from csrm.errors import AuditError, ConfigError, LeaseError
-from csrm.spark.leases import hold_leases
-from jobs import publish, score_catalog
+from csrm.night.leases import hold_leases
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,12 +11,13 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
+from csrm.commands import publish as publish_job
 from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.night.leases import Lease, hold_leases
+from csrm.night.runs import create_output_tables, read_newest, write_run_rows
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
-from csrm.spark.leases import Lease, hold_leases
-from csrm.spark.runs import create_output_tables, read_newest, write_run_rows
-from csrm.spark.tables import delete_rows, spark_schema, table_path
-from jobs import publish as publish_job
+from csrm.spark.commits import delete_rows
+from csrm.spark.tables import spark_schema, table_path
 from tests.consumers.publishing import publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]

@@ -9,11 +9,11 @@ import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import run_job
+from csrm.commands.report import build_parser, main
 from csrm.errors import ConfigError
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
-from jobs.report import build_parser, main
-from tests.spark.test_night import DIGEST, STARTED, run_row, scores, write
-from tests.test_night_report import HOSTILE, SHOWN, Page
+from tests.operations.test_history import DIGEST, STARTED, run_row, scores, write
+from tests.operations.test_report import HOSTILE, SHOWN, Page
 
 pytestmark = pytest.mark.spark
 

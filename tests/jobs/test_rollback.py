@@ -9,13 +9,13 @@ from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
+from csrm.commands import rollback
 from csrm.errors import ConfigError, InputError
+from csrm.night.runs import require_run
+from csrm.operations.maintenance import remove_old_files, set_retention
+from csrm.operations.rollback import published_runs, read_published_state
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.maintenance import remove_old_files, set_retention
-from csrm.spark.rollback import published_runs, read_published_state
-from csrm.spark.runs import require_run
 from csrm.spark.tables import read_table, table_path, table_version
-from jobs import rollback
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]

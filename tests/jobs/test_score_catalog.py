@@ -11,9 +11,10 @@ import pyspark
 import pytest
 import yaml
 
+from csrm.commands.score_catalog import main
 from csrm.config import load_config
 from csrm.errors import AuditError, BundleError, ConfigError
-from jobs.score_catalog import ScoringConfig, main
+from csrm.night.settings import ScoringConfig
 
 deltalake = pytest.importorskip("deltalake")
 

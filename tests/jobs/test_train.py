@@ -13,13 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from csrm.bundle import load_scorer
+from csrm.bundle.loading import load_scorer
 from csrm.cli import run_job, setting_arguments
+from csrm.commands import export_bundle, generate_market, train
 from csrm.manifest import verify_manifest
-from csrm.training.stage import Tuning
-from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
-from export import export_bundle
-from jobs import generate_market, train
+from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.training.tuning import Tuning
 
 ROOT = Path(__file__).parents[2]
 

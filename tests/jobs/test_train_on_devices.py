@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from csrm.cli import run_job, setting_arguments
-from csrm.training.tiny import train_byte_tokenizer, write_tiny_base_model
-from jobs import generate_market, train
+from csrm.commands import generate_market, train
+from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -112,7 +112,7 @@ def test_what_is_wrong_ends_all_processes(settings: dict[str, object], tmp_path:
 def test_processes_that_spark_starts_train_the_same_model(
     settings: dict[str, object], alone: Path, tmp_path: Path, spark: "SparkSession"
 ) -> None:
-    from jobs import train_on_spark
+    from csrm.commands import train_on_spark
 
     arguments = setting_arguments(**settings, model_dir=str(tmp_path / "model"))
     assert run_job(train_on_spark.main, [*arguments, "--local", "--num-processes", "2"]) == 0

@@ -17,20 +17,15 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.bundle import GOLDEN_NAME, KIND, load_bundle, load_scorer
+from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME
+from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import BundleError, ConfigError, DeviceError, ScoringError
 from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
-from csrm.scoring import PAIR_COLUMNS
-from csrm.spark.scoring import (
-    ScoringProgress,
-    errors_of_workers,
-    probe_scorer,
-    relevance_score_udf,
-    score_pair_batches,
-    scoring_profile,
-    with_relevance_score,
-)
+from csrm.scoring.scorer import PAIR_COLUMNS
+from csrm.spark.progress import ScoringProgress
+from csrm.spark.scoring import probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
+from csrm.spark.workers import errors_of_workers, scoring_profile
 
 TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 peg", "毛巾"]
 
@@ -278,7 +273,7 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
     about["labels"] = [{**label, "gain": 1 - label["gain"]} for label in about["labels"]]
     golden = bundle.golden_pairs()
     dataclasses.replace(golden, scores=1 - golden.scores).write(folder / GOLDEN_NAME)
-    digest = write_manifest(folder, KIND, about)
+    digest = write_manifest(folder, BUNDLE_KIND, about)
 
     assert digest != earlier_digest
     assert probe_scorer(spark, str(folder), "cpu", threads=1).digest == digest

@@ -11,11 +11,10 @@ from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING
+from csrm.spark.commits import Transaction, append_rows
+from csrm.spark.migration import migrate_table
 from csrm.spark.tables import (
-    Transaction,
-    append_rows,
     create_table,
-    migrate_table,
     open_table,
     overwrite_table,
     read_table,

@@ -18,23 +18,17 @@ from transformers import (
 )
 
 from csrm.errors import BundleError, ConfigError, InputError
-from csrm.labels import BINARY_LABELS, ESCI_LABELS
 from csrm.manifest import file_digest, write_manifest
-from csrm.prompts import Translation
-from csrm.scoring import PairScorer
-from csrm.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.labels import BINARY_LABELS, ESCI_LABELS
+from csrm.scoring.prompts import Translation
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training import stage
-from csrm.training.base_model import BaseModel
-from csrm.training.packs import TrainingPack, judged_packs, translation_packs
-from csrm.training.stage import (
-    KIND,
-    Tuning,
-    load_trained,
-    one_hot_targets,
-    smoothed_targets,
-    start_tokenizer_json,
-    with_adapters,
-)
+from csrm.training.data.packs import TrainingPack, judged_packs, translation_packs
+from csrm.training.model.base import BaseModel
+from csrm.training.targets import one_hot_targets, smoothed_targets
+from csrm.training.trained import MODEL_KIND, load_trained, start_tokenizer_json
+from csrm.training.tuning import Tuning, with_adapters
 
 Train = Callable[..., PairScorer]
 
@@ -289,7 +283,7 @@ def test_a_folder_of_another_version_is_refused_and_trained_again(
     train_on(pairs, base, model, max_steps=1)
     card = json.loads((model / "model.json").read_text())
     (model / "model.json").write_text(json.dumps({**card, "num_pairs": 30}))
-    write_manifest(model, KIND)
+    write_manifest(model, MODEL_KIND)
     with pytest.raises(BundleError, match=r"other fields than this version reads .*num_pairs.* Train it again"):
         load_trained(model)
     train_on(pairs, base, model, max_steps=1)

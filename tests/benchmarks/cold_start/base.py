@@ -6,12 +6,12 @@ python tests/benchmarks/cold_start/base.py --data FOLDER --base-model FOLDER
 from study import BASE_ROW, CONFIG, REPOSITORY, measure_untrained, scores_with, study_of, study_parser
 
 from csrm.config import load_config
-from csrm.scoring import PairScorer
-from csrm.tokenization import PromptTokenizer
-from csrm.training.attention import use_block_attention
-from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.model import PackedRelevanceModel, torch_pack_scorer
-from jobs.train import TrainConfig
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.model.attention import use_block_attention
+from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+from csrm.training.settings import TrainConfig
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import ndcg_score
 
+from csrm.market.files import write_tables
 from csrm.schemas import CATALOG, JUDGMENTS, QUERIES
-from jobs.generate_market import write_tables
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from legs import Leg
 
-from csrm.training.label_quality import resampled_auc
+from csrm.training.distillation.label_quality import resampled_auc
 
 FOLDER = Path(__file__).parent
 NUM_RESAMPLES = 2_000

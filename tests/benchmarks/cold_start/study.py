@@ -35,10 +35,10 @@ from report import write_report
 
 from csrm.cli import setting_arguments
 from csrm.manifest import file_digest
-from csrm.scoring import PairScorer
-from csrm.training.base_model import BaseModel, load_language_model, load_tokenizer
-from csrm.training.data import JudgedInputs, JudgedPairs
-from csrm.training.stage import trained_scorer
+from csrm.scoring.scorer import PairScorer
+from csrm.training.data.judged import JudgedInputs, JudgedPairs
+from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
+from csrm.training.trained import trained_scorer
 
 REPOSITORY = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results"

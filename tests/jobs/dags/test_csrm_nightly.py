@@ -23,8 +23,8 @@ import pytest
 from deltalake import DeltaTable
 
 from csrm.cli import setting_arguments
+from csrm.commands import generate_market
 from csrm.config import Settings, load_config
-from jobs import generate_market
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

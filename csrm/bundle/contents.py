@@ -1,0 +1,151 @@
+"""What `manifest.json` of a bundle says under `about`, and the names of the bundle's files."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from csrm.config import Settings
+from csrm.scoring.labels import Label
+from csrm.scoring.prompts import TEMPLATE_VERSION
+from csrm.scoring.tokenization import Budgets
+
+BUNDLE_KIND = "bundle"
+
+
+FORMAT_VERSION = 2
+
+
+MODEL_NAME = "model.onnx"
+
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+GOLDEN_NAME = "golden.json"
+
+
+PLOT_NAME = "precisions.png"
+
+
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+
+
+class Estimate(Settings):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Quality(Settings):
+    """How well the scores of one precision rank labelled pairs, against those of fp32."""
+
+    num_pairs: int
+    num_queries: int
+    auc: float
+    """ROC-AUC of the label with the highest gain."""
+    ndcg: float
+    """nDCG@10, mean over queries."""
+    auc_loss: Estimate
+    """What fp32 has more; the interval is over queries, which both precisions share."""
+    ndcg_loss: Estimate
+    spearman: float
+    """Rank correlation with the scores of fp32."""
+    largest_shift: float
+    """Largest difference of a score from that of fp32."""
+    mean_shift: float
+
+
+class PrecisionReport(Settings):
+    """One precision that the export tried."""
+
+    precision: Precision
+    recipe: str
+    """How its weights are stored and multiplied."""
+    num_bytes: int
+    """Of the graph with its weights."""
+    pairs_per_s: float
+    """On the machine of the export; compare within one bundle only."""
+    pack_spread: float | None
+    """Largest difference of one pair's score between 20 packs; None where the gate had refused it before."""
+    quality: Quality | None = None
+    """None where no labelled pairs were given."""
+    verdict: str
+    """passed, or what did not hold."""
+
+
+class Parity(Settings):
+    """How far the exported fp32 graph is from the trained model, over the same real pairs."""
+
+    num_pairs: int
+    largest_score_difference: float
+    largest_logit_difference: float
+    logit_margin_std: float
+    """Standard deviation over the pairs of the last label's logit minus the first's: near 0, any two models agree."""
+    tolerance: float
+    """Largest difference of two scores that was allowed."""
+
+
+class TensorSpec(Settings):
+    """An input or output of the graph."""
+
+    type: str
+    shape: tuple[int | str, ...]
+
+
+class Origin(Settings):
+    """Where the weights come from; digests are sha256."""
+
+    base_model: str
+    """Name of the model that was trained."""
+    base_model_files: dict[str, str]
+    """File to digest."""
+    adapter: str | None = None
+    """Digest of the adapters that were merged into it; None where all weights were trained."""
+    trained_model: str | None = None
+    """Digest of the trained folder."""
+    training_run: str | None = None
+    """Digest of all that the training follows from: packs, start and tuning."""
+
+
+class BundleSettings(Settings):
+    """What `manifest.json` says about a bundle, under `about`."""
+
+    format_version: int = FORMAT_VERSION
+    template_version: int = TEMPLATE_VERSION
+    labels: tuple[Label, ...]
+    budgets: Budgets
+    pack_tokens: int
+    """Most tokens of a pack."""
+    precision: Precision
+    device: str
+    """Device that it was proven on: cpu or cuda."""
+    pack_tolerance: float
+    """How far one pair's score may differ between two packs, or two runs."""
+    golden_tolerance: float
+    """How far a golden pair's score may be from that of the trained model."""
+    golden_source: str
+    """What computed the golden scores."""
+    origin: Origin
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    parity: Parity
+    precisions: tuple[PrecisionReport, ...]
+    """Those that the export tried, this bundle's own among them."""
+    versions: dict[str, str]
+    """Package to version that made the bundle."""
+
+    @model_validator(mode="after")
+    def _room_for_a_pair(self) -> "BundleSettings":
+        longest = self.budgets.prefix + self.budgets.suffix
+        if self.pack_tokens < longest:
+            raise ValueError(
+                f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens. "
+                "Raise pack_tokens or lower the budgets"
+            )
+        return self
+
+
+def made_with(settings: BundleSettings) -> str:
+    return ", ".join(f"{package} {number}" for package, number in settings.versions.items())

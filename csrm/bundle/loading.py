@@ -1,0 +1,140 @@
+"""Open a bundle, and make the scorer of a bundle on a device."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from csrm.bundle.cache import fetch_folder
+from csrm.bundle.contents import (
+    BUNDLE_KIND,
+    FORMAT_VERSION,
+    GOLDEN_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    BundleSettings,
+    made_with,
+)
+from csrm.bundle.golden import GoldenPairs, check_golden_pairs
+from csrm.errors import BundleError, ConfigError
+from csrm.manifest import load_manifest
+from csrm.scoring.prompts import TEMPLATE_VERSION
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import PromptTokenizer
+
+GOLDEN_AT_LOAD = 8
+"""Golden pairs that are scored whenever a bundle is loaded: about the pairs of two packs."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are as they were exported."""
+
+    folder: Path
+    settings: BundleSettings
+    digest: str
+    num_bytes: int
+
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Raises:
+        BundleError: its labels are not one token each.
+        """
+        try:
+            tokenizer = PromptTokenizer.from_file(self.folder / TOKENIZER_NAME, self.settings.budgets)
+            tokenizer.label_ids(self.settings.labels)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise BundleError(f"bundle {str(self.folder)!r}: {TOKENIZER_NAME}: {error}") from error
+        return tokenizer
+
+    def golden_pairs(self) -> GoldenPairs:
+        return GoldenPairs.read(self.folder / GOLDEN_NAME)
+
+
+def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
+    """Open a bundle and check every file's digest.
+
+    Args:
+        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.bundle.cache).
+        digest: what the bundle's digest must be, or begin with; None: any.
+
+    Raises:
+        BundleError: a file is missing or changed, the bundle is not the one that the digest names, or it is for another
+            version of CSRM.
+    """
+    folder = fetch_folder(folder, BUNDLE_KIND)
+    manifest = load_manifest(folder, BUNDLE_KIND)
+    where = f"bundle {str(folder)!r}"
+    if digest and not manifest.digest.startswith(digest):
+        raise BundleError(
+            f"{where}: expected digest {digest}, got {manifest.digest}. "
+            "Put the bundle there that the configuration names, or name this one."
+        )
+    for name, expected in (("format_version", FORMAT_VERSION), ("template_version", TEMPLATE_VERSION)):
+        found = manifest.about.get(name, 1)
+        if found != expected:
+            raise BundleError(
+                f"{where}: {name} is {found!r}, this CSRM reads {expected}. "
+                "Export the model again, or use the CSRM that exported it."
+            )
+    try:
+        settings = BundleSettings.model_validate(manifest.about)
+    except (ValidationError, ConfigError) as error:
+        raise BundleError(f"{where}: does not describe a bundle: {error}") from error
+    return Bundle(folder, settings, manifest.digest, sum(entry.bytes for entry in manifest.files.values()))
+
+
+def load_scorer(
+    folder: str | Path,
+    device: str,
+    threads: int | None = None,
+    digest: str | None = None,
+    num_golden: int | None = GOLDEN_AT_LOAD,
+) -> PairScorer:
+    """Scorer of a bundle on a device, after it gave the golden scores there.
+
+    Args:
+        folder: see load_bundle.
+        device: cpu, cuda, or cuda:<number>.
+        threads: threads of one forward pass on the CPU; None for one per core.
+        digest: see load_bundle.
+        num_golden: golden pairs to score; None for all.
+
+    Raises:
+        BundleError: see load_bundle; or a golden pair has another score here.
+        DeviceError: the device is not there, or the runtime would use another one.
+    """
+    from csrm.scoring.runtime import load_pack_scorer  # onnxruntime is needed to score, not to read a bundle
+
+    bundle = load_bundle(folder, digest)
+    settings = bundle.settings
+    pack_scorer, provider = load_pack_scorer(bundle.folder / MODEL_NAME, device, threads)
+    tokenizer = bundle.prompt_tokenizer()
+    scorer = PairScorer(
+        tokenizer=tokenizer,
+        labels=settings.labels,
+        pack_scorer=pack_scorer,
+        pack_tokens=settings.pack_tokens,
+        digest=bundle.digest,
+        provider=provider,
+    )
+    golden = bundle.golden_pairs()
+    try:
+        check_golden_pairs(
+            golden if num_golden is None else golden.first(num_golden),
+            tokenizer,
+            scorer,
+            settings.golden_tolerance,
+            f"{provider} of {_runtime()} ({settings.precision}; exported with {made_with(settings)})",
+        )
+    except BundleError as error:
+        raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
+    scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
+    return scorer
+
+
+def _runtime() -> str:
+    from csrm.scoring.runtime import require_one_onnxruntime
+
+    name = require_one_onnxruntime()
+    return f"{name} {version(name)}"

@@ -1,0 +1,108 @@
+"""Build the retrieval table: the product titles that augment each query, from behaviour and else from its words."""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
+
+from pydantic import Field
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.cli import job_parser
+from csrm.config import InputSpec, Settings, load_config
+from csrm.retrieval.lexical import product_terms, query_terms
+from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
+from csrm.spark.inputs import Input, read_inputs
+from csrm.spark.session import build_session
+from csrm.spark.tables import overwrite_table, read_table, spark_schema, sql_literal, table_path
+
+
+class RetrievalInputs(Settings):
+    """Input tables."""
+
+    catalog: InputSpec
+    queries: InputSpec
+    behaviour: InputSpec | None = None
+    """Clicks or purchases; without it all titles are lexical."""
+    judgments: InputSpec | None = None
+    """Where given, behaviour of judged pairs is left out, so that no title is chosen because of its label."""
+
+
+class RetrievalConfig(Settings):
+    """Settings of this job."""
+
+    markets: Annotated[dict[str, str], Field(min_length=1)]
+    """Market to its language; only these markets' rows are read and replaced."""
+    inputs: RetrievalInputs
+    tables: str
+    """Folder of the tables that CSRM writes."""
+    num_titles: Annotated[int, Field(ge=1)] = 5
+    """Titles a query at most."""
+    min_count: Annotated[int, Field(ge=1)] = 2
+    """Clicks or purchases from which a (query, product) counts."""
+    max_term_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """A query's terms that more than this share of its market's products have are ignored, but not its rarest one."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return job_parser(__doc__, "conf/build_retrieval_table.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = load_config(args.config, RetrievalConfig, args.overrides)
+    spark = build_session("csrm-build-retrieval-table")
+    specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
+    if config.inputs.behaviour is not None:
+        specs[BEHAVIOUR] = config.inputs.behaviour
+        if config.inputs.judgments is not None:
+            specs[JUDGMENTS] = config.inputs.judgments
+    inputs = read_inputs(spark, specs, config.markets)
+    catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
+
+    behaviour_df = titles_from_behaviour(spark, config, inputs).persist()
+    rest_df = query_terms(queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")).persist()
+    products_df = product_terms(catalog_df).persist()
+    lexical_df = lexical_titles(products_df, rest_df, catalog_df, config.num_titles, config.max_term_share)
+    path = table_path(config.tables, RETRIEVAL_TABLE)
+    replaced = f"market IN ({', '.join(sql_literal(market) for market in config.markets)})"
+    version = overwrite_table(behaviour_df.unionByName(lexical_df), RETRIEVAL_TABLE, path, where=replaced)
+    for cached_df in (behaviour_df, rest_df, products_df):
+        cached_df.unpersist()
+
+    print_summary(queries_df, read_table(spark, RETRIEVAL_TABLE, path, version), config.markets)
+    print(f"Written: {path}, version {version}")
+    return 0
+
+
+def titles_from_behaviour(spark: SparkSession, config: RetrievalConfig, inputs: Mapping[str, Input]) -> DataFrame:
+    """Titles from behaviour, none where no behaviour is configured. Prints how many rows are left out as judged."""
+    if "behaviour" not in inputs:
+        print("No behaviour input: all titles are lexical.")
+        return spark.createDataFrame([], spark_schema(RETRIEVAL_TABLE))
+    catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
+    behaviour_df = inputs["behaviour"].df
+    if "judgments" in inputs:
+        behaviour_df, judged_df = split_judged(behaviour_df, queries_df, inputs["judgments"].df)
+        print(f"Behaviour rows of judged pairs, left out: {judged_df.count():,}")
+    return behaviour_titles(behaviour_df, queries_df, catalog_df, config.num_titles, config.min_count)
+
+
+def print_summary(queries_df: DataFrame, retrieval_df: DataFrame, markets: Iterable[str]) -> None:
+    """For each market, how many of its queries have titles, by source."""
+    source_df = retrieval_df.where("rank = 1").select("market", "query_id", "source")
+    counts_df = (
+        queries_df.join(source_df, ["market", "query_id"], "left")
+        .groupBy("market")
+        .agg(
+            F.count("*").alias("queries"),
+            F.count_if(F.col("source") == "behaviour").alias("behaviour"),
+            F.count_if(F.col("source") == "lexical").alias("lexical"),
+        )
+    )
+    counts = {row["market"]: row for row in counts_df.collect()}
+    print(f"{'market':<8}{'queries':>12}{'behaviour':>12}{'lexical':>12}{'no titles':>12}")
+    for market in markets:
+        queries, behaviour, lexical = counts[market][1:] if market in counts else (0, 0, 0)
+        print(f"{market:<8}{queries:>12,}{behaviour:>12,}{lexical:>12,}{queries - behaviour - lexical:>12,}")

@@ -1,0 +1,45 @@
+"""Export a trained model to a bundle for ONNX Runtime, after proof that it scores as the model does.
+
+python export/export_bundle.py --config conf/export_bundle.yaml --precision auto --device cpu
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from csrm.bundle.card import bundle_card
+from csrm.cli import job_parser
+from csrm.config import load_config
+from csrm.export.bundle import export_bundle
+from csrm.export.settings import ExportConfig
+from csrm.export.trials import whole_queries
+from csrm.training.data.judged import JudgedPairs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = job_parser(__doc__ or "", "conf/export_bundle.yaml")
+    parser.add_argument("--precision", help="replaces the setting: auto, fp32, fp16, int8 or int4")
+    parser.add_argument("--device", help="replaces the setting: cpu, cuda or cuda:<number>")
+    args = parser.parse_args(argv)
+    named = [f"{name}={getattr(args, name)}" for name in ("precision", "device") if getattr(args, name)]
+    config = load_config(args.config, ExportConfig, [*args.overrides, *named])
+    start = time.monotonic()
+    with JudgedPairs(config.inputs, config.markets) as pairs:
+        sample = pairs.read(num_pairs=config.parity_pairs)
+        judged = pairs.read(split=config.quality_split)
+    if config.precision != "fp32" or len(judged):
+        judged = whole_queries(judged, config.quality_pairs)
+    bundle = export_bundle(
+        config.model_dir,
+        Path(config.bundle_dir),
+        sample,
+        judged,
+        config.precision,
+        config.device,
+        config.grade_labels,
+    )
+    print(bundle_card(bundle))
+    print(
+        f"\nexported in {time.monotonic() - start:.0f} s; look at it again: python -m csrm.bundle show {bundle.folder}"
+    )
+    return 0

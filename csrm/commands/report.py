@@ -1,0 +1,65 @@
+"""Write the page about one scoring run: its verdict, the audit, what changed, rejected pairs, the last runs."""
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+from pydantic import Field
+
+from csrm.cli import job_parser
+from csrm.config import InputSpec, Settings, load_config
+from csrm.extras import import_eval
+from csrm.operations.history import Limits, read_night
+from csrm.operations.report import night_report_html
+from csrm.spark.session import build_session
+
+
+class ReportInputs(Settings):
+    """Where texts are now; a page shows those that its run had read, as far as they can still be read."""
+
+    catalog: InputSpec
+    queries: InputSpec
+
+
+class ReportConfig(Settings):
+    """Settings of the page."""
+
+    markets: dict[str, str]
+    """Market to the language of its texts, by which a browser draws them. All markets of a run are shown."""
+    inputs: ReportInputs
+    tables: str
+    """Folder of the tables that CSRM writes."""
+    output: str
+    """Local folder for the pages; the page of run R is R.html."""
+    num_runs: Annotated[int, Field(ge=1)] = 30
+    """Runs in the history."""
+    num_moved: Annotated[int, Field(ge=1)] = 10
+    """Queries, and products, whose scores moved most."""
+    num_samples: Annotated[int, Field(ge=1)] = 5
+    """Rejected pairs of each reason."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = job_parser(__doc__ or "", "conf/report.yaml")
+    parser.add_argument("--run-id", help="the run; without it, the run that started last")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = load_config(args.config, ReportConfig, args.overrides)
+    for module in ("jinja2", "matplotlib"):
+        import_eval(module)  # before the work, not after it
+    limits = Limits(config.num_runs, config.num_moved, config.num_samples)
+    inputs = config.inputs
+    night = read_night(
+        build_session("csrm-report"), config.tables, args.run_id, inputs.catalog, inputs.queries, config.markets, limits
+    )
+    page = Path(config.output) / f"{quote(night.runs[0]['run_id'], safe=' ')}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(night_report_html(night, datetime.now(UTC)), encoding="utf-8")
+    print(f"report of run {night.runs[0]['run_id']}: {page}")
+    return 0

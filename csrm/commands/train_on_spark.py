@@ -1,0 +1,30 @@
+"""Run jobs/train.py on the executors of a Spark cluster, one process for each, as one training.
+
+Every path of the config, and this repository, must be on storage that driver and executors share under the same name;
+their Python must have csrm with extra train. A stage's TensorBoard files are there too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyspark.ml.torch.distributor import TorchDistributor
+
+from csrm.cli import job_parser
+from csrm.config import load_config
+from csrm.spark.session import build_session
+from csrm.training.settings import TrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = job_parser(__doc__ or "", "conf/train.yaml")
+    parser.add_argument("--num-processes", type=int, default=2, help="processes, each with one device")
+    parser.add_argument("--use-gpu", action="store_true", help="one GPU for each process, as Spark assigns them")
+    parser.add_argument("--local", action="store_true", help="all processes on the driver instead of executors")
+    args = parser.parse_args(argv)
+    load_config(args.config, TrainConfig, args.overrides)  # what is wrong with it is told here, not on an executor
+    build_session("csrm-train")
+    distributor = TorchDistributor(num_processes=args.num_processes, local_mode=args.local, use_gpu=args.use_gpu)
+    overrides = [word for override in args.overrides for word in ("--set", override)]
+    train = Path(__file__).resolve().with_name("train.py")
+    distributor.run(str(train), "--config", str(Path(args.config).resolve()), *overrides)
+    return 0

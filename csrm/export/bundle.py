@@ -1,0 +1,202 @@
+"""Export a trained model to a bundle, after proof that both give the same scores."""
+
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+
+from csrm.bundle.contents import (
+    BUNDLE_KIND,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    BundleSettings,
+    Origin,
+    Parity,
+    TensorSpec,
+)
+from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
+from csrm.bundle.loading import Bundle, load_bundle
+from csrm.errors import BundleError, ConfigError
+from csrm.export.families import check_model, check_weights
+from csrm.export.packed_onnx import export_packed_graph
+from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
+from csrm.export.precision import check_locations
+from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
+from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest
+from csrm.scoring.labels import expected_gain
+from csrm.scoring.runtime import graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.model.base import BaseModel, load_language_model
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+from csrm.training.trained import MODEL_KIND, ModelCard, load_trained
+
+_MERGE_PAIRS = 32
+
+
+logger = logging.getLogger(__name__)
+
+
+def export_bundle(
+    model_dir: str | Path,
+    bundle_dir: Path,
+    pairs: pd.DataFrame,
+    judged: pd.DataFrame | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    grade_labels: Mapping[str, str] | None = None,
+) -> Bundle:
+    """Write the bundle of a trained folder.
+
+    Args:
+        pairs: real pairs (csrm.scoring.PAIR_COLUMNS) over which the scores of torch and the graph must agree.
+        judged: pairs of whole queries with market, query_id and grade, which no precision may rank worse than fp32.
+        precision: fp32, fp16, int8, int4, or auto.
+        device: that will score.
+        grade_labels: see ExportConfig.
+
+    Raises:
+        ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
+        ConfigError: the model is not supported, or the precision cannot be proven; said before any work.
+        DeviceError: the device is not there.
+    """
+    model_dir = Path(model_dir)
+    check_replaceable(bundle_dir, BUNDLE_KIND)
+    require_device(device)
+    model_digest = verify_manifest(model_dir, MODEL_KIND)
+    _check_source(model_dir)
+    has_labels = judged is not None and len(judged) > 0
+    precisions = wanted_precisions(precision, device, has_labels)
+    unfinished = bundle_dir.with_name(bundle_dir.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    folder = unfinished / "bundle"
+    folder.mkdir(parents=True)
+    try:
+        shutil.copyfile(model_dir / "tokenizer.json", folder / TOKENIZER_NAME)
+        with logged_step("model in torch, adapters merged"):
+            model, torch_scorer, card = load_trained(model_dir)
+            if card.tuning["method"] == "lora":
+                check_merge(model_dir, card, torch_scorer, pairs.iloc[:_MERGE_PAIRS])
+        tokenizer = _matching_tokenizer(folder / TOKENIZER_NAME, card, model)
+        with logged_step(f"scores of {len(pairs)} pairs in torch"):
+            torch_logits = torch_scorer.logits(pairs)
+        with logged_step("fp32 graph"):
+            graph_path = unfinished / "fp32" / MODEL_NAME
+            graph_path.parent.mkdir()
+            export_packed_graph(model, graph_path)
+            check_locations(graph_path)
+        del model, torch_scorer
+        gc.collect()
+        scores = expected_gain(torch_logits, np.array([label.gain for label in card.labels]))
+        golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
+        with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
+            pack_scorer, provider = load_pack_scorer(graph_path, device)
+            onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
+            parity = compare_logits(
+                pairs, torch_logits, onnx_scorer.logits(pairs), card.labels, ("torch", provider), SCORE_TOLERANCE
+            )
+        settings = _settings(card, parity, golden, model_dir, model_digest, graph_path, device)
+        write_best_precision(
+            graph_path,
+            pack_scorer,
+            precisions,
+            precision == "auto",
+            pairs,
+            judged,
+            grade_labels,
+            golden,
+            settings,
+            folder,
+        )
+        replace_folder(folder, bundle_dir, BUNDLE_KIND)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return load_bundle(bundle_dir)
+
+
+def _check_source(model_dir: Path) -> None:
+    """Refuse what is not supported before any weight is read."""
+    check_weights(model_dir / "weights")
+    try:
+        card = json.loads((model_dir / "model.json").read_text(encoding="utf-8"))
+        method, prompt_tokens = card["tuning"]["method"], card["budgets"]["prefix"] + card["budgets"]["suffix"]
+        base_model = BaseModel(**card["base_model"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BundleError(
+            f"model {str(model_dir)!r}: model.json cannot be read ({error!r}). Train it again."
+        ) from error
+    check_model(BaseModel(folder=str(model_dir / "weights")) if method == "full" else base_model, prompt_tokens)
+
+
+def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.DataFrame) -> None:
+    """Adapters inside of the weights must score as adapters beside them.
+
+    Raises:
+        ParityError: they do not.
+    """
+    base = load_language_model(BaseModel(**card.base_model))
+    adapted = PeftModel.from_pretrained(base, str(model_dir / "weights"))
+    tokenizer = PromptTokenizer.from_file(model_dir / "tokenizer.json", card.budgets)
+    model = PackedRelevanceModel(adapted, tokenizer.label_ids(card.labels))
+    scorer = PairScorer(tokenizer, card.labels, torch_pack_scorer(model), card.pack_tokens, provider="adapters")
+    check_parity(pairs, scorer, merged, SCORE_TOLERANCE)
+
+
+def _matching_tokenizer(path: Path, card: ModelCard, model: PackedRelevanceModel) -> PromptTokenizer:
+    """Raises:
+    ConfigError: the tokenizer knows tokens that the model has no embedding for.
+    """
+    num_tokens = Tokenizer.from_file(str(path)).get_vocab_size()
+    num_embeddings = model.language_model.get_input_embeddings().weight.shape[0]
+    if num_tokens > num_embeddings:
+        raise ConfigError(
+            f"model {card.base_model}: the tokenizer has {num_tokens} tokens, but the model has embeddings of "
+            f"{num_embeddings}. Is it another model's tokenizer? Train the model again."
+        )
+    return PromptTokenizer.from_file(path, card.budgets)
+
+
+def _settings(
+    card: ModelCard,
+    parity: Parity,
+    golden: GoldenPairs,
+    model_dir: Path,
+    model_digest: str,
+    graph_path: Path,
+    device: str,
+) -> BundleSettings:
+    base_files = card.base_model_files.items()
+    adapter = model_dir / "weights" / "adapter_model.safetensors"
+    inputs, outputs = graph_tensors(graph_path)
+    packages = ["csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnx-ir", "tokenizers"]
+    return BundleSettings(
+        labels=card.labels,
+        budgets=card.budgets,
+        pack_tokens=card.pack_tokens,
+        precision="fp32",
+        device=device,
+        pack_tolerance=0.0,
+        golden_tolerance=0.0,
+        golden_source=golden.source,
+        origin=Origin(
+            base_model=BaseModel(**card.base_model).name,
+            base_model_files={name: sha256 for name, sha256 in base_files if name.endswith((".gguf", ".safetensors"))},
+            adapter=file_digest(adapter) if adapter.exists() else None,
+            trained_model=model_digest,
+            training_run=card.fingerprint,
+        ),
+        inputs={name: TensorSpec(type=type_, shape=shape) for name, (type_, shape) in inputs.items()},
+        outputs={name: TensorSpec(type=type_, shape=shape) for name, (type_, shape) in outputs.items()},
+        parity=parity,
+        precisions=(),
+        versions={package: version(package) for package in [*packages, require_one_onnxruntime()]},
+    )

@@ -1,0 +1,33 @@
+"""Settings of the export."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from csrm.config import Settings
+from csrm.training.data.judged import JudgedInputs
+
+
+class ExportConfig(Settings):
+    """Settings of the export."""
+
+    model_dir: str
+    """Folder that jobs/train.py wrote."""
+    bundle_dir: str
+    """Where the bundle goes; replaced, in one piece, when the proof holds."""
+    markets: dict[str, str] = Field(min_length=1)
+    """Market to language: whose pairs the proof runs over."""
+    inputs: JudgedInputs
+    """Real prompts for the proof, and labelled pairs for the quality gate."""
+    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "fp32"
+    """auto: the fastest that passes the quality gate on the device. fp16 is for GPUs only."""
+    device: str = "cpu"
+    """Device that will score, and that everything is proven on: cpu, cuda or cuda:<number>."""
+    parity_pairs: int = Field(default=256, ge=1)
+    """Pairs whose scores are compared with torch's, drawn at random; fewer where there are fewer."""
+    quality_split: str = "dev"
+    """Split whose pairs the quality gate ranks; it should not be one that the model was trained on."""
+    quality_pairs: int = Field(default=1200, ge=1)
+    """Pairs of the quality gate at most, as whole queries. Fewer are faster and give wider intervals."""
+    grade_labels: dict[str, str] | None = None
+    """Grade of a judgment to the name of its label; None where both have the same names."""

@@ -1,0 +1,120 @@
+"""Everything that a run says to the person who started it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from csrm.bundle.loading import Bundle
+from csrm.cli import Console
+from csrm.night.audit import NEVER_ACCEPTED, AuditResult, failures
+from csrm.night.context import RunContext
+from csrm.night.publish import Publication
+from csrm.schemas import (
+    REJECTED_PAIRS,
+    RELEVANCE_SCORES,
+    SCORES_STAGING,
+)
+from csrm.spark.tables import table_path
+
+
+def say_publication(console: Console, verdict: str, run_id: str, publication: Publication, tables_dir: str) -> None:
+    """The closing lines of a job that published."""
+    path, version = table_path(tables_dir, RELEVANCE_SCORES), publication.version
+    if publication.num_changes:
+        lines = [f"published run {run_id}: relevance_scores version {version}"]
+        for market, operations in publication.num_changes.items():
+            lines.append(f"  {market}: " + ", ".join(f"{count:,} {name}" for name, count in operations.items()))
+    else:
+        lines = [f"already published: relevance_scores version {version} has these scores, nothing changed"]
+    lines.append(f"table   {path}")
+    lines.append(f"read it spark.read.format('delta').option('versionAsOf', {version}).load('{path}')")
+    text = "\n".join(lines)
+    console.say(verdict, text, run_id=run_id, version=version, changes=publication.num_changes, table=path)
+
+
+def warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Console) -> None:
+    """A bundle scores any language; only of those of its golden pairs is it known to have been looked at."""
+    known = {language for language in bundle.golden_pairs().pairs["language"] if language}
+    names = ", ".join(sorted(known))
+    for market, language in markets.items():
+        if language not in known:
+            text = f"market {market!r} is in {language}; the bundle was proven on pairs in {names} only."
+            console.say("warning", f"warning: {text}", market=market, sentence=text)
+
+
+def say_plan(night: RunContext, row: Mapping[str, Any], num_to_score: int, pairs_per_s: float) -> None:
+    console, rejected, seconds = night.console, row["rejected"], num_to_score / pairs_per_s
+    reused = f"{row['num_reused']:,} scored by a run that was not published, " if row["num_reused"] else ""
+    estimate = f" in about {_duration(seconds)}" if num_to_score else ""
+    console.say(
+        "plan",
+        f"run {night.run_id}: {row['num_candidates']:,} candidate pairs of {', '.join(row['markets'])}: "
+        f"{row['num_unchanged']:,} unchanged, {reused}{num_to_score:,} to score{estimate}; "
+        f"bundle {row['bundle_digest'][:12]} ({row['precision']}) on {row['device']}",
+        **{name: row[name] for name in ("run_id", "markets", "bundle_digest", "device", "rejected")},
+        **{name: row[name] for name in ("num_candidates", "num_unchanged", "num_reused")},
+        num_to_score=num_to_score,
+        estimated_seconds=round(seconds, 1),
+    )
+    say_rejected_pairs(console, rejected)
+
+
+def say_rejected_pairs(console: Console, rejected: Mapping[str, int]) -> None:
+    if rejected:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items()))
+        console.say("rejected_pairs", f"rejected {sum(rejected.values()):,} pairs: {listed}", **rejected)
+
+
+def say_halved_packs(console: Console, num_packs: int) -> None:
+    if num_packs:
+        text = (
+            f"halved {num_packs:,} packs, for which the device's memory did not suffice; later ones were made shorter. "
+            "Shorter packs take longer: give a task more memory."
+        )
+        console.say("packs_halved", text, num_packs=num_packs)
+
+
+def say_scored(console: Console, num_pairs: int, seconds: float, share_saved: float) -> None:
+    if num_pairs:
+        text = (
+            f"scored {num_pairs:,} pairs in {seconds:.1f} s, {num_pairs / seconds:,.0f} pairs/s with start and write; "
+            f"shared prefixes saved {share_saved:.0%} of the tokens"
+        )
+        console.say("scored", text, num_pairs=num_pairs, seconds=seconds, share_saved=share_saved)
+
+
+def say_warnings(console: Console, results: Sequence[AuditResult]) -> None:
+    for result in results:
+        if not result["passed"] and result["severity"] == "warning":
+            console.say("warning", f"warning: {_described(result)}", **result)
+
+
+def say_rejected(night: RunContext, results: Sequence[AuditResult]) -> str:
+    """The message of the error that ends a rejected run."""
+    failed, tables, run_id = failures(results), night.config.tables, night.run_id
+    night.console.say("rejected", "", run_id=run_id, failed=failed)
+    names = sorted({result["name"] for result in failed})
+    return (
+        f"run {run_id}: the audit rejected it, nothing was published:\n"
+        + "\n".join(f"  - {_described(result)}" for result in failed)
+        + f"\nIts scores are kept in {table_path(tables, SCORES_STAGING)}, the pairs without a score in "
+        f"{table_path(tables, REJECTED_PAIRS)}.\n"
+        f"Where the state is right all the same: jobs/publish.py --run-id {run_id} "
+        + " ".join(f"--accept {name}" for name in names if name not in NEVER_ACCEPTED)
+        + f' --reason "..."\nWhere its scores are wrong: jobs/publish.py --run-id {run_id} --discard'
+    )
+
+
+def _described(result: AuditResult) -> str:
+    value = _number(result["value"])
+    return f"{result['market']}: {result['name']}: {value}, expected {result['bound']}. {result['sentence']}"
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

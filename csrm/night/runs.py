@@ -1,0 +1,179 @@
+"""What runs leave behind: their plan, their staged scores, and their row of scoring_runs."""
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.errors import ConfigError, InputError
+from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.spark.commits import delete_rows, retry_conflicts
+from csrm.spark.tables import (
+    create_table,
+    read_table,
+    replace_rows,
+    spark_schema,
+    sql_literal,
+    table_exists,
+    table_path,
+)
+
+PUBLISHED = ("published", "already_published")
+"""Verdicts of a run whose scores are in relevance_scores, or were before it."""
+
+
+def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
+    """The tables that a run writes chunk by chunk, or reads before it writes them.
+
+    Raises:
+        InputError: something else is at the place of one.
+    """
+    for table in (RELEVANCE_SCORES, SCORES_STAGING, RUN_PAIRS, SCORING_RUNS):
+        create_table(spark, table, table_path(tables_dir, table))
+
+
+def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> None:
+    """Write a run's rows of a table in one commit, in place of those that an earlier attempt left."""
+    replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
+
+
+def read_run_rows(spark: SparkSession, table: Table, tables_dir: str, run_id: str) -> DataFrame:
+    """A run's rows of a table."""
+    return read_newest(spark, table, tables_dir).where(F.col("run_id") == run_id)
+
+
+def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame:
+    """A table that CSRM wrote, as it is whenever the frame is computed."""
+    return read_table(spark, table, table_path(tables_dir, table))
+
+
+def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
+    """Write a run's row of scoring_runs; runs of other markets may write theirs at the same time.
+
+    Args:
+        run: its columns, with audit as a list of results; what is not there is null.
+    """
+    audit = run.get("audit")
+    values = {**run, "audit": None if audit is None else json.dumps(audit)}
+    row = tuple(values.get(name) for name in SCORING_RUNS.column_names)
+    row_df = spark.createDataFrame([row], spark_schema(SCORING_RUNS))
+    retry_conflicts(lambda: write_run_rows(row_df, SCORING_RUNS, tables_dir, run["run_id"]))
+
+
+def record_end(
+    spark: SparkSession, tables_dir: str, run: Mapping[str, Any], verdict: str, published_version: int | None = None
+) -> None:
+    """Write the row of a run that ends now.
+
+    Where a successor of the same id, which took over the run's lease, has recorded that it published, that row stays.
+
+    Args:
+        run: as for record_run.
+        verdict: of the run.
+        published_version: version of relevance_scores after it.
+    """
+    recorded = None if verdict == "published" else find_run(spark, tables_dir, run["run_id"])
+    if recorded is None or recorded["verdict"] not in PUBLISHED:
+        end = {"verdict": verdict, "published_version": published_version, "finished_at": datetime.now(UTC)}
+        record_run(spark, tables_dir, {**run, **end})
+
+
+def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:
+    """The row of a run, or None."""
+    if not table_exists(spark, table_path(tables_dir, SCORING_RUNS)):
+        return None
+    return read_run_rows(spark, SCORING_RUNS, tables_dir, run_id).head()
+
+
+def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, Any]:
+    """The row of a run, with audit as a list of results.
+
+    Raises:
+        InputError: no such run; the message names the newest.
+    """
+    row = find_run(spark, tables_dir, run_id)
+    if row is None:
+        path = table_path(tables_dir, SCORING_RUNS)
+        newest: list[str] = []
+        if table_exists(spark, path):
+            runs_df = read_newest(spark, SCORING_RUNS, tables_dir).orderBy(F.desc("started_at")).limit(5)
+            newest = [run["run_id"] for run in runs_df.collect()]
+        raise InputError(f"--run-id {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
+    audit = row["audit"]
+    return {**row.asDict(), "audit": None if audit is None else json.loads(audit)}
+
+
+def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -> None:
+    """Refuse a run id that names a run of other markets, or under which scores of another bundle were published.
+
+    Args:
+        earlier: the row of the run that has the id.
+        markets: those of the new run.
+        bundle_digest: that of the new run.
+
+    Raises:
+        ConfigError: the markets or the bundle differ.
+    """
+    expected = (sorted(earlier["markets"]), earlier["bundle_digest"])
+    found = (sorted(markets), bundle_digest)
+    is_same = found == expected if earlier["verdict"] in PUBLISHED else found[0] == expected[0]
+    if not is_same:
+        raise ConfigError(
+            f"--run-id {earlier['run_id']!r}: a run of this name, started {earlier['started_at']}, is "
+            f"{earlier['verdict']}: it has the markets {expected[0]} with bundle {expected[1][:12]}; this one has the "
+            f"markets {found[0]} with bundle {found[1][:12]}. Choose another --run-id."
+        )
+
+
+def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[str], run_id: str) -> DataFrame:
+    """Staged scores that may still be published: those of runs that were neither published nor discarded.
+
+    Pairs that could not be scored are those of the run itself: what failed in another run is tried again.
+
+    Args:
+        spark: the session.
+        tables_dir: folder of CSRM's tables.
+        markets: those of the run.
+        run_id: of the run that reads.
+
+    Returns:
+        Columns of scores_staging. A pair may be there more than once, also with one pair_key.
+    """
+    closed = F.col("verdict").isin(*PUBLISHED, "discarded")
+    closed_df = read_newest(spark, SCORING_RUNS, tables_dir).where(closed).select("run_id")
+    staged_df = read_newest(spark, SCORES_STAGING, tables_dir).where(F.col("market").isin(*sorted(markets)))
+    staged_df = staged_df.where(F.col("reason").isNull() | (F.col("run_id") == run_id))
+    return staged_df.join(F.broadcast(closed_df), on="run_id", how="left_anti").select(*SCORES_STAGING.column_names)
+
+
+def discard_staging(spark: SparkSession, tables_dir: str, run_id: str) -> int:
+    """Delete a run's staged scores, and return how many there were."""
+    return delete_rows(spark, table_path(tables_dir, SCORES_STAGING), F.col("run_id") == run_id)
+
+
+def find_later_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> str | None:
+    """Name of a run that was published in one of a run's markets and was started after it; None where there is none."""
+    is_later = F.col("verdict").isin(*PUBLISHED) & (F.col("started_at") > F.lit(run["started_at"]))
+    shares_market = F.arrays_overlap("markets", F.array(*map(F.lit, run["markets"])))
+    row = read_newest(spark, SCORING_RUNS, tables_dir).where(is_later & shares_market).select("run_id").head()
+    return None if row is None else str(row["run_id"])
+
+
+def scoring_rate(spark: SparkSession, tables_dir: str, bundle_digest: str, device: str) -> float | None:
+    """Pairs a second of the run that scored most pairs with a bundle on a device; None where there is none.
+
+    The fixed cost of a run that scored few would hide the rate.
+    """
+    seconds = F.col("seconds")["scoring"]
+    same = (F.col("bundle_digest") == bundle_digest) & (F.col("device") == device)
+    row = (
+        read_newest(spark, SCORING_RUNS, tables_dir)
+        .where(same & (F.col("num_scored") > 0) & (seconds > 0))
+        .orderBy(F.desc("num_scored"))
+        .select((F.col("num_scored") / seconds).alias("rate"))
+        .head()
+    )
+    return None if row is None else float(row["rate"])

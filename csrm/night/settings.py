@@ -1,0 +1,89 @@
+"""Settings of a night, and the constants that its layout follows from."""
+
+from pydantic import ConfigDict, Field
+
+from csrm.config import InputSpec, Settings
+from csrm.night.audit import AuditLimits
+
+
+class NightSettings(Settings):
+    """Those of the scoring job's settings that a check needs; there they are described."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tables: str
+    bundle: str
+    bundle_digest: str | None = None
+    device: str = "cpu"
+    one_task_per_gpu: bool | None = None
+
+
+NUM_BUCKETS = 1_024
+"""Parts of a night, the smallest amount of work that is staged in one commit."""
+
+
+PAIRS_PER_TASK = 4_096
+
+
+FEWEST_PAIRS_PER_TASK = 256
+
+
+BYTES_PER_TITLE = 64  # what Spark adds to the text of a row: offsets, lengths, the array's share
+
+
+LEASE_SECONDS = 60.0
+"""A holder that gave no sign of life for so long has lost its lease."""
+
+
+class ScoringInputs(Settings):
+    """Where the input tables are."""
+
+    catalog: InputSpec
+    queries: InputSpec
+    candidates: InputSpec | None = None
+    """Default: the table that build_candidates wrote into `tables`."""
+    retrieval_table: InputSpec | None = None
+    """Default: the table that build_retrieval_table wrote into `tables`."""
+    judgments: InputSpec | None = None
+    """Human grades of pairs: a new bundle's nDCG is compared with the published one's. Default: not compared."""
+
+
+class ScoringConfig(Settings):
+    """Settings of the scoring job."""
+
+    markets: dict[str, str] = Field(min_length=1)
+    """Market to the language of its queries that name none (BCP 47)."""
+    inputs: ScoringInputs
+    tables: str
+    """Folder that holds the tables that CSRM writes, any URI."""
+    bundle: str
+    """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
+    bundle_digest: str | None = None
+    """Digest that the bundle must have, or its first characters; default: any."""
+    device: str = "cpu"
+    """cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+    one_task_per_gpu: bool | None = None
+    """Whether a task that scores has a GPU for itself, while joins use every core (stage-level scheduling); default:
+    where the device is cuda and spark.executor.resource.gpu.amount is set."""
+    use_retrieved_titles: bool = True
+    """Whether retrieved titles augment the queries."""
+    broadcast_limit_mb: int = Field(default=256, ge=0)
+    """Retrieved titles up to this size (estimated, MiB) are broadcast; larger ones are joined by a shuffle."""
+    num_partitions: int | None = Field(default=None, ge=1)
+    """Partitions to score; default: see num_scoring_partitions."""
+    products_per_chunk: int = Field(default=256, ge=1)
+    """Products of one query that are scored side by side; a query with more is spread over partitions."""
+    chunk_minutes: float = Field(default=10.0, gt=0)
+    """About so much work is staged in one commit; a run that dies loses no more of it. Below a minute the start of each
+    chunk takes more than its pairs."""
+    canary_pairs: int = Field(default=100, ge=0)
+    """Unchanged pairs of each market that are scored again, and must have the score that is published."""
+    audit: AuditLimits = AuditLimits()
+    """Where the audit keeps a run from being published."""
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """A worker that gives back no scores for so long is ended, and its task tried again; a pair at which that happens
+    again is set aside."""
+    lease_seconds: float = Field(default=LEASE_SECONDS, gt=1)
+    """A run that was silent for so long has lost its markets to whoever asks next."""
+    progress_seconds: float = Field(default=10.0, gt=0)
+    """Seconds between lines of progress."""

@@ -1,0 +1,109 @@
+"""Judged pairs of the published table, with their scores and those of baselines."""
+
+from typing import Annotated
+
+import pandas as pd
+from pydantic import Field
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.config import InputSpec, Settings
+from csrm.evaluation.report import BM25, SCORE
+from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
+from csrm.schemas import CATALOG, JUDGMENTS, QUERIES, RELEVANCE_SCORES
+from csrm.spark.inputs import Input, read_inputs
+from csrm.spark.tables import open_table, read_table, table_path
+
+
+class EvaluationInputs(Settings):
+    """The judgments, and the tables that their ids name."""
+
+    judgments: InputSpec
+    catalog: InputSpec
+    queries: InputSpec
+
+
+class EvaluationConfig(Settings):
+    """Settings of the evaluation."""
+
+    markets: dict[str, str] = Field(min_length=1)
+    """Market to language; other markets' judgments are not looked at."""
+    inputs: EvaluationInputs
+    tables: str
+    """Folder with the published relevance_scores table."""
+    output: str
+    """Local folder for metrics.json and metrics.png."""
+    splits: tuple[str, ...] = ()
+    """Splits of the judgments to measure on; empty: all."""
+    gains: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    """Grade to gain in nDCG."""
+    relevant_grades: tuple[str, ...]
+    """Grades that count as relevant for MRR, ROC-AUC and average precision."""
+    irrelevant_grades: tuple[str, ...]
+    """Grades that count as defects."""
+    baseline_bm25: bool = True
+    """Measure BM25 (over each market's whole catalog) on the same pairs."""
+    num_resamples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap resamples for the intervals."""
+    seed: int = 0
+    """Of the resamples, the random order and the order of ties."""
+
+
+def collect_judged(
+    judgments_df: DataFrame, scores_df: DataFrame, catalog_df: DataFrame, queries_df: DataFrame, baseline_bm25: bool
+) -> pd.DataFrame:
+    """The judged pairs with their scores; only they come to the driver.
+
+    Returns:
+        market, query_id, product_id, grade, relevance_score (NaN where the pair has none), bundle_digest, has_product
+        and has_query (whether the id is known); with baseline_bm25 also bm25, 0 for pairs that share no term.
+    """
+    key = ["market", "query_id", "product_id"]
+    products_df = catalog_df.select("market", "product_id", F.lit(True).alias("has_product"))
+    known_queries_df = queries_df.select("market", "query_id", F.lit(True).alias("has_query"))
+    judged_df = (
+        judgments_df.select(*key, "grade")
+        .join(scores_df.select(*key, SCORE, "bundle_digest"), key, "left")
+        .join(products_df, ["market", "product_id"], "left")
+        .join(known_queries_df, ["market", "query_id"], "left")
+        .withColumns({name: F.coalesce(name, F.lit(False)) for name in ("has_product", "has_query")})
+    )
+    if not baseline_bm25:
+        return judged_df.toPandas()
+    judged_queries_df = queries_df.join(judgments_df.select("market", "query_id").distinct(), ["market", "query_id"])
+    products_terms_df = product_terms(catalog_df).persist(StorageLevel.MEMORY_AND_DISK)
+    queries_terms_df = query_terms(judged_queries_df).persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        return (
+            judged_df.join(bm25_scores(products_terms_df, queries_terms_df), key, "left").fillna({BM25: 0.0}).toPandas()
+        )
+    finally:
+        products_terms_df.unpersist()
+        queries_terms_df.unpersist()
+
+
+def unknown_ids(judged: pd.DataFrame) -> list[str]:
+    """Judged pairs whose product or query the tables do not have, one sentence for each kind and market."""
+    notes = []
+    for flag, column, table in (("has_product", "product_id", "catalog"), ("has_query", "query_id", "queries")):
+        for market, rows in judged[~judged[flag]].groupby("market"):
+            examples = ", ".join(sorted(rows[column].unique())[:3])
+            notes.append(
+                f"{market}: {len(rows):,} judged pairs name a {column} that {table} does not have, such as {examples}."
+            )
+    return notes
+
+
+def read_all(spark: SparkSession, config: EvaluationConfig) -> dict[str, Input]:
+    """The checked input tables and the published scores, each at one version."""
+    specs = {
+        JUDGMENTS: config.inputs.judgments,
+        CATALOG: config.inputs.catalog,
+        QUERIES: config.inputs.queries,
+    }
+    inputs = read_inputs(spark, specs, config.markets)
+    path = table_path(config.tables, RELEVANCE_SCORES)
+    _, scores_version = open_table(spark, path)
+    inputs["relevance_scores"] = Input(read_table(spark, RELEVANCE_SCORES, path, scores_version), path, scores_version)
+    return inputs

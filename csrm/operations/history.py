@@ -1,0 +1,464 @@
+"""What one scoring run found and changed, read back from its tables as the small frames that its report shows."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from typing import Any
+
+import pandas as pd
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark import StorageLevel
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from csrm.config import InputSpec
+from csrm.errors import InputError
+from csrm.operations.findings import (
+    MOST_CHARACTERS,
+    NUM_PLOT_BINS,
+    SMALLEST_MOVE,
+    Comparison,
+    Key,
+    RunFindings,
+    Text,
+    Texts,
+)
+from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.spark.tables import open_table, read_table, spark_schema, table_exists, table_path
+
+_KEY = list(RELEVANCE_SCORES.key)
+
+
+_VALUES = ["relevance_score", "predicted_grade"]
+
+
+_NUM_NAMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a run a report shows."""
+
+    num_runs: int
+    """Runs in the history."""
+    num_moved: int
+    """Queries, and products, whose scores moved most."""
+    num_samples: int
+    """Rejected pairs of each reason."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where the texts of queries or products are."""
+
+    table: Table
+    spec: InputSpec
+    id_column: str
+    text_column: str
+
+
+def read_night(
+    spark: SparkSession,
+    tables_dir: str,
+    run_id: str | None,
+    catalog: InputSpec,
+    queries: InputSpec,
+    languages: Mapping[str, str],
+    limits: Limits,
+) -> RunFindings:
+    """Everything that the report of a run shows. Counted and cut in Spark: what comes to the driver is small.
+
+    Args:
+        spark: the session.
+        tables_dir: the folder of CSRM's tables.
+        run_id: the run; None: the one that started last.
+        catalog: where the titles of products are.
+        queries: where the texts of queries are.
+        languages: market to language.
+        limits: how much of it.
+
+    Raises:
+        InputError: no such run, or no table of runs.
+    """
+    runs, num_newer = read_runs(spark, tables_dir, run_id, limits.num_runs)
+    run, notes = runs[0], []
+    rejected, samples = None, pd.DataFrame(columns=_KEY)
+    pairs_df = _run_pairs(spark, tables_dir, run["run_id"])
+    if pairs_df is None:
+        notes.append("run_pairs has no pairs of this run: it did not come so far, or they were cleaned up.")
+    else:
+        rejected, samples = rejected_pairs(pairs_df, limits.num_samples)
+    comparison = None
+    try:
+        states = _states(spark, tables_dir, run, pairs_df)
+        if states is not None:
+            comparison = compare(*states, limits.num_moved)
+    except InputError as error:
+        notes.append(f"The scores cannot be compared: {error}")
+    except (PySparkException, Py4JJavaError) as error:
+        if "FILE_NOT_EXIST" not in str(error):
+            raise
+        notes.append(
+            f"The scores cannot be compared: files of relevance_scores, version {run['base_version']} or "
+            f"{run['published_version']}, are gone, as VACUUM leaves it."
+        )
+    moved = (
+        [] if comparison is None else [(comparison.queries, "id", "other_id"), (comparison.products, "other_id", "id")]
+    )
+    named = [*moved, (samples, "query_id", "product_id")]
+    before = _published_before(runs)
+    query_source = TextSource(QUERIES, queries, "query_id", "query")
+    product_source = TextSource(CATALOG, catalog, "product_id", "title")
+    query_keys = {key for frame, query, _ in named for key in _keys(frame, query)}
+    product_keys = {key for frame, _, product in named for key in _keys(frame, product)}
+    query_texts, query_notes = read_texts(spark, query_source, query_keys, run, before)
+    product_texts, product_notes = read_texts(spark, product_source, product_keys, run, before)
+    return RunFindings(
+        runs=runs,
+        num_newer=num_newer,
+        comparison=comparison,
+        rejected=rejected,
+        samples=samples,
+        queries=query_texts,
+        products=product_texts,
+        languages=languages,
+        notes=[*notes, *query_notes, *product_notes],
+    )
+
+
+def read_runs(
+    spark: SparkSession, tables_dir: str, run_id: str | None, num_runs: int
+) -> tuple[list[dict[str, Any]], int]:
+    """A run's row and those of the runs that started before it, newest first; and how many started later.
+
+    Args:
+        spark: the session.
+        tables_dir: the folder of CSRM's tables.
+        run_id: the run; None: the one that started last.
+        num_runs: most rows to return.
+
+    Returns:
+        The rows, with times in UTC; the number.
+
+    Raises:
+        InputError: no such run, or no table of runs.
+    """
+    path = table_path(tables_dir, SCORING_RUNS)
+    runs_df = read_table(spark, SCORING_RUNS, path).withColumn("place", F.struct(F.unix_micros("started_at"), "run_id"))
+    newest_first_df = runs_df.orderBy(F.col("place").desc())
+    run = (newest_first_df if run_id is None else newest_first_df.where(F.col("run_id") == run_id)).head()
+    if run is None:
+        newest = [row["run_id"] for row in newest_first_df.limit(_NUM_NAMED_RUNS).collect()]
+        wanted = "a run" if run_id is None else f"run {run_id!r}"
+        raise InputError(
+            f"table scoring_runs at {path!r}: expected {wanted}, found none; "
+            + (f"the newest runs are {newest}. Name one with --run-id." if newest else "it has no rows.")
+        )
+    place = F.struct(*map(F.lit, run["place"]))
+    rows = newest_first_df.where(F.col("place") <= place).drop("place").limit(num_runs).collect()
+    return [_in_utc(row.asDict(recursive=True)) for row in rows], runs_df.where(F.col("place") > place).count()
+
+
+def _in_utc(run: dict[str, Any]) -> dict[str, Any]:
+    """Spark gives times in the zone of this process."""
+    times = {name: run[name] and run[name].astimezone(UTC) for name in ("started_at", "finished_at")}
+    return {**run, **times}
+
+
+def rejected_pairs(pairs_df: DataFrame, num_samples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rejected pairs of a run: counted, and some of each reason.
+
+    Args:
+        pairs_df: rows of run_pairs.
+        num_samples: pairs of each reason; always the same ones.
+
+    Returns:
+        Two frames, see RunFindings.rejected and RunFindings.samples.
+    """
+    rejected_df = pairs_df.where("state = 'rejected'").select(*_KEY, "reason")
+    by_reason_df = rejected_df.groupBy("market", "reason").agg(F.count("*").alias("num_pairs"))
+    place = F.row_number().over(Window.partitionBy("reason").orderBy(F.xxhash64(*_KEY), *_KEY))
+    samples_df = rejected_df.withColumn("place", place).where(F.col("place") <= num_samples)
+    return (
+        _frame(by_reason_df.orderBy("reason", "market")),
+        _frame(samples_df.orderBy("reason", "place").select(*_KEY, "reason")),
+    )
+
+
+def compare(before_df: DataFrame, after_df: DataFrame, num_moved: int) -> Comparison:
+    """Two states of the published scores, beside each other.
+
+    Args:
+        before_df: market, query_id, product_id, relevance_score, predicted_grade.
+        after_df: the same and is_new: whether the run wrote the row. A null score is not known yet.
+        num_moved: queries, and products, to name.
+    """
+    scored_df = before_df.select("*", F.lit("before").alias("state")).unionByName(
+        after_df.where("relevance_score IS NOT NULL").drop("is_new").withColumn("state", F.lit("after"))
+    )
+    changes_df = _changes(before_df, after_df).persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        moved_df = changes_df.where(F.abs("move") > SMALLEST_MOVE)
+        return Comparison(
+            bins=_frame(_bins(scored_df)),
+            summary=_frame(_summary(scored_df)),
+            changes=_frame(_counted_changes(changes_df)),
+            queries=_frame(_moved_most(moved_df, "query_id", "product_id", num_moved)),
+            products=_frame(_moved_most(moved_df, "product_id", "query_id", num_moved)),
+        )
+    finally:
+        changes_df.unpersist()
+
+
+def _changes(before_df: DataFrame, after_df: DataFrame) -> DataFrame:
+    """The pairs whose row is another one now: their key, operation, before, after and move (null unless both are usable
+    scores)."""
+    old_df = before_df.select(*_KEY, F.lit(True).alias("was"), _usable("relevance_score").alias("before"))
+    new_df = after_df.select(
+        *_KEY, "is_new", F.col("relevance_score").isNull().alias("pending"), _usable("relevance_score").alias("after")
+    )
+    operation = (
+        F.when(F.col("is_new").isNull(), "delete")
+        .when(F.expr("is_new AND pending"), "pending")
+        .when(F.col("was").isNull(), "insert")
+        .when(F.col("is_new"), "update")
+    )
+    return (
+        old_df.join(new_df, on=_KEY, how="full")
+        .withColumn("operation", operation)
+        .where("operation IS NOT NULL")
+        .select(*_KEY, "operation", "before", "after", (F.col("after") - F.col("before")).alias("move"))
+    )
+
+
+def _usable(name: str) -> Column:
+    """A score as a double; null where it is outside [0, 1] or no number, as only a rejected run's can be."""
+    score = F.col(name).cast("double")
+    return F.when(~F.isnan(score) & score.between(0, 1), score)
+
+
+def _bins(scored_df: DataFrame) -> DataFrame:
+    score = _usable("relevance_score")
+    place = F.when(score.isNull(), -1).otherwise(F.least(F.floor(score * NUM_PLOT_BINS), F.lit(NUM_PLOT_BINS - 1)))
+    return (
+        scored_df.select("market", "state", F.col("predicted_grade").alias("grade"), place.alias("bin"))
+        .groupBy("market", "state", "grade", "bin")
+        .agg(F.count("*").alias("num_pairs"))
+        .orderBy("market", "state", "grade", "bin")
+    )
+
+
+def _summary(scored_df: DataFrame) -> DataFrame:
+    quantiles = F.percentile_approx("score", [0.1, 0.5, 0.9])
+    return (
+        scored_df.select("market", "state", _usable("relevance_score").alias("score"))
+        .groupBy("market", "state")
+        .agg(F.mean("score").alias("mean"), quantiles.alias("quantiles"))
+        .select(
+            "market",
+            "state",
+            "mean",
+            *(F.col("quantiles")[i].alias(name) for i, name in enumerate(("p10", "p50", "p90"))),
+        )
+        .orderBy("market", "state")
+    )
+
+
+def _counted_changes(changes_df: DataFrame) -> DataFrame:
+    return (
+        changes_df.groupBy("market", "operation")
+        .agg(
+            F.count("*").alias("num_pairs"),
+            F.count_if(F.abs("move") > SMALLEST_MOVE).alias("num_moved"),
+            F.mean(F.abs("move")).alias("mean_move"),
+            F.max(F.abs("move")).alias("largest_move"),
+        )
+        .orderBy("market", "operation")
+    )
+
+
+def _moved_most(moved_df: DataFrame, own: str, other: str, num_moved: int) -> DataFrame:
+    distance = F.abs("move")
+    largest = F.max(F.struct(distance.alias("distance"), other, "before", "after"))
+    return (
+        moved_df.groupBy("market", own)
+        .agg(
+            F.count_if(F.col("move") > 0).alias("num_up"),
+            F.count_if(F.col("move") < 0).alias("num_down"),
+            F.sum(distance).alias("total_move"),
+            largest.alias("largest"),
+        )
+        .orderBy(F.col("total_move").desc(), "market", own)
+        .limit(num_moved)
+        .select(
+            "market",
+            F.col(own).alias("id"),
+            *("num_up", "num_down", "total_move"),
+            F.col(f"largest.{other}").alias("other_id"),
+            *("largest.before", "largest.after"),
+        )
+    )
+
+
+def _states(
+    spark: SparkSession, tables_dir: str, run: Mapping[str, Any], pairs_df: DataFrame | None
+) -> tuple[DataFrame, DataFrame] | None:
+    """The scores before a run and those after it, as `compare` takes them; None where the latter are not there."""
+
+    def published(version: int | None) -> DataFrame:
+        if version is None:
+            return spark.createDataFrame([], spark_schema(RELEVANCE_SCORES))
+        scores_df = read_table(spark, RELEVANCE_SCORES, table_path(tables_dir, RELEVANCE_SCORES), version)
+        return scores_df.where(F.col("market").isin(*run["markets"]))
+
+    base, version = run["base_version"], run["published_version"]
+    before_df = published(base)
+    if version is not None:
+        is_new = F.lit(False) if version == base else F.col("run_id") == run["run_id"]
+        after_df = published(version).withColumn("is_new", is_new)
+    elif pairs_df is None or run["verdict"] == "discarded":
+        return None
+    else:
+        after_df = _would_be(pairs_df, before_df, _staged(spark, tables_dir))
+    return before_df.select(*_KEY, *_VALUES), after_df.select(*_KEY, *_VALUES, "is_new")
+
+
+def _would_be(pairs_df: DataFrame, before_df: DataFrame, staged_df: DataFrame) -> DataFrame:
+    """What a run that was not published would have: its unchanged pairs as they are, the others as they are staged.
+
+    Args:
+        pairs_df: rows of run_pairs.
+        before_df: the published scores that the run compared with.
+        staged_df: key, pair_key, relevance_score, predicted_grade; one row for a pair and pair_key.
+    """
+    unchanged_df = (
+        pairs_df.where("state = 'unchanged'")
+        .select(*_KEY)
+        .join(before_df.select(*_KEY, *_VALUES), on=_KEY, how="left")
+        .withColumn("is_new", F.lit(False))
+    )
+    changed_df = (
+        pairs_df.where("state IN ('staged', 'to_score')")
+        .select(*_KEY, "pair_key")
+        .join(staged_df, on=[*_KEY, "pair_key"], how="left")
+        .select(*_KEY, *_VALUES, F.lit(True).alias("is_new"))
+    )
+    return unchanged_df.unionByName(changed_df)
+
+
+def _staged(spark: SparkSession, tables_dir: str) -> DataFrame:
+    """Staged scores, the newest of each pair and pair_key: the one that a publish takes."""
+    path = table_path(tables_dir, SCORES_STAGING)
+    if table_exists(spark, path):
+        staged_df = read_table(spark, SCORES_STAGING, path)
+    else:
+        staged_df = spark.createDataFrame([], spark_schema(SCORES_STAGING))
+    order = F.struct("scored_at", *_VALUES)
+    return (
+        staged_df.where("reason IS NULL")
+        .groupBy(*_KEY, "pair_key")
+        .agg(F.max(order).alias("best"))
+        .select(*_KEY, "pair_key", "best.relevance_score", "best.predicted_grade")
+    )
+
+
+def _run_pairs(spark: SparkSession, tables_dir: str, run_id: str) -> DataFrame | None:
+    """The run's rows of run_pairs; None where there are none."""
+    path = table_path(tables_dir, RUN_PAIRS)
+    if not table_exists(spark, path):
+        return None
+    pairs_df = read_table(spark, RUN_PAIRS, path).where(F.col("run_id") == run_id)
+    return None if pairs_df.isEmpty() else pairs_df
+
+
+def _published_before(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The run that had published the state that the first of `runs` compared with."""
+    base = runs[0]["base_version"]
+    for run in runs[1:]:
+        if base is not None and run["published_version"] is not None and run["published_version"] <= base:
+            return run
+    return None
+
+
+def read_texts(
+    spark: SparkSession,
+    source: TextSource,
+    keys: Collection[Key],
+    run: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+) -> tuple[Texts, list[str]]:
+    """The texts that a run read, and those that an earlier one had read, from the places that their rows name.
+
+    A report must come also where inputs are faulty, or gone: what cannot be read is left out.
+
+    Args:
+        spark: the session.
+        source: where texts are now, for a run whose place cannot be read; its format and columns hold everywhere.
+        keys: the queries or products.
+        run: its row of scoring_runs.
+        before: that of the earlier run, or None.
+
+    Returns:
+        The texts; sentences that say what they lack.
+    """
+    if not keys:
+        return Texts(), []
+    name = source.table.name
+    place = run["inputs"].get(name, source.spec.path)
+    earlier_place = place if before is None else before["inputs"].get(name, place)
+    present, problem = _try_texts(spark, source, keys, place)
+    earlier, _ = _try_texts(spark, source, keys, earlier_place) if earlier_place != place else ({}, None)
+    if problem is None:
+        return Texts(present, earlier), []
+    present, problem_now = _try_texts(spark, source, keys, source.spec.path)
+    if problem_now is None:
+        note = f"Texts of {name} are those of {source.spec.path} as it is now: what the run read, {place}, is gone."
+    else:
+        note = f"Texts of {name} cannot be read, neither from {place} nor from {source.spec.path}: {problem_now}"
+    return Texts(present, earlier), [note]
+
+
+def _try_texts(
+    spark: SparkSession, source: TextSource, keys: Collection[Key], place: str
+) -> tuple[dict[Key, Text], str | None]:
+    """The texts at a place; why there are none, if so."""
+    try:
+        return _texts_at(spark, source, keys, place), None
+    except (InputError, PySparkException, Py4JJavaError) as error:
+        return {}, str(error).strip().splitlines()[0]
+
+
+def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], place: str) -> dict[Key, Text]:
+    """Texts from a path, or from a path with @v and the version of a Delta table."""
+    spec = source.spec
+    versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
+    if versioned:
+        source_df, _ = open_table(spark, versioned[1], int(versioned[2]))
+    elif spec.format == "delta":
+        source_df, _ = open_table(spark, place)
+    else:
+        source_df = spark.read.format(spec.format).options(**spec.options).load(place)
+
+    def column(name: str) -> Column:
+        return F.col("`" + spec.columns.get(name, name).replace("`", "``") + "`").cast("string").alias(name)
+
+    keys_df = spark.createDataFrame(sorted(keys), f"market string, {source.id_column} string")
+    text = F.min(source.text_column)
+    texts_df = (
+        source_df.select(*map(column, ("market", source.id_column, source.text_column)))
+        .join(F.broadcast(keys_df), on=["market", source.id_column], how="inner")
+        .groupBy("market", source.id_column)
+        .agg(F.substring(text, 1, MOST_CHARACTERS).alias("beginning"), F.length(text).alias("num_characters"))
+        .where("beginning IS NOT NULL")
+    )
+    return {(row[0], row[1]): Text(row[2], row[3]) for row in texts_df.collect()}
+
+
+def _frame(small_df: DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(small_df.collect(), columns=small_df.columns)
+
+
+def _keys(frame: pd.DataFrame, id_column: str) -> Iterable[Key]:
+    return zip(frame["market"], frame[id_column], strict=True)

@@ -1,0 +1,87 @@
+"""Back to an earlier state of a market: found in scoring_runs, read by time travel, published as one new commit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.errors import ConfigError, InputError
+from csrm.night.runs import PUBLISHED, read_newest
+from csrm.operations.maintenance import market_files, missing_files
+from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
+from csrm.spark.tables import read_table, table_path
+
+
+def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], market: str) -> DataFrame:
+    """A market's rows of relevance_scores right after a run, as they were.
+
+    Args:
+        spark: the session.
+        tables_dir: folder of CSRM's tables.
+        run: its row of scoring_runs.
+        market: one of its markets.
+
+    Raises:
+        ConfigError: the run was not published, or not for the market.
+        InputError: the state's files are gone; the message names the oldest one that is left.
+    """
+    run_id, version = run["run_id"], run["published_version"]
+    if market not in run["markets"]:
+        raise ConfigError(f"run {run_id!r}: has no market {market!r}, it has {sorted(run['markets'])}.")
+    if run["verdict"] not in PUBLISHED:
+        raise ConfigError(
+            f"run {run_id!r}: expected a run that was published, it is {run['verdict']}. Newest of market {market!r}: "
+            f"{_listed(published_runs(spark, tables_dir, market)[-5:])}."
+        )
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    if not _is_left(spark, path, market, version):
+        runs = published_runs(spark, tables_dir, market)
+        oldest = next((run for run in runs if _is_left(spark, path, market, run[1])), None)
+        raise InputError(
+            f"run {run_id!r}: its state of market {market!r}, version {version} of {path!r}, is older than the table's "
+            f"retention and was removed. The oldest that is left: {_listed([oldest] if oldest else [])}. "
+            "How long states are kept is retention_hours of jobs/maintain.py."
+        )
+    return read_table(spark, RELEVANCE_SCORES, path, version).where(F.col("market") == market)
+
+
+def published_runs(spark: SparkSession, tables_dir: str, market: str) -> list[tuple[str, int]]:
+    """Names of the runs that published a market, or found it published, with their versions, oldest first."""
+    is_published = F.col("verdict").isin(*PUBLISHED) & F.array_contains("markets", F.lit(market))
+    runs_df = read_newest(spark, SCORING_RUNS, tables_dir).where(is_published)
+    rows = runs_df.select("run_id", "published_version").orderBy("published_version", "started_at").collect()
+    return [(row["run_id"], row["published_version"]) for row in rows]
+
+
+def exact_changes(wanted_df: DataFrame, published_df: DataFrame) -> DataFrame:
+    """What turns the published rows into the wanted ones, to the last bit of every column.
+
+    Args:
+        wanted_df: columns of relevance_scores, one row a pair.
+        published_df: the same.
+
+    Returns:
+        The columns of relevance_scores and `operation`: insert, update, or delete (then only the key is set).
+    """
+    key = list(RELEVANCE_SCORES.key)
+    values = [name for name in RELEVANCE_SCORES.column_names if name not in key]
+    new_df = wanted_df.select(*key, F.struct(*values).alias("new"))
+    old_df = published_df.select(*key, F.struct(*values).alias("old"))
+    operation = F.when(F.col("old").isNull(), "insert").when(F.col("new").isNull(), "delete").otherwise("update")
+    return (
+        new_df.join(old_df, on=key, how="full")
+        .where(~F.col("new").eqNullSafe(F.col("old")))
+        .select(*key, "new.*", operation.alias("operation"))
+    )
+
+
+def _is_left(spark: SparkSession, path: str, market: str, version: int) -> bool:
+    try:
+        return not missing_files(spark, path, market_files(spark, path, market, version))
+    except InputError:
+        return False
+
+
+def _listed(runs: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{run_id} (version {version})" for run_id, version in runs) or "none"

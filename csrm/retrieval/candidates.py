@@ -1,0 +1,86 @@
+"""Pairs to score: for each query its best products, for each product its best queries, and pairs that were given."""
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from csrm.retrieval.lexical import product_terms
+from csrm.schemas import CANDIDATES, UNCOVERED_PRODUCTS
+from csrm.spark.text import is_blank
+
+
+def best_pairs(scores_df: DataFrame, products_per_query: int, queries_per_product: int) -> DataFrame:
+    """Each query's best products together with each product's best queries.
+
+    Both ranks are put on one and the same frame, so BM25 is computed once. Ties go to the smaller id.
+
+    Args:
+        scores_df: market, query_id, product_id, bm25, each pair once.
+        products_per_query: best products of a query, >= 0.
+        queries_per_product: best queries of a product, >= 0.
+
+    Returns:
+        Columns of `schemas.CANDIDATES`; source is "query" for the first kind, "product" for what only the second adds.
+    """
+    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("bm25"), F.asc("product_id"))
+    of_product = Window.partitionBy("market", "product_id").orderBy(F.desc("bm25"), F.asc("query_id"))
+    is_best_product = F.col("product_rank") <= products_per_query
+    return (
+        scores_df.withColumn("query_rank", F.row_number().over(of_product))
+        .withColumn("product_rank", F.row_number().over(of_query))
+        .where(is_best_product | (F.col("query_rank") <= queries_per_product))
+        .withColumn("source", F.when(is_best_product, "query").otherwise("product"))
+        .select(*CANDIDATES.column_names)
+    )
+
+
+def with_given_pairs(pairs_df: DataFrame, given_df: DataFrame) -> DataFrame:
+    """Pairs united with given ones, which win: their source is "given".
+
+    A given pair whose query or product does not exist is kept: the scoring job rejects it with the reason.
+
+    Args:
+        pairs_df: columns of `schemas.CANDIDATES`.
+        given_df: market, query_id, product_id, each pair once.
+    """
+    given_df = given_df.withColumn("source", F.lit("given")).select(*CANDIDATES.column_names)
+    return pairs_df.join(given_df, list(CANDIDATES.key), "left_anti").unionByName(given_df)
+
+
+def uncovered_products(
+    catalog_df: DataFrame, queries_df: DataFrame, query_terms_df: DataFrame, candidates_df: DataFrame
+) -> DataFrame:
+    """Products that no candidate with a query text names, with the reason.
+
+    Given pairs whose query does not exist or is blank are never scored, so they cover no product.
+
+    Args:
+        catalog_df: columns of `schemas.CATALOG`.
+        queries_df: columns of `schemas.QUERIES`.
+        query_terms_df: as of `lexical.query_terms`.
+        candidates_df: columns of `schemas.CANDIDATES`.
+
+    Returns:
+        Columns of `schemas.UNCOVERED_PRODUCTS`. The reason is "no_title"; "no_shared_term": none of its terms is in any
+        query of its market; or "not_among_best": it shares terms, but only such as are too frequent to count
+        (`max_term_share`), or no queries per product were asked for.
+    """
+    key = ["market", "product_id"]
+    with_text_df = queries_df.where(~is_blank(F.col("query")))
+    covering_df = candidates_df.join(with_text_df, ["market", "query_id"], "left_semi")
+    uncovered_df = catalog_df.join(covering_df, key, "left_anti")
+    vocabulary_df = query_terms_df.select("market", F.explode("terms").alias("term")).distinct()
+    sharing_df = (
+        product_terms(uncovered_df)
+        .select(*key, F.explode("terms").alias("term"))
+        .join(vocabulary_df, ["market", "term"], "left_semi")
+        .select(*key, F.lit(True).alias("shares_term"))
+        .distinct()
+    )
+    reason = (
+        F.when(is_blank(F.col("title")), "no_title")
+        .when(F.col("shares_term"), "not_among_best")
+        .otherwise("no_shared_term")
+    )
+    return (
+        uncovered_df.join(sharing_df, key, "left").withColumn("reason", reason).select(*UNCOVERED_PRODUCTS.column_names)
+    )

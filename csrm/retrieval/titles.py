@@ -1,0 +1,112 @@
+"""Product titles that augment a query: those that its shoppers chose, else those that its words find."""
+
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from csrm.retrieval.lexical import bm25_scores
+from csrm.schemas import RETRIEVAL_TABLE
+from csrm.spark.text import is_blank, text_key
+
+
+def split_judged(
+    behaviour_df: DataFrame, queries_df: DataFrame, judgments_df: DataFrame
+) -> tuple[DataFrame, DataFrame]:
+    """Behaviour rows without those of judged pairs, and those of judged pairs.
+
+    A judged pair's behaviour may be where its label comes from; a title must not be chosen because of its label.
+    Grades are not read.
+
+    Args:
+        behaviour_df: columns of `schemas.BEHAVIOUR`.
+        queries_df: columns of `schemas.QUERIES`; a judged query counts for all queries of the same text.
+        judgments_df: columns of `schemas.JUDGMENTS`.
+
+    Returns:
+        Two frames with the columns of `behaviour_df`: unjudged rows, judged rows.
+    """
+    judged_df = (
+        judgments_df.select("market", "query_id", "product_id")
+        .join(queries_df.select("market", "query_id", "query"), ["market", "query_id"], "inner")
+        .select("market", "product_id", text_key(F.col("query")).alias("query_key"))
+        .distinct()
+    )
+    keyed_df = behaviour_df.withColumn("query_key", text_key(F.col("query")))
+    on = ["market", "product_id", "query_key"]
+    unjudged_df = keyed_df.join(judged_df, on, "left_anti").select(*behaviour_df.columns)
+    return unjudged_df, keyed_df.join(judged_df, on, "left_semi").select(*behaviour_df.columns)
+
+
+def behaviour_titles(
+    behaviour_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame, num_titles: int, min_count: int
+) -> DataFrame:
+    """Titles of the products that were chosen most often after a query.
+
+    A behaviour row belongs to every query of the same text but for case and white space; counts of spellings that so
+    become one are summed.
+
+    Args:
+        behaviour_df: columns of `schemas.BEHAVIOUR`.
+        queries_df: columns of `schemas.QUERIES`.
+        catalog_df: columns of `schemas.CATALOG`.
+        num_titles: titles a query at most.
+        min_count: smallest summed count that is used, >= 1.
+
+    Returns:
+        Columns of `schemas.RETRIEVAL_TABLE`, source "behaviour".
+    """
+    counts_df = (
+        behaviour_df.groupBy("market", text_key(F.col("query")).alias("query_key"), "product_id")
+        .agg(F.sum("count").alias("strength"))
+        .where(F.col("strength") >= min_count)
+    )
+    keys_df = queries_df.where(~is_blank(F.col("query"))).select(
+        "market", "query_id", text_key(F.col("query")).alias("query_key")
+    )
+    strengths_df = counts_df.join(keys_df, ["market", "query_key"], "inner")
+    return _strongest_titles(strengths_df, catalog_df, num_titles, "behaviour")
+
+
+def lexical_titles(
+    product_terms_df: DataFrame,
+    query_terms_df: DataFrame,
+    catalog_df: DataFrame,
+    num_titles: int,
+    max_term_share: float,
+) -> DataFrame:
+    """Titles of the products that a query finds by its words, BM25 over its market's catalog. No label is read.
+
+    Args:
+        product_terms_df: as of `lexical.product_terms`.
+        query_terms_df: as of `lexical.query_terms`, of the queries that need titles.
+        catalog_df: columns of `schemas.CATALOG`.
+        num_titles: titles a query at most.
+        max_term_share: as in `lexical.bm25_scores`.
+
+    Returns:
+        Columns of `schemas.RETRIEVAL_TABLE`, source "lexical".
+    """
+    scores_df = bm25_scores(product_terms_df, query_terms_df, max_term_share)
+    return _strongest_titles(scores_df.withColumnRenamed("bm25", "strength"), catalog_df, num_titles, "lexical")
+
+
+def _strongest_titles(strengths_df: DataFrame, catalog_df: DataFrame, num_titles: int, source: str) -> DataFrame:
+    """Strongest titles of each query; equal titles once, ties by product_id, similarity relative to the strongest.
+
+    Args:
+        strengths_df: market, query_id, product_id, strength (> 0), each pair once.
+        catalog_df: columns of `schemas.CATALOG`; products without a title are not used.
+    """
+    titles_df = catalog_df.where(~is_blank(F.col("title"))).select("market", "product_id", "title")
+    best_first = [F.desc("strength"), F.asc("product_id")]
+    of_query = Window.partitionBy("market", "query_id")
+    of_title = Window.partitionBy("market", "query_id", text_key(F.col("title")))
+    return (
+        strengths_df.join(titles_df, ["market", "product_id"], "inner")
+        .withColumn("copy", F.row_number().over(of_title.orderBy(*best_first)))
+        .where(F.col("copy") == 1)
+        .withColumn("rank", F.row_number().over(of_query.orderBy(*best_first)))
+        .where(F.col("rank") <= num_titles)
+        .withColumn("similarity", (F.col("strength") / F.max("strength").over(of_query)).cast("double"))
+        .withColumn("source", F.lit(source))
+        .select(*RETRIEVAL_TABLE.column_names)
+    )

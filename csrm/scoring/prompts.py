@@ -1,0 +1,173 @@
+"""The text that the model sees, all of it: one prefix for each query, one suffix for each of its products.
+
+    Task: relevance                  |
+    Market: tw                       |
+    Language: zh-TW                  |  prefix: shared by all products of the query
+    Query: <query>                   |
+    Retrieved:                       |
+    - <title 1>                      |
+    - <title 2>                      |
+    Product: <title>                     |
+    Brand: <brand>                       |
+    Category: <category>                 |  suffix: one product, and the cue for the answer
+    Attributes: <name> = <value>; ...    |
+    Relevant:                            |
+
+The same model learns to translate before it learns to judge:
+
+    Task: translation
+    From: ko
+    To: zh-TW
+    Text: <source text>
+    Translation: <target text>, learnt with the line break after it
+
+Fields are foreign text: `neutralize` takes from them whatever could read as structure. Optional fields that are empty
+leave no line. Changing a character here changes every score: raise TEMPLATE_VERSION with it.
+"""
+
+import unicodedata
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import regex
+
+TEMPLATE_VERSION = 1
+
+
+ANSWER_CUE = "\nRelevant:"
+
+
+_FIRST_LINE = "Task: relevance\nMarket:"
+
+
+_LINE_NAMES = "task|market|language|query|retrieved|product|brand|category|attributes|relevant"
+
+
+# Zero-width joiner and non-joiner stay: emoji sequences and several scripts are spelled with them.
+_INVISIBLE = regex.compile(r"[[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]--[\u200c\u200d]]", flags=regex.V1)
+
+
+_ANGLES = str.maketrans("<>", "‹›")
+
+
+_ENTRY_MARKS = str.maketrans(";=", ",:")
+
+
+_SQUARE_TOKEN = regex.compile(r"\[(/?[A-Z_]{2,32})\]")
+
+
+_LINE_START = regex.compile(rf"(?<![a-z])({_LINE_NAMES})[\s:：]*[:：]", flags=regex.IGNORECASE)
+
+
+class Line(NamedTuple):
+    """One line of a prompt: template text, then the text of a field. The two are tokenised apart."""
+
+    start: str
+    """Template text; never cut."""
+    field: str
+    """Name of the field, which is the name of its budget."""
+    text: str
+    """The field's neutral text with a leading space; empty where there is none. May be cut."""
+
+
+class Query(NamedTuple):
+    """What the prompt says about a query: everything that its products share."""
+
+    market: str
+    language: str
+    query: str | None
+    retrieved_titles: tuple[str, ...] = ()
+    """Best first."""
+
+
+class Product(NamedTuple):
+    """What the prompt says about a product."""
+
+    title: str | None
+    brand: str | None = None
+    category: str | None = None
+    attributes: Mapping[str, str | None] | None = None
+
+
+class Translation(NamedTuple):
+    """One direction of a pair of parallel texts; languages are BCP 47."""
+
+    source_language: str
+    target_language: str
+    source_text: str
+    target_text: str
+
+
+def neutralize(text: str | None) -> str:
+    """Field text that cannot be taken for structure; idempotent.
+
+    NFC; control, format and private characters and lone surrogates become spaces, as do line breaks; runs of white
+    space become one space. Angle brackets become ‹ ›, so no special token such as <bos> or <|im_end|> can be spelled;
+    [INST] and its like get round brackets. The colon after a word that starts a line of the template goes.
+    """
+    if not text:
+        return ""
+    # Each look is a fraction of the substitution that it spares: of most texts nothing is taken.
+    visible = text if text.isprintable() else _INVISIBLE.sub(" ", text)
+    visible = unicodedata.normalize("NFC", visible)
+    if "<" in visible or ">" in visible:
+        visible = visible.translate(_ANGLES)
+    if "[" in visible:
+        visible = _SQUARE_TOKEN.sub(r"(\1)", visible)
+    if ":" in visible or "：" in visible:
+        visible = _LINE_START.sub(r"\1 ", visible)
+    return " ".join(visible.split())
+
+
+def prefix_lines(query: Query) -> list[Line]:
+    """The prefix of a query, in order; the lines after the query's own are optional."""
+    titles = [text for title in query.retrieved_titles if (text := _field_text(title))]
+    return [
+        Line(_FIRST_LINE, "market", _field_text(query.market)),
+        Line("\nLanguage:", "language", _field_text(query.language)),
+        Line("\nQuery:", "query", _field_text(query.query)),
+        *(Line("\n-" if rank else "\nRetrieved:\n-", "retrieved_title", title) for rank, title in enumerate(titles)),
+    ]
+
+
+def suffix_lines(product: Product) -> list[Line]:
+    """The suffix of a product, in order; the lines after the title's are optional. ANSWER_CUE follows."""
+    optional = [
+        Line("\nBrand:", "brand", _field_text(product.brand)),
+        Line("\nCategory:", "category", _field_text(product.category)),
+        Line("\nAttributes:", "attributes", _field_text(_attribute_text(product.attributes))),
+    ]
+    return [Line("\nProduct:", "title", _field_text(product.title)), *(line for line in optional if line.text)]
+
+
+def translation_parts(text: Translation) -> list[str]:
+    """Template text and field text by turns; the last field and the line break after it are to be learnt."""
+    return [
+        *("Task: translation\nFrom:", _field_text(text.source_language), "\nTo:", _field_text(text.target_language)),
+        *("\nText:", _field_text(text.source_text), "\nTranslation:", _field_text(text.target_text), "\n"),
+    ]
+
+
+def prompt_text(query: Query, product: Product) -> str:
+    """The whole prompt before any field is cut."""
+    lines = prefix_lines(query) + suffix_lines(product)
+    return "".join(line.start + line.text for line in lines) + ANSWER_CUE
+
+
+def _field_text(text: str | None) -> str:
+    clean = neutralize(text)
+    return f" {clean}" if clean else ""
+
+
+def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
+    """`name = value; ...`, sorted by name: maps have no order of their own."""
+    if not attributes:
+        return ""
+    entries = ((_entry_text(name), _entry_text(value)) for name, value in sorted(attributes.items()))
+    return "; ".join(f"{name} = {value}" for name, value in entries if value)
+
+
+def _entry_text(text: str | None) -> str:
+    """A name or value that cannot be taken for several."""
+    clean = neutralize(text)
+    return clean.translate(_ENTRY_MARKS) if ";" in clean or "=" in clean else clean

@@ -1,0 +1,266 @@
+"""From a frame of pairs to their relevance scores, whatever computes the logits."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from csrm.errors import DeviceError
+from csrm.scoring.labels import Label, expected_gain
+from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.prompts import Product, Query
+from csrm.scoring.tokenization import PromptTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+PackScorer = Callable[[PackBatch], np.ndarray]
+"""Logits of a batch of packs, shape (packs, pairs, labels), any float dtype; rows of absent pairs may hold anything."""
+
+
+PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
+"""What a score depends on, apart from the bundle."""
+
+
+TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
+"""Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
+
+
+class PreparedPairs(NamedTuple):
+    """Pairs that are ready for the model."""
+
+    batches: list[tuple[np.ndarray, PackBatch]]
+    """Batches of packs, each with the row numbers of its pairs."""
+    num_prompt_tokens: int
+    """Of all prompts, prefixes counted once per pair."""
+
+
+class _NotFiniteError(Exception):
+    """A logit is no number."""
+
+
+class PairScorer:
+    """Scores pairs: prompts, tokens, packs, logits, expected gain."""
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        labels: Sequence[Label],
+        pack_scorer: PackScorer,
+        pack_tokens: int,
+        packs_per_batch: int = 1,
+        digest: str = "",
+        provider: str = "",
+    ) -> None:
+        self.labels = tuple(labels)
+        self.digest = digest
+        """Digest of the bundle; empty for a model that is not one."""
+        self.provider = provider
+        """What computes the logits, for example CPUExecutionProvider."""
+        self.num_tokens = 0
+        """Tokens computed so far, prefixes counted once per pack."""
+        self.num_prompt_tokens = 0
+        """Tokens of the prompts so far, prefixes counted once per pair."""
+        self.num_halved_packs = 0
+        """Packs so far that failed and whose halves did not: memory does not suffice for their length."""
+        self._tokenizer = tokenizer
+        self._pack_scorer = pack_scorer
+        self._pack_tokens = pack_tokens
+        self._packs_per_batch = packs_per_batch
+        self._known_good: tuple[PackBatch, np.ndarray] | None = None
+        """The first batch that was scored, and its logits: what a healthy process gives again."""
+
+    def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """Score pairs.
+
+        Args:
+            pairs: columns PAIR_COLUMNS (retrieved_titles: sequence of str or None; attributes: mapping, sequence of
+                (name, value), or None). Pairs of one query share their prefix wherever their rows stand.
+
+        Returns:
+            relevance_score (float32, in [0, 1]) and predicted_grade (str), on the index of `pairs`.
+
+        Raises:
+            ValueError: a logit is not finite (the message names the row).
+        """
+        scores, grades = self._graded(self.logits(pairs))
+        return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)
+
+    def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
+        """Tokens and packs of pairs, with which score and score_or_reject begin.
+
+        Reads nothing that scoring changes but the length of packs: another thread may prepare the next pairs meanwhile.
+        """
+        groups, rows = pair_groups(pairs, self._tokenizer)
+        num_prompt_tokens = sum(
+            len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
+        )
+        batches = [
+            (rows[batch.pair_index[batch.pair_index >= 0]], batch)
+            for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch)
+        ]
+        return PreparedPairs(batches, num_prompt_tokens)
+
+    def score_or_reject(self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None) -> pd.DataFrame:
+        """Score pairs, and set those aside that cannot be scored.
+
+        Where a batch of packs fails, its pairs are halved until those that fail are alone: for one such pair at most
+        twice the logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy.
+        Where all halves succeed, the batch was too large, and later packs are made half as long.
+
+        Args:
+            pairs: as for score.
+            prepared: of these pairs; None: they are prepared now.
+
+        Returns:
+            relevance_score and predicted_grade as score gives them, NaN and None where there is a reason, and reason
+            (TOKENIZER_ERROR, MODEL_ERROR or NOT_FINITE; None for a pair with a score), on the index of `pairs`.
+
+        Raises:
+            DeviceError: a batch that was scored before fails too: the process is broken, not the pair.
+        """
+        logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
+        reasons = np.full(len(pairs), None, dtype=object)
+        self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
+        scores, grades = self._graded(logits)
+        is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
+        scores[is_rejected], grades[is_rejected] = np.nan, None
+        return pd.DataFrame(
+            {"relevance_score": scores, "predicted_grade": grades, "reason": reasons}, index=pairs.index
+        )
+
+    def logits(self, pairs: pd.DataFrame) -> np.ndarray:
+        """Logits of the label tokens, shape (num_pairs, num_labels), float32, in row order."""
+        logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
+        batches, num_prompt_tokens = self.prepare(pairs)
+        self.num_prompt_tokens += num_prompt_tokens
+        for rows, batch in batches:
+            logits[rows] = self._batch_logits(batch)
+        return logits
+
+    def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        gains = np.array([label.gain for label in self.labels])
+        names = np.array([label.name for label in self.labels], dtype=object)
+        return expected_gain(logits, gains), names[logits.argmax(axis=1)]
+
+    def _batch_logits(self, batch: PackBatch) -> np.ndarray:
+        """Of the pairs in a batch, shape (num_pairs, num_labels)."""
+        logits = self._pack_scorer(batch)[batch.pair_index >= 0]
+        self.num_tokens += int((batch.group_ids >= 0).sum())
+        if self._known_good is None:
+            self._known_good = batch, logits
+        return logits
+
+    def _try_rows(
+        self,
+        pairs: pd.DataFrame,
+        rows: np.ndarray,
+        logits: np.ndarray,
+        reasons: np.ndarray,
+        prepared: PreparedPairs | None = None,
+    ) -> None:
+        """Fill in the logits of some rows of `pairs`, or their reasons."""
+        try:
+            batches, num_prompt_tokens = prepared or self.prepare(pairs.iloc[rows])
+        except Exception as error:  # tokenizers raises Exception itself
+            if len(rows) == 1:
+                _reject(pairs, rows[0], TOKENIZER_ERROR, error, reasons)
+            else:
+                for half in np.array_split(rows, 2):
+                    self._try_rows(pairs, half, logits, reasons)
+            return
+        self.num_prompt_tokens += num_prompt_tokens
+        for places, batch in batches:
+            own = rows[places]
+            try:
+                found = self._batch_logits(batch)
+                if not np.isfinite(found).all():
+                    raise _NotFiniteError(f"logits are not finite: {found[:4].tolist()}")
+                logits[own] = found
+            except Exception as error:  # onnxruntime's errors have no common base
+                if len(own) == 1:
+                    self._require_health(error)
+                    reason = NOT_FINITE if isinstance(error, _NotFiniteError) else MODEL_ERROR
+                    _reject(pairs, own[0], reason, error, reasons)
+                    continue
+                for half in np.array_split(own, 2):
+                    self._try_rows(pairs, half, logits, reasons)
+                if all(reason is None for reason in reasons[own]):
+                    self._shorten_packs(int((batch.group_ids[0] >= 0).sum()), error)
+
+    def _require_health(self, error: Exception) -> None:
+        """Raises:
+        DeviceError: what could be scored once can not be scored any more.
+        """
+        if self._known_good is None:
+            raise error
+        batch, expected = self._known_good
+        present = batch.pair_index >= 0
+        try:
+            is_healthy = np.allclose(self._pack_scorer(batch)[present], expected, rtol=0.01, atol=0.01)
+        except Exception:
+            is_healthy = False
+        if not is_healthy:
+            raise DeviceError(
+                f"{self.provider or 'the model'}: a pair failed ({error}), and after it pairs fail that were scored "
+                "before: the device or its driver is in a broken state. This process ends; Spark tries again in a "
+                "fresh one."
+            ) from error
+
+    def _shorten_packs(self, num_tokens: int, error: Exception) -> None:
+        """After a pack whose halves can be scored, as it is where memory runs out."""
+        longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
+        self.num_halved_packs += 1
+        self._pack_tokens = max(min(self._pack_tokens, num_tokens // 2), longest)
+        logger.warning("packs of at most %d tokens from now on; longer ones fail: %s", self._pack_tokens, error)
+
+
+def _reject(pairs: pd.DataFrame, row: int, reason: str, error: Exception, reasons: np.ndarray) -> None:
+    reasons[row] = reason
+    query, title = pairs["query"].iloc[row], pairs["title"].iloc[row]
+    logger.warning("rejected, %s: query %.80r, product %.80r: %.500s", reason, query, title, error)
+
+
+def pair_groups(pairs: pd.DataFrame, tokenizer: PromptTokenizer) -> tuple[list[Group], np.ndarray]:
+    """Pairs as one group for each distinct query, in order of first appearance.
+
+    Returns:
+        The groups, and the row number in `pairs` of each pair in the order of the groups, shape (num_pairs,), int64.
+    """
+    rows_of_query: dict[Query, list[int]] = {}
+    products: list[Product] = []
+    for row, (query, product) in enumerate(pair_texts(pairs)):
+        rows_of_query.setdefault(query, []).append(row)
+        products.append(product)
+    suffixes = tokenizer.suffix_ids(products)
+    prefixes = tokenizer.prefix_ids(list(rows_of_query))
+    groups = [
+        Group(prefix_ids, [suffixes[row] for row in rows])
+        for prefix_ids, rows in zip(prefixes, rows_of_query.values(), strict=True)
+    ]
+    return groups, np.array([row for rows in rows_of_query.values() for row in rows], dtype=np.int64)
+
+
+def pair_texts(pairs: pd.DataFrame) -> Iterator[tuple[Query, Product]]:
+    """What the prompt of each row says; see PairScorer.score for the columns."""
+    for market, language, query, titles, title, brand, category, attributes in zip(
+        *(pairs[column] for column in PAIR_COLUMNS), strict=True
+    ):
+        yield (
+            Query(market, language, _text(query), tuple(titles) if titles is not None else ()),
+            Product(_text(title), _text(brand), _text(category), _mapping(attributes)),
+        )
+
+
+def _text(value: Any) -> str | None:
+    """pandas marks a missing text as None or as NaN."""
+    return value if isinstance(value, str) else None
+
+
+def _mapping(value: Any) -> Mapping[str, str | None] | None:
+    """Arrow gives a map as a list of (key, value)."""
+    if value is None or isinstance(value, float):
+        return None
+    return value if isinstance(value, Mapping) else dict(value)

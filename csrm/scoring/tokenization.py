@@ -1,0 +1,220 @@
+"""Prompts to token ids: each piece tokenised on its own, each field within its budget.
+
+Because pieces are tokenised apart, a prefix has the same tokens whatever product follows, and cutting a field never
+touches the template: the query's line and the answer cue are always there.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from tokenizers import Tokenizer
+
+from csrm.errors import ConfigError
+from csrm.scoring.labels import Label
+from csrm.scoring.prompts import (
+    ANSWER_CUE,
+    Line,
+    Product,
+    Query,
+    Translation,
+    prefix_lines,
+    suffix_lines,
+    translation_parts,
+)
+
+CHARACTERS_PER_TOKEN = 64
+"""A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Most tokens that each part of a prompt may take. All are counts of tokens."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    market: int = 8
+    language: int = 8
+    query: int = 48
+    retrieved_title: int = 24
+    """Each retrieved title."""
+    prefix: int = 224
+    """The whole prefix; retrieved titles that do not fit any more are cut, then dropped, from the last."""
+    title: int = 48
+    brand: int = 12
+    category: int = 24
+    attributes: int = 48
+    suffix: int = 128
+    """The whole suffix; attributes, category and brand give way first, in this order."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value}" for name, value in asdict(self).items() if not isinstance(value, int) or value < 1
+        ]
+        if wrong:
+            raise ConfigError(f"budgets: expected whole numbers of tokens from 1; {', '.join(wrong)}.")
+
+
+class PromptTokenizer:
+    """Token ids of prefixes and suffixes. The same text gives the same ids, in training, export and scoring."""
+
+    def __init__(self, tokenizer: Tokenizer, budgets: Budgets) -> None:
+        """Args:
+            tokenizer: of the model; its own truncation and padding are switched off.
+            budgets: must leave room for the query in the prefix and for the title in the suffix.
+
+        Raises:
+            ConfigError: a budget is too small for the template with its required fields.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # What the tokenizer puts before a text (<bos>, where the model has one).
+        self._start_ids = _leading_special_ids(tokenizer)
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset(
+            id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self.budgets = budgets
+        self._limits = asdict(budgets)
+        self._template_ids: dict[str, list[int]] = {}
+        self._check_room()
+
+    @classmethod
+    def from_file(cls, path: str | Path, budgets: Budgets) -> "PromptTokenizer":
+        """Load a `tokenizer.json`."""
+        return cls(Tokenizer.from_file(str(path)), budgets)
+
+    @classmethod
+    def from_json(cls, text: str, budgets: Budgets) -> "PromptTokenizer":
+        """From the text of a `tokenizer.json`."""
+        return cls(Tokenizer.from_str(text), budgets)
+
+    def prefix_ids(self, queries: Sequence[Query]) -> list[list[int]]:
+        """Token ids of each query's prefix, at most `budgets.prefix` each; the query is never lost."""
+        all_lines = [prefix_lines(query) for query in queries]
+        field_ids = self._field_ids(all_lines)
+        return [self._joined(self._start_ids, lines, field_ids, self.budgets.prefix, []) for lines in all_lines]
+
+    def suffix_ids(self, products: Sequence[Product]) -> list[list[int]]:
+        """Token ids of each product's suffix, at most `budgets.suffix` each, ending with the cue."""
+        all_lines = [suffix_lines(product) for product in products]
+        field_ids = self._field_ids(all_lines)
+        cue_ids = self._template(ANSWER_CUE)
+        return [self._joined([], lines, field_ids, self.budgets.suffix, cue_ids) for lines in all_lines]
+
+    def translation_ids(self, texts: Sequence[Translation], text_tokens: int) -> list[tuple[list[int], list[int]]]:
+        """Token ids of translations: what is given, and what is to be learnt.
+
+        Args:
+            texts: what to translate, and how it is translated.
+            text_tokens: most tokens of each text.
+        """
+        all_parts = [translation_parts(text) for text in texts]
+        fields = [part for parts in all_parts for part in parts[1::2]]
+        encodings = self._tokenizer.encode_batch_fast(
+            [field[: CHARACTERS_PER_TOKEN * text_tokens] for field in fields], add_special_tokens=False
+        )
+        field_ids = iter([self._without_special(encoding.ids)[:text_tokens] for encoding in encodings])
+        result = []
+        for parts in all_parts:
+            pieces = [next(field_ids) if number % 2 else self._template(part) for number, part in enumerate(parts)]
+            given = [*self._start_ids, *(id_ for piece in pieces[:-2] for id_ in piece)]
+            result.append((given, [*pieces[-2], *pieces[-1]]))
+        return result
+
+    def label_ids(self, labels: Sequence[Label]) -> list[int]:
+        """Token id of each label.
+
+        Raises:
+            ConfigError: a label is not exactly one token, or two labels are the same token.
+        """
+        encoded = [self._encode(label.token) for label in labels]
+        wrong = [
+            f"{label.token!r} is {len(ids)} tokens" for label, ids in zip(labels, encoded, strict=True) if len(ids) != 1
+        ]
+        if wrong:
+            raise ConfigError(
+                f"labels: each must be one token of the tokenizer; {', '.join(wrong)}. Choose other words."
+            )
+        ids = [ids[0] for ids in encoded]
+        if len(set(ids)) < len(ids):
+            raise ConfigError(f"labels: tokens must differ; {[label.token for label in labels]} are ids {ids}.")
+        return ids
+
+    def tokens_per_character(self, texts: Sequence[str]) -> float:
+        """Tokens for each character: above 1 the tokenizer hardly knows the texts' script and spells it in bytes."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return sum(len(encoding.ids) for encoding in encodings) / max(1, sum(map(len, texts)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included; for messages and tests."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _template(self, text: str) -> list[int]:
+        if text not in self._template_ids:
+            self._template_ids[text] = self._encode(text)
+        return self._template_ids[text]
+
+    def _field_ids(self, all_lines: Iterable[Sequence[Line]]) -> dict[tuple[str, str], list[int]]:
+        """Token ids of every (field, text), cut to the field's budget; equal ones are tokenised once."""
+        fields = list(dict.fromkeys((line.field, line.text) for lines in all_lines for line in lines))
+        texts = [text[: CHARACTERS_PER_TOKEN * self._limits[field]] for field, text in fields]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {
+            key: self._without_special(encoding.ids)[: self._limits[key[0]]]
+            for key, encoding in zip(fields, encodings, strict=True)
+        }
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        return [id_ for id_ in ids if id_ not in self._special_ids]
+
+    def _joined(
+        self,
+        start_ids: Sequence[int],
+        lines: Sequence[Line],
+        field_ids: dict[tuple[str, str], list[int]],
+        limit: int,
+        cue_ids: Sequence[int],
+    ) -> list[int]:
+        """Lines in order while there is room for at least one token of a line's field; then the cue."""
+        ids = list(start_ids)
+        for line in lines:
+            template_ids = self._template(line.start)
+            room = limit - len(ids) - len(template_ids) - len(cue_ids)
+            if room < 1:
+                break
+            ids += template_ids
+            ids += field_ids[line.field, line.text][:room]
+        ids += cue_ids
+        return ids
+
+    def _check_room(self) -> None:
+        required = {
+            "prefix": (len(self._start_ids), prefix_lines(Query("", "", ""))),
+            "suffix": (len(self._template(ANSWER_CUE)), suffix_lines(Product(""))),
+        }
+        for name, (template, lines) in required.items():
+            template += sum(len(self._template(line.start)) for line in lines)
+            needed = template + sum(self._limits[line.field] for line in lines)
+            if needed > self._limits[name]:
+                fields = " + ".join(line.field for line in lines)
+                raise ConfigError(
+                    f"budgets: {name} is {self._limits[name]} tokens, but its template ({template} tokens) with "
+                    f"{fields} needs {needed}. Raise {name} or lower the fields."
+                )
+
+
+def _leading_special_ids(tokenizer: Tokenizer) -> list[int]:
+    ids = tokenizer.encode("x", add_special_tokens=True).ids
+    plain = tokenizer.encode("x", add_special_tokens=False).ids
+    if not plain or plain[0] not in ids:
+        return []
+    return list(ids[: ids.index(plain[0])])

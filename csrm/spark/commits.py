@@ -1,0 +1,174 @@
+"""Commits to Delta tables: appended, merged, tried again after a conflict."""
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+from delta.tables import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.schemas import Table
+
+USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+
+
+_MERGE_BY_PARTITION = "spark.databricks.delta.merge.repartitionBeforeWrite.enabled"
+"""Delta's default gathers all rows of a partition, here a market, in one task before it writes them."""
+
+
+_TXN_APP = "spark.databricks.delta.write.txnAppId"
+
+
+_TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+
+
+_RECENT_COMMITS = 100
+"""More than others can make between a commit and the look at the history."""
+
+
+_CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+"""What Delta raises where a commit of others, made at the same time, touched what this one had read."""
+
+
+_LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+"""Before each further try."""
+
+
+class Transaction(NamedTuple):
+    """Makes a commit happen at most once: Delta skips one whose version is not above the last of its application."""
+
+    app: str
+    version: int
+
+
+def retry_conflicts(commit: Callable[[], None]) -> None:
+    """Make a commit; where commits of others conflict with it, again after a pause, a few times.
+
+    Args:
+        commit: has no effect where it raises, and may be called again.
+    """
+    for longest_pause_s in _LONGEST_PAUSES_S:
+        try:
+            return commit()
+        except _CONFLICTS:
+            time.sleep(random.uniform(0, longest_pause_s))  # at random, so that two do not meet again
+    return commit()
+
+
+def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:
+    """Append the declared columns of df to an existing table, in one commit; see Transaction."""
+    writer = df.select(*table.column_names).write.format("delta").mode("append")
+    writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version).save(path)
+
+
+def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
+    """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
+    append_rows(spark.read.format("delta").load(path).limit(0), table, path, transaction)
+
+
+def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
+    """Delete the rows that meet a condition, in one commit, and return how many there were."""
+    delta_table = DeltaTable.forPath(spark, path)
+    num_rows = delta_table.toDF().where(condition).count()
+    if num_rows:
+        delta_table.delete(condition)
+    return num_rows
+
+
+def merge_changes(
+    changes_df: DataFrame,
+    table: Table,
+    path: str,
+    slice_: Mapping[str, str],
+    metadata: Mapping[str, str],
+    transaction: Transaction | None = None,
+) -> int | None:
+    """Apply row changes to one slice of a table in one commit.
+
+    Args:
+        changes_df: the table's columns and `operation`: insert, update or delete. At most one row a key; a delete
+            needs only the key.
+        table: the declaration.
+        path: the table's folder.
+        slice_: column to value of the slice, such as {"market": "tw"}: put into the condition as literals, so that
+            files of other slices are neither read nor rewritten.
+        metadata: what the commit carries in the table's history as JSON, with the slice.
+        transaction: see Transaction.
+
+    Returns:
+        The version that the commit made; None where Delta skipped it because of its transaction, or refused it because
+        another one of the same application was committed meanwhile.
+    """
+    spark = changes_df.sparkSession
+    condition = [F.col(f"old.{name}") == F.lit(value) for name, value in slice_.items()]
+    condition += [F.col(f"old.{name}") == F.col(f"new.{name}") for name in table.key]
+    matched = condition[0]
+    for part in condition[1:]:
+        matched = matched & part
+    values = {name: F.col(f"new.{name}") for name in table.column_names}
+    operation = F.col("new.operation")
+    delta_table = DeltaTable.forPath(spark, path)
+    merge = (
+        delta_table.alias("old")
+        .merge(changes_df.alias("new"), matched)
+        .whenMatchedDelete(operation == "delete")
+        .whenMatchedUpdate(operation != "delete", set=values)
+        .whenNotMatchedInsert(operation != "delete", values=values)
+    )
+    # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
+    carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
+    settings = {USER_METADATA: carried, _MERGE_BY_PARTITION: "false"}
+    if transaction is not None:  # MERGE takes it from the session alone
+        settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
+    with session_settings(spark, settings):
+        try:
+            merge.execute()
+        except ConcurrentTransactionException:
+            return None
+    row = delta_table.history(_RECENT_COMMITS).where(F.col("userMetadata") == carried).head()
+    return None if row is None else int(row["version"])
+
+
+def read_commits(spark: SparkSession, path: str, after_version: int) -> list[dict[str, str]]:
+    """What the commits of merge_changes after a version carried: their metadata and slice."""
+    is_later = (F.col("version") > after_version) & (F.col("operation") == "MERGE")
+    carried = F.from_json("userMetadata", "map<string,string>").alias("carried")
+    rows = DeltaTable.forPath(spark, path).history().where(is_later).select(carried).collect()
+    return [row["carried"] for row in rows if row["carried"]]
+
+
+@contextmanager
+def session_settings(spark: SparkSession, settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings of the session while the block runs; threads share them."""
+    before = {key: spark.conf.get(key, None) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key, earlier in before.items():
+            if earlier is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, earlier)

@@ -1,0 +1,205 @@
+"""Files and folders wherever the tables are. The only module that reaches Hadoop's file system."""
+
+import logging
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.sql import SparkSession
+
+from csrm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_ATOMIC_SCHEMES = ("hdfs", "viewfs", "abfs", "abfss", "gs")
+"""Storages of Hadoop's that create a file only where there is none, as one step."""
+
+
+class Folder(Protocol):
+    """The few things that leases need of a storage."""
+
+    def create(self, name: str, text: str) -> bool:
+        """Create a file; False where there is one. Of several processes that try, one succeeds."""
+
+    def write(self, name: str, text: str) -> None: ...
+
+    def read(self, name: str) -> str | None:
+        """A file's text; None where there is none."""
+
+    def modified_at(self, name: str) -> float:
+        """When a file was created or last written, in seconds since 1970."""
+
+    def names(self) -> list[str]: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+def open_folder(spark: SparkSession, uri: str) -> Folder:
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        return LocalFolder(Path(unquote(parts.path) if parts.scheme else uri))
+    if parts.scheme not in _ATOMIC_SCHEMES:
+        logger.warning(
+            "tables on %s://: this storage is not known to create a file only once, so leases do not keep two runs "
+            "apart there. Let one scheduler start them, one at a time. Known to do so: a local folder, %s.",
+            parts.scheme,
+            ", ".join(_ATOMIC_SCHEMES),
+        )
+    return HadoopFolder(spark, uri)
+
+
+class LocalFolder:
+    """A folder of this machine, or one that is mounted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def create(self, name: str, text: str) -> bool:
+        written = self._path / f"{name}.{uuid.uuid4().hex}"
+        written.write_text(text, encoding="utf-8")
+        try:
+            (self._path / name).hardlink_to(written)  # one step, and the text is there with the name
+        except FileExistsError:
+            return False
+        finally:
+            written.unlink()
+        return True
+
+    def write(self, name: str, text: str) -> None:
+        partial = self._path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self._path / name)
+
+    def read(self, name: str) -> str | None:
+        try:
+            return (self._path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def modified_at(self, name: str) -> float:
+        return (self._path / name).stat().st_mtime
+
+    def names(self) -> list[str]:
+        return [path.name for path in self._path.iterdir()]
+
+    def delete(self, name: str) -> None:
+        (self._path / name).unlink(missing_ok=True)
+
+
+class HadoopFolder:
+    """A folder on a storage that Spark reaches."""
+
+    def __init__(self, spark: SparkSession, uri: str) -> None:
+        jvm = spark.sparkContext._jvm
+        assert jvm is not None
+        self._path: Any = jvm.org.apache.hadoop.fs.Path
+        self._io: Any = jvm.org.apache.commons.io.IOUtils
+        self._uri = uri
+        self._files = self._path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+        self._files.mkdirs(self._path(uri))
+
+    def create(self, name: str, text: str) -> bool:
+        try:
+            self._put(name, text, overwrite=False)
+        except Py4JJavaError:
+            if self.read(name) is None:
+                raise
+            return False
+        return True
+
+    def write(self, name: str, text: str) -> None:
+        self._put(name, text, overwrite=True)
+
+    def read(self, name: str) -> str | None:
+        path = self._at(name)
+        if not self._files.exists(path):
+            return None
+        stream = self._files.open(path)
+        try:
+            return str(self._io.toString(stream, "UTF-8"))
+        finally:
+            stream.close()
+
+    def modified_at(self, name: str) -> float:
+        return float(self._files.getFileStatus(self._at(name)).getModificationTime() / 1000)
+
+    def names(self) -> list[str]:
+        return [str(status.getPath().getName()) for status in self._files.listStatus(self._path(self._uri))]
+
+    def delete(self, name: str) -> None:
+        self._files.delete(self._at(name), False)
+
+    def _at(self, name: str) -> Any:
+        return self._path(self._path(self._uri), name)
+
+    def _put(self, name: str, text: str, overwrite: bool) -> None:
+        stream = self._files.create(self._at(name), overwrite)
+        try:
+            stream.write(bytearray(text.encode()))
+        finally:
+            stream.close()
+
+
+def attempts_path(tables_dir: str, run_id: str) -> str:
+    """Folder beside the tables for what attempts of a run are at; see csrm.scoring.attempts."""
+    return f"{absolute_path(tables_dir)}/_attempts/{run_id}"
+
+
+def require_one_place(spark: SparkSession, path: str) -> None:
+    """Refuse a path that Spark finds on one storage, and leases and notes of attempts on the driver's disk.
+
+    Raises:
+        ConfigError: the path has no scheme, and Hadoop's default file system is not this machine's.
+    """
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    default = str(jvm.org.apache.hadoop.fs.FileSystem.getDefaultUri(spark.sparkContext._jsc.hadoopConfiguration()))
+    if not urlsplit(path).scheme and urlsplit(default).scheme != "file":
+        there, here = default.rstrip("/") + absolute_path(path), f"file://{absolute_path(path)}"
+        raise ConfigError(
+            f"tables at {path!r}: expected a URI, as fs.defaultFS is {default}; got a path without a scheme, which is "
+            f"another place for Spark than for leases. Name the scheme: {there}, or {here}."
+        )
+
+
+def delete_table(spark: SparkSession, path: str) -> None:
+    """Delete a table's folder and all that is in it, where there is one."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    folder = jvm.org.apache.hadoop.fs.Path(path)
+    folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).delete(folder, True)
+
+
+def absolute_path(path: str) -> str:
+    """Delta takes a relative location for the name of a table; URIs stay as they are."""
+    return path.rstrip("/") if urlsplit(path).scheme else str(Path(path).absolute())
+
+
+class FileState(NamedTuple):
+    """What tells one content of a file from another."""
+
+    num_bytes: int
+    changed_at: int
+    """Milliseconds since 1970."""
+
+
+def file_states(spark: SparkSession, files: Collection[str]) -> dict[str, FileState | None]:
+    """Each file's state; None where it is gone. One listing for each folder."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    paths = {file: jvm.org.apache.hadoop.fs.Path(jvm.java.net.URI(file)) for file in files}
+    folders = {path.getParent().toString(): path for path in paths.values()}
+    states = {}
+    for path in folders.values():
+        try:
+            listed = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).listStatus(path.getParent())
+        except Py4JJavaError:  # the folder is gone, and with it its files
+            continue
+        for status in listed:
+            name = (path.getParent().toString(), status.getPath().getName())
+            states[name] = FileState(status.getLen(), status.getModificationTime())
+    return {file: states.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}

@@ -1,0 +1,119 @@
+"""Settings of a training."""
+
+from pydantic import Field, field_validator, model_validator
+
+from csrm.config import InputSpec, Settings
+from csrm.scoring.labels import ESCI_LABELS, Label
+from csrm.scoring.tokenization import Budgets
+from csrm.training.data.judged import JudgedInputs
+from csrm.training.data.title_pairs import TitlePairs
+from csrm.training.distillation.rounds import Distillation
+from csrm.training.model.base import BaseModel
+from csrm.training.tuning import Tuning
+
+TRANSLATION_TEMPLATE_TOKENS = 64
+"""Room in a pack for what stands around a text and its translation."""
+
+
+class TranslationSettings(Settings):
+    """The translation stage, which activates what the model knows of both languages before it judges relevance."""
+
+    parallel_text: InputSpec
+    """Texts with their translations; splits train and held_out_split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """These three replace those of `tuning` where given; epochs replace max_steps too, also the one given here."""
+    text_tokens: int = Field(default=48, ge=1)
+    """Most tokens of each text."""
+    mixed_share: float = Field(default=0.2, ge=0)
+    """Translation packs for each pack of the relevance stage, so that translation is not forgotten."""
+    switched_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the prefixes of the relevance stage, those of title pairs and pairs without labels too, that are put
+    into another language of the parallel text, phrase by phrase, half of them with their products; see
+    csrm.training.data.phrasebook."""
+    held_out_split: str = "dev"
+    num_held_out: int = Field(default=100, ge=1, le=1_000)
+    """Texts of held_out_split that measure how well is translated, those that split train has too left out; without
+    such texts it is not measured."""
+
+    @field_validator("held_out_split")
+    @classmethod
+    def _is_held_out(cls, split: str) -> str:
+        if split == "train":
+            raise ValueError("is what is learnt: name a split that is not")
+        return split
+
+    def tuning(self, tuning: Tuning) -> Tuning:
+        """The tuning of this stage."""
+        changes = {"max_steps": self.max_steps, "epochs": self.epochs, "learning_rate": self.learning_rate}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return tuning.model_copy(update=given | ({"max_steps": None} if self.epochs is not None else {}))
+
+
+class TrainConfig(Settings):
+    """Settings of a training."""
+
+    markets: dict[str, str] = Field(min_length=1)
+    """Source markets, each with the language of its text."""
+    inputs: JudgedInputs
+    base_model: BaseModel
+    tuning: Tuning = Tuning()
+    labels: tuple[Label, ...] = ESCI_LABELS
+    """Answers of the model, least relevant first."""
+    grade_labels: dict[str, str] | None = None
+    """Grade of a judgment to the name of its label; without it, labels are named as the grades."""
+    budgets: Budgets = Budgets()
+    pack_tokens: int = 512
+    """Most tokens of a pack, in training and scoring."""
+    dev_split: str = "dev"
+    """Judgments of this split measure the model; those without a split, and of split train, train it."""
+    translation: TranslationSettings | None = None
+    """Learn to translate first; without it, this stage is left out."""
+    title_pairs: TitlePairs | None = None
+    """Learn from titles that name their query too, in markets that have no labels; without it, only judged pairs."""
+    distillation: Distillation | None = None
+    """Repair the labels in rounds; without it, the given labels are learnt once."""
+    model_dir: str
+    """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
+    <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""
+
+    @model_validator(mode="after")
+    def _a_prompt_fits_a_pack(self) -> "TrainConfig":
+        longest = self.budgets.prefix + self.budgets.suffix
+        if self.pack_tokens < longest:
+            raise ValueError(
+                f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens"
+            )
+        most = (self.pack_tokens - TRANSLATION_TEMPLATE_TOKENS) // 2
+        if self.translation is not None and self.translation.text_tokens > most:
+            raise ValueError(
+                f"translation.text_tokens is {self.translation.text_tokens}, but two texts fit a pack of "
+                f"{self.pack_tokens} tokens, pack_tokens, with at most {most} each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_can_be_learnt(self) -> "TrainConfig":
+        names = [label.name for label in self.labels]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"labels: expected at least two of different names, got {names}")
+        if unknown := sorted(set((self.grade_labels or {}).values()) - set(names)):
+            raise ValueError(f"grade_labels name {unknown}; labels are {names}")
+        if self.dev_split in ("train", "unlabelled"):
+            raise ValueError(f"dev_split is {self.dev_split!r}, what is learnt: name a split that is not")
+        return self
+
+
+def grade_gains(config: TrainConfig) -> tuple[dict[str, float], set[str], set[str]]:
+    """Gain of each grade, and the grades that have the largest and the least one."""
+    label_gains = {label.name: label.gain for label in config.labels}
+    gains = (
+        {grade: label_gains[name] for grade, name in config.grade_labels.items()}
+        if config.grade_labels
+        else label_gains
+    )
+    most, least = (
+        {grade for grade, gain in gains.items() if gain == end} for end in (max(gains.values()), min(gains.values()))
+    )
+    return gains, most, least

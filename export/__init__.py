@@ -1,1 +1,0 @@
-"""Export of trained models to bundles: needs optimum (`pip install csrm[export]`)."""

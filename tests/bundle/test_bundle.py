@@ -1,0 +1,247 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from csrm.bundle.card import bundle_card
+from csrm.bundle.golden import GoldenPairs
+from csrm.bundle.loading import GOLDEN_AT_LOAD, load_bundle, load_scorer
+from csrm.commands.bundle import main
+from csrm.errors import BundleError, ConfigError, DeviceError
+from csrm.manifest import MANIFEST_NAME, write_manifest
+
+FILES = ["model.onnx", "tokenizer.json", "golden.json", "manifest.json"]
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def sealed(folder: Path, **changes: Any) -> Path:
+    """A folder that was changed, with a manifest that is right for it: what digests alone cannot find."""
+    about = json.loads((folder / MANIFEST_NAME).read_text())["about"]
+    write_manifest(folder, "bundle", {**about, **changes})
+    return folder
+
+
+def test_a_bundle_scores_the_same_wherever_it_lies(
+    tiny_bundle: Path, bundle_copy: Path, pairs_pdf: pd.DataFrame
+) -> None:
+    first, second = load_scorer(tiny_bundle, "cpu", threads=1), load_scorer(bundle_copy, "cpu")
+    assert first.digest == second.digest == load_bundle(tiny_bundle).digest
+    assert first.provider == "CPUExecutionProvider"
+    assert first.num_tokens == 0
+    scores = [scorer.score(pairs_pdf)["relevance_score"] for scorer in (first, second)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+
+
+def test_the_files_of_a_bundle_are_those_that_are_tampered_with_here(tiny_bundle: Path) -> None:
+    assert sorted(path.name for path in tiny_bundle.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_flipped_byte_in_any_file_is_one_error(bundle_copy: Path, name: str, share: float) -> None:
+    data = bytearray((bundle_copy / name).read_bytes())
+    data[int(share * len(data))] ^= 1
+    (bundle_copy / name).write_bytes(data)
+    expected = r"manifest|is a '|not as it was made" if name == MANIFEST_NAME else f"{name} has another content"
+    with pytest.raises(BundleError, match=expected):
+        load_scorer(bundle_copy, "cpu")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_one_error(bundle_copy: Path, name: str) -> None:
+    data = (bundle_copy / name).read_bytes()
+    (bundle_copy / name).write_bytes(data[: len(data) // 2])
+    expected = "manifest.json is not JSON" if name == MANIFEST_NAME else rf"{name} has \d+ bytes, expected {len(data)}"
+    with pytest.raises(BundleError, match=expected):
+        load_scorer(bundle_copy, "cpu")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_one_error(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).unlink()
+    expected = "manifest.json cannot be read" if name == MANIFEST_NAME else f"{name} is missing"
+    with pytest.raises(BundleError, match=expected):
+        load_scorer(bundle_copy, "cpu")
+
+
+def test_the_digest_depends_on_the_settings(bundle_copy: Path) -> None:
+    before = load_bundle(bundle_copy).digest
+    budgets = json.loads((bundle_copy / MANIFEST_NAME).read_text())["about"]["budgets"]
+    assert load_bundle(sealed(bundle_copy, budgets={**budgets, "query": 40})).digest != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 1}, "format_version is 1, this CSRM reads 2"),
+        ({"format_version": 99}, "format_version is 99, this CSRM reads 2"),
+        ({"template_version": 99}, "template_version is 99"),
+        ({"pack_tokens": 10}, "pack_tokens is 10, but a prefix with one suffix may take 352"),
+        ({"surprise": 1}, "does not describe a bundle"),
+        ({"labels": 3}, "does not describe a bundle"),
+        ({"labels": [{"name": "a", "token": " a", "gain": 2.0}]}, "does not describe a bundle.*its gain is 2"),
+    ],
+)
+def test_settings_of_another_version_are_refused(bundle_copy: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        load_bundle(sealed(bundle_copy, **changes))
+
+
+def test_a_bundle_of_the_first_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text('{"format_version": 1}')
+    write_manifest(tmp_path, "bundle")
+    manifest = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    del manifest["about"]
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**manifest, "manifest_version": 1}))
+    with pytest.raises(BundleError, match=r"format_version is 1, this CSRM reads 2\. Export the model again"):
+        load_bundle(tmp_path)
+
+
+def test_another_bundle_than_the_one_that_was_pinned_is_refused(tiny_bundle: Path) -> None:
+    digest = load_bundle(tiny_bundle).digest
+    assert load_scorer(tiny_bundle, "cpu", 1, digest).digest == digest
+    assert load_bundle(tiny_bundle, digest[:12]).digest == digest
+    with pytest.raises(BundleError, match=f"expected digest 0123, got {digest}"):
+        load_scorer(tiny_bundle, "cpu", 1, "0123")
+
+
+def other_weights(folder: Path) -> None:
+    """The same graph with other numbers in it: what a mix-up of two trainings looks like."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(folder / "model.onnx")
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(weights)
+    weights.raw_data = np.roll(values, 1, axis=0).tobytes()
+    onnx.save(model, folder / "model.onnx")
+
+
+def other_tokenizer(folder: Path) -> None:
+    """The vocabulary in another order."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (vocabulary[token] for token in ("t", "e"))
+    vocabulary["t"], vocabulary["e"] = second, first
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def no_graph(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"not a graph")
+
+
+def graph_with_other_inputs(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "other", tensors[:1], tensors[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    onnx.save(model, folder / "model.onnx")
+
+
+def no_golden_pairs(folder: Path) -> None:
+    (folder / "golden.json").write_text("{}")
+
+
+def weights_outside(folder: Path) -> None:
+    """A graph whose weights lie beside the bundle."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    shutil.move(folder / "weights", folder.parent / "weights")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../weights"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_weights, r"golden pair \d+ .*expected score 0\.\d+ \(torch .*, got 0\.\d+ with CPUExecutionProvider of"),
+        (other_tokenizer, r"golden pair 0 .*The tokenizer is another model's"),
+        (no_graph, "onnxruntime cannot read it"),
+        (graph_with_other_inputs, r"expected inputs \['group_ids', .*got inputs \['x'\] and outputs \['y'\]"),
+        (no_golden_pairs, "golden.json does not hold golden pairs"),
+        (weights_outside, "onnxruntime cannot read it: .*weights"),
+    ],
+)
+def test_a_bad_bundle_whose_digests_are_right_never_scores(
+    bundle_copy: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(bundle_copy)
+    with pytest.raises(BundleError, match=message):
+        load_scorer(sealed(bundle_copy), "cpu")
+
+
+def test_labels_of_several_tokens_are_refused(bundle_copy: Path) -> None:
+    labels = json.loads((bundle_copy / MANIFEST_NAME).read_text())["about"]["labels"]
+    labels[0]["token"] = " certainly not relevant"
+    with pytest.raises(BundleError, match=r"' certainly not relevant' is \d+ tokens"):
+        load_scorer(sealed(bundle_copy, labels=labels), "cpu")
+
+
+def test_golden_pairs_hold_their_tolerance_and_are_spread(tiny_bundle: Path, bundle_copy: Path) -> None:
+    golden = load_bundle(tiny_bundle).golden_pairs()
+    assert len(golden) == 30
+    assert np.ptp(golden.first(GOLDEN_AT_LOAD).scores) >= 0.5 * np.ptp(golden.scores) >= 0.1
+    moved = GoldenPairs(golden.source, golden.pairs, golden.prompt_ids, golden.scores + 1.1e-4)
+    moved.write(bundle_copy / "golden.json")
+    with pytest.raises(BundleError, match=r"allowed difference 1\.0e-04"):
+        load_scorer(sealed(bundle_copy), "cpu")
+
+
+def test_a_device_that_is_not_there_is_not_replaced(tiny_bundle: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(DeviceError, match="needs CUDAExecutionProvider"):
+        load_scorer(tiny_bundle, "cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cuda0"])
+def test_an_unknown_device_is_refused(tiny_bundle: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match="expected cpu, cuda or cuda:<number>"):
+        load_scorer(tiny_bundle, device)
+
+
+def test_the_card_says_what_a_bundle_is(tiny_bundle: Path) -> None:
+    bundle = load_bundle(tiny_bundle)
+    card = bundle_card(bundle)
+    for part in (
+        bundle.digest,
+        "fp32, proven on cpu",
+        "E 1 (' yes')",
+        "packs of 512",
+        "activations in float32",
+    ):
+        assert part in card
+
+
+def test_the_command_line_shows_and_verifies(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tiny_bundle)]) == 0
+    assert "verified" not in capsys.readouterr().out
+    assert main(["verify", str(tiny_bundle)]) == 0
+    assert "30 golden pairs have their scores on cpu (CPUExecutionProvider)" in capsys.readouterr().out
+
+
+def test_the_command_line_ends_with_2_where_nothing_is_proven(bundle_copy: Path) -> None:
+    (bundle_copy / "model.onnx").write_bytes(b"")
+    command = [sys.executable, "-m", "csrm.bundle", "verify", str(bundle_copy)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: bundle ")
+    assert "Traceback" not in result.stderr

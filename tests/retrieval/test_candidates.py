@@ -1,0 +1,99 @@
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given_pairs
+from csrm.retrieval.lexical import query_terms
+
+pytestmark = pytest.mark.spark
+
+PAIR = "market string, query_id string, product_id string"
+
+
+def rows(df: DataFrame) -> list[tuple[object, ...]]:
+    return sorted(tuple(row) for row in df.collect())
+
+
+def test_best_products_of_queries_and_best_queries_of_products_are_united(spark: SparkSession) -> None:
+    scores_df = spark.createDataFrame(
+        [
+            ("us", "q1", "p1", 3.0),
+            ("us", "q1", "p2", 2.0),
+            ("us", "q1", "p3", 2.0),
+            ("us", "q1", "p4", 1.0),
+            ("us", "q2", "p1", 5.0),
+            ("us", "q2", "p4", 0.9),
+            ("kr", "q1", "p4", 0.5),
+        ],
+        f"{PAIR}, bm25 double",
+    )
+    assert rows(best_pairs(scores_df, products_per_query=2, queries_per_product=1)) == [
+        ("kr", "q1", "p4", "query"),
+        ("us", "q1", "p1", "query"),
+        ("us", "q1", "p2", "query"),
+        ("us", "q1", "p3", "product"),
+        ("us", "q1", "p4", "product"),
+        ("us", "q2", "p1", "query"),
+        ("us", "q2", "p4", "query"),
+    ]
+    assert rows(best_pairs(scores_df, products_per_query=1, queries_per_product=0)) == [
+        ("kr", "q1", "p4", "query"),
+        ("us", "q1", "p1", "query"),
+        ("us", "q2", "p1", "query"),
+    ]
+
+
+def test_a_product_whose_queries_score_alike_gets_the_smaller_query_id(spark: SparkSession) -> None:
+    scores_df = spark.createDataFrame([("us", q, "p1", 1.0) for q in ("q3", "q1", "q2")], f"{PAIR}, bm25 double")
+    assert rows(best_pairs(scores_df, products_per_query=0, queries_per_product=2)) == [
+        ("us", "q1", "p1", "product"),
+        ("us", "q2", "p1", "product"),
+    ]
+
+
+def test_given_pairs_win_and_stay_even_if_nothing_is_known_of_them(spark: SparkSession) -> None:
+    schema = f"{PAIR}, source string"
+    pairs_df = spark.createDataFrame([("us", "q1", "p1", "query"), ("us", "q1", "p2", "product")], schema)
+    given_df = spark.createDataFrame([("us", "q1", "p2", None), ("us", "q8", "p9", "x")], schema)
+    assert rows(with_given_pairs(pairs_df, given_df)) == [
+        ("us", "q1", "p1", "query"),
+        ("us", "q1", "p2", "given"),
+        ("us", "q8", "p9", "given"),
+    ]
+
+
+def test_products_in_no_pair_are_listed_with_the_reason(spark: SparkSession) -> None:
+    catalog_df = spark.createDataFrame(
+        [
+            ("us", "p1", "red shoe", None, None, None),
+            ("us", "p2", None, "shoe", None, None),
+            ("us", "p3", " ", None, None, None),
+            ("us", "p4", "lamp", None, None, {"form": "globe"}),
+            ("us", "p5", "RED hat", None, None, None),
+            ("us", "p6", "!!!", None, None, None),
+            ("us", "p7", "cup", None, None, None),
+            ("kr", "p1", "red shoe", None, None, None),
+        ],
+        "market string, product_id string, title string, brand string, category string, attributes map<string,string>",
+    )
+    queries_df = spark.createDataFrame(
+        [("us", "q1", "red shoe"), ("kr", "q1", "lamp"), ("us", "q2", None), ("us", "q3", "!")],
+        "market string, query_id string, query string",
+    )
+    candidates_df = spark.createDataFrame(
+        [
+            ("us", "q1", "p1", "query"),
+            ("us", "q2", "p5", "given"),  # its query is blank
+            ("us", "q9", "p4", "given"),  # its query does not exist
+            ("kr", "q3", "p1", "given"),  # nor does this one, in its market
+            ("us", "q3", "p7", "given"),  # no term, but a text to score
+        ],
+        f"{PAIR}, source string",
+    )
+    assert rows(uncovered_products(catalog_df, queries_df, query_terms(queries_df), candidates_df)) == [
+        ("kr", "p1", "no_shared_term"),
+        ("us", "p2", "no_title"),
+        ("us", "p3", "no_title"),
+        ("us", "p4", "no_shared_term"),
+        ("us", "p5", "not_among_best"),
+        ("us", "p6", "no_shared_term"),
+    ]

@@ -1,0 +1,200 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from csrm.errors import DeviceError
+from csrm.scoring.labels import BINARY_LABELS
+from csrm.scoring.packing import PackBatch
+from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import Budgets
+from tests.scoring.test_tokenization import golden_tokenizer
+
+
+def length_scorer(batch: PackBatch) -> np.ndarray:
+    """Logit of yes: a hundredth of the number of the pair's own tokens."""
+    lengths = np.take_along_axis(batch.position_ids, batch.last_index, axis=1) + 1
+    return np.stack([np.zeros_like(lengths), lengths], axis=-1) / 100.0
+
+
+def scorer(pack_tokens: int = 512) -> PairScorer:
+    return PairScorer(golden_tokenizer(), BINARY_LABELS, length_scorer, pack_tokens)
+
+
+def test_each_pair_gets_its_own_answer(pairs_pdf: pd.DataFrame) -> None:
+    tokenizer = golden_tokenizer()
+    scores = scorer().score(pairs_pdf)
+    assert scores["relevance_score"].dtype == np.float32
+    assert scores.index.equals(pairs_pdf.index)
+    for row in (0, 7, 29):
+        pair = pairs_pdf.iloc[[row]]
+        alone = scorer().score(pair)["relevance_score"].iloc[0]
+        assert scores["relevance_score"].iloc[row] == pytest.approx(alone, abs=1e-7)
+    assert scores["relevance_score"].nunique() > 10
+    assert tokenizer.budgets == Budgets()
+
+
+def test_prefixes_are_counted_once_per_pack(pairs_pdf: pd.DataFrame) -> None:
+    one_query = pairs_pdf.iloc[:5]
+    alone, together = scorer(), scorer(2000)
+    for row in range(5):
+        alone.score(one_query.iloc[[row]])
+    together.score(one_query)
+    from csrm.scoring.scorer import pair_groups
+
+    ((prefix_ids, _),) = pair_groups(one_query, golden_tokenizer())[0]
+    assert alone.num_tokens - together.num_tokens == 4 * len(prefix_ids)
+
+
+def test_arrow_forms_of_maps_lists_and_nulls_are_read(pairs_pdf: pd.DataFrame) -> None:
+    arrow_like = pairs_pdf.assign(
+        attributes=[list(value.items()) if value is not None else None for value in pairs_pdf["attributes"]],
+        retrieved_titles=[
+            np.array(value, dtype=object) if value is not None else None for value in pairs_pdf["retrieved_titles"]
+        ],
+        brand=pairs_pdf["brand"].where(pairs_pdf["brand"].notna(), np.nan),
+    )
+    pd.testing.assert_frame_equal(scorer().score(arrow_like), scorer().score(pairs_pdf))
+
+
+def test_no_pairs_give_no_scores(pairs_pdf: pd.DataFrame) -> None:
+    assert len(scorer().score(pairs_pdf.iloc[:0])) == 0
+
+
+MARK = "Ж"
+"""A letter that no other text has, so that its tokens are in no other prompt."""
+
+
+def marked_token() -> int:
+    return golden_tokenizer()._encode(MARK)[0]
+
+
+class FailingScorer:
+    """Length scorer that fails on packs with a mark, and counts its calls."""
+
+    def __init__(self, fail: Callable[[PackBatch, np.ndarray], np.ndarray], marked: int) -> None:
+        self.num_calls, self._fail, self._marked = 0, fail, marked
+
+    def __call__(self, batch: PackBatch) -> np.ndarray:
+        self.num_calls += 1
+        logits = length_scorer(batch)
+        return self._fail(batch, logits) if (batch.input_ids == self._marked).any() else logits
+
+
+def raise_error(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+    raise RuntimeError("Non-zero status code returned while running MatMul node")
+
+
+def give_nan(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+    return np.full_like(logits, np.nan)
+
+
+def give_nan_for_one_pair(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+    found = logits.copy()
+    found[0, (batch.pair_index[0] >= 0).argmax()] = np.inf if len(logits[0]) == 1 else np.nan
+    return found
+
+
+def with_marks(pairs: pd.DataFrame, rows: list[int]) -> pd.DataFrame:
+    marked = pairs.reset_index(drop=True)
+    marked.loc[rows, "title"] = MARK + marked.loc[rows, "title"]
+    return marked
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"),
+    [(raise_error, "model_error"), (give_nan, "not_finite"), (give_nan_for_one_pair, "not_finite")],
+)
+def test_a_pair_that_fails_is_found_by_halving_its_pack(
+    pairs_pdf: pd.DataFrame, fail: Callable[[PackBatch, np.ndarray], np.ndarray], reason: str
+) -> None:
+    pairs = pd.concat([pairs_pdf.iloc[:5]] * 13, ignore_index=True).iloc[:64]  # one query: one pack
+    pairs["title"] = [f"{title} {n}" for n, title in enumerate(pairs["title"])]
+    expected = scorer(8_000).score(pairs)
+    failing = FailingScorer(fail, marked_token())
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, failing, 8_000)
+    poisoned.score(pairs_pdf)  # as the golden pairs of a bundle: a pack that is known to be good
+    calls_before = failing.num_calls
+
+    scored = poisoned.score_or_reject(with_marks(pairs, [37]))
+
+    assert scored["reason"].dropna().to_dict() == {37: reason}
+    assert math.isnan(scored.loc[37, "relevance_score"])
+    assert scored.loc[37, "predicted_grade"] is None
+    others = scored.index != 37
+    np.testing.assert_allclose(scored["relevance_score"][others], expected["relevance_score"][others], atol=1e-7)
+    assert failing.num_calls - calls_before <= 1 + 2 * math.log2(64) + 1
+
+
+def test_a_pair_that_cannot_be_tokenised_is_found_without_more_packs_than_halves(
+    pairs_pdf: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = golden_tokenizer()
+    suffix_ids = tokenizer.suffix_ids
+
+    def fail(products: list) -> list[list[int]]:
+        if any(product.title is not None and MARK in product.title for product in products):
+            raise Exception("BPE error: Unk token `<unk>` not found in the vocabulary")
+        return suffix_ids(products)
+
+    monkeypatch.setattr(tokenizer, "suffix_ids", fail)
+    poisoned = PairScorer(tokenizer, BINARY_LABELS, length_scorer, 512)
+
+    scored = poisoned.score_or_reject(with_marks(pairs_pdf, [3, 20]))
+
+    assert scored["reason"].dropna().to_dict() == {3: "tokenizer_error", 20: "tokenizer_error"}
+    expected = scorer().score(pairs_pdf.reset_index(drop=True))["relevance_score"].drop([3, 20])
+    np.testing.assert_allclose(scored["relevance_score"].drop([3, 20]), expected, atol=1e-7)
+
+
+def test_every_pair_that_fails_is_rejected_and_none_is_lost(pairs_pdf: pd.DataFrame) -> None:
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, FailingScorer(raise_error, marked_token()), 512)
+    poisoned.score(pairs_pdf)
+
+    scored = poisoned.score_or_reject(with_marks(pairs_pdf, list(range(30))))
+
+    assert scored["reason"].tolist() == ["model_error"] * 30
+
+
+def test_a_broken_process_rejects_nothing(pairs_pdf: pd.DataFrame) -> None:
+    is_broken = False
+
+    def score(batch: PackBatch) -> np.ndarray:
+        nonlocal is_broken
+        is_broken = is_broken or bool((batch.input_ids == marked_token()).any())
+        if is_broken:
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+        return length_scorer(batch)
+
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, score, 512)
+    poisoned.score(pairs_pdf)
+
+    with pytest.raises(DeviceError, match=r"CUDA failure 700.*after it pairs fail that were scored before"):
+        poisoned.score_or_reject(with_marks(pairs_pdf, [4]))
+
+
+def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_pdf: pd.DataFrame) -> None:
+    sizes: list[int] = []
+
+    def score(batch: PackBatch) -> np.ndarray:
+        sizes.append(batch.input_ids.shape[1])
+        if sizes[-1] > 500:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
+        return length_scorer(batch)
+
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
+    small = PairScorer(golden_tokenizer(), BINARY_LABELS, score, 900)
+    small.score(pairs_pdf.iloc[:2])
+
+    scored = small.score_or_reject(pairs)
+    first_time, sizes[:], num_halved = max(sizes), [], small.num_halved_packs
+    again = small.score_or_reject(pairs)
+
+    assert first_time > 500 >= max(sizes)
+    assert small.num_halved_packs == num_halved > 0
+    assert scored["reason"].isna().all()
+    expected = scorer().score(pairs)
+    np.testing.assert_allclose(scored["relevance_score"], expected["relevance_score"], atol=1e-7)
+    np.testing.assert_allclose(again["relevance_score"], expected["relevance_score"], atol=1e-7)

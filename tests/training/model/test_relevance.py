@@ -1,0 +1,205 @@
+"""Packs give each pair the logits of its own prompt alone; and every way to get that wrong is seen."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.prompts import Translation
+from csrm.scoring.scorer import PairScorer, pair_groups
+from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.data.packs import collate, translation_packs
+from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def groups(pairs_pdf: pd.DataFrame, prompt_tokenizer: PromptTokenizer) -> list[Group]:
+    return pair_groups(pairs_pdf, prompt_tokenizer)[0]
+
+
+def one_at_a_time(loud_model: PackedRelevanceModel, groups: list[Group]) -> np.ndarray:
+    """Logits of each pair's plain prompt through the Hugging Face model, without any of our packing."""
+    rows = []
+    with torch.inference_mode():
+        for prefix_ids, suffixes in groups:
+            for suffix_ids in suffixes:
+                output = loud_model.language_model(input_ids=torch.tensor([[*prefix_ids, *suffix_ids]]))
+                rows.append(output.logits[0, -1, loud_model.label_ids].numpy())
+    return np.stack(rows)
+
+
+def packed(
+    loud_model: PackedRelevanceModel,
+    groups: list[Group],
+    pack_tokens: int,
+    packs_per_batch: int = 1,
+    change: Callable[[PackBatch], PackBatch] = lambda batch: batch,
+) -> np.ndarray:
+    score = torch_pack_scorer(loud_model)
+    logits = np.full((sum(len(group.suffixes) for group in groups), len(ESCI_LABELS)), np.nan, dtype=np.float32)
+    for batch in build_packs(groups, pack_tokens, packs_per_batch):
+        present = batch.pair_index >= 0
+        logits[batch.pair_index[present]] = score(change(batch))[present]
+    return logits
+
+
+def test_the_fixture_tells_pairs_apart(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    logits = one_at_a_time(loud_model, groups)
+    assert (logits[:, -1] - logits[:, 0]).std() >= 1
+
+
+@pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (512, 1), (512, 3), (2000, 1)])
+def test_a_pack_equals_one_pair_at_a_time(
+    loud_model: PackedRelevanceModel, groups: list[Group], pack_tokens: int, packs_per_batch: int
+) -> None:
+    expected = one_at_a_time(loud_model, groups)
+    actual = packed(loud_model, groups, pack_tokens, packs_per_batch)
+    assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def no_products_apart(batch: PackBatch) -> PackBatch:
+    return batch._replace(segment_ids=np.minimum(batch.segment_ids, 1))
+
+
+def no_queries_apart(batch: PackBatch) -> PackBatch:
+    return batch._replace(group_ids=np.zeros_like(batch.group_ids))
+
+
+def positions_not_restarted(batch: PackBatch) -> PackBatch:
+    return batch._replace(
+        position_ids=np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.input_ids.shape).copy()
+    )
+
+
+def wrong_last_index(batch: PackBatch) -> PackBatch:
+    return batch._replace(last_index=np.maximum(batch.last_index - 1, 0))
+
+
+MISTAKES = (no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_in_the_pack_is_seen(
+    loud_model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[PackBatch], PackBatch]
+) -> None:
+    expected = one_at_a_time(loud_model, groups)
+    actual = packed(loud_model, groups, 2000, change=mistake)
+    assert np.abs(actual - expected).max() >= 100 * TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("column", ["title", "query", "brand", "category", "market", "language"])
+def test_every_field_counts(
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame, column: str
+) -> None:
+    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens=512)
+    swapped = pairs_pdf.assign(**{column: "changed " + pairs_pdf[column].fillna("")})
+    differences = np.abs(scorer.logits(swapped) - scorer.logits(pairs_pdf)).max(axis=1)
+    assert differences.min() >= 100 * TOLERANCE
+
+
+def test_scores_do_not_depend_on_row_order_or_pack_size(
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
+) -> None:
+    expected = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512).score(pairs_pdf)
+    shuffled = pairs_pdf.sample(frac=1.0, random_state=3)
+    for pack_tokens, packs_per_batch in ((352, 1), (700, 2)):
+        scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens, packs_per_batch)
+        actual = scorer.score(shuffled).loc[pairs_pdf.index]
+        np.testing.assert_allclose(actual["relevance_score"], expected["relevance_score"], atol=TOLERANCE)
+        assert actual["predicted_grade"].tolist() == expected["predicted_grade"].tolist()
+
+
+def test_loss_and_gradients_equal_those_of_single_prompts(
+    loud_model: PackedRelevanceModel, groups: list[Group]
+) -> None:
+    few = [Group(group.prefix_ids, group.suffixes[:2]) for group in groups[:3]]
+    targets = torch.tensor([[0, 3, 1, 2, 3, 0]])
+    one_hot = torch.nn.functional.one_hot(targets, len(ESCI_LABELS)).float()
+    (batch,) = build_packs(few, pack_tokens=2000)
+    in_pack, alone = copy.deepcopy(loud_model), copy.deepcopy(loud_model)
+    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
+    loss = in_pack(**inputs, targets=one_hot)["loss"]
+    loss.backward()
+    rows = [
+        alone.language_model(input_ids=torch.tensor([[*prefix_ids, *suffix_ids]])).logits[0, -1, alone.label_ids]
+        for prefix_ids, suffixes in few
+        for suffix_ids in suffixes
+    ]
+    expected = torch.nn.functional.cross_entropy(torch.stack(rows), targets[0])
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(in_pack.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
+
+
+def test_absent_pairs_do_not_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    batch = next(iter(build_packs(groups, pack_tokens=352)))
+    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
+    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
+    targets[0, 0, 2] = 0.5
+    output = loud_model(**inputs, targets=targets)
+    expected = torch.nn.functional.cross_entropy(output["logits"][0, :1], torch.tensor([2]))
+    torch.testing.assert_close(output["loss"], expected)
+
+
+def test_soft_targets_and_weights_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    batch = next(iter(build_packs(groups, pack_tokens=512)))
+    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
+    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
+    targets[0, 0] = 2.0 * torch.tensor([0.1, 0.2, 0.3, 0.4])
+    targets[0, 1, 3] = 1.0
+    output = loud_model(**inputs, targets=targets)
+    losses = torch.nn.functional.cross_entropy(output["logits"][0, :2], targets[0, :2], reduction="none")
+    torch.testing.assert_close(output["loss"], losses.sum() / 3.0)
+
+
+def test_a_translation_is_learnt_as_in_plain_text(
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer
+) -> None:
+    texts = [Translation("ko", "en", "무선 마우스", "wireless mouse"), Translation("en", "zh-TW", "towel", "毛巾")]
+    (pack,) = translation_packs([texts], prompt_tokenizer, pack_tokens=512, text_tokens=16)
+    batch = collate([pack], num_labels=len(ESCI_LABELS))
+    assert batch.pop("keys") == ["무선 마우스", "towel"]
+    loss = loud_model(**batch)["loss"]
+
+    sums, count = 0.0, 0
+    for given, learnt in prompt_tokenizer.translation_ids(texts, 16):
+        ids = torch.tensor([[*given, *learnt]])
+        logits = loud_model.language_model(input_ids=ids).logits[0, len(given) - 1 : -1]
+        sums += torch.nn.functional.cross_entropy(logits, torch.tensor(learnt), reduction="sum")
+        count += len(learnt)
+    torch.testing.assert_close(loss, sums / count)
+
+
+@pytest.mark.parametrize("window", [64, 12])
+def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(window: int) -> None:
+    """Gemma 3: two rotary bases, sliding and full layers, one key and value head; short and long prompts."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=200,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=128,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.25,
+        query_pre_attn_scalar=16,
+    )
+    model = PackedRelevanceModel(Gemma3ForCausalLM(config), [3, 4, 5, 6]).eval()
+    ids = np.random.default_rng(0).integers(7, 199, size=(3, 5, 20)).tolist()
+    groups = [Group(prefix, [part[: 3 + 4 * n] for n, part in enumerate(parts)]) for prefix, *parts in ids]
+    expected = one_at_a_time(model, groups)
+    assert (expected[:, -1] - expected[:, 0]).std() >= 1
+    assert np.abs(packed(model, groups, 1000) - expected).max() <= TOLERANCE * np.abs(expected).max()
