@@ -41,6 +41,8 @@ MARKET = Column("market", "string", "Storefront, for example tw")
 QUERY_ID = Column("query_id", "string", "Query's id, unique within its market")
 PRODUCT_ID = Column("product_id", "string", "Product's id, unique within its market")
 RUN_ID = Column("run_id", "string", "Run that wrote the row")
+PAIR_KEY = ("market", "query_id", "product_id")
+"""Columns that name a pair, in every table that has pairs."""
 
 CATALOG = Table(
     name="catalog",
@@ -112,7 +114,7 @@ CANDIDATES = Table(
         PRODUCT_ID,
         Column("source", "string", "given, query (one of its best products), product (one of its best queries)", False),
     ),
-    key=("market", "query_id", "product_id"),
+    key=PAIR_KEY,
     partition_by=("market",),
 )
 
@@ -127,7 +129,7 @@ JUDGMENTS = Table(
         Column("split", "string", "train, dev or test", required=False),
         Column("true_grade", "string", "The right grade where it is known; reported, never learnt", required=False),
     ),
-    key=("market", "query_id", "product_id"),
+    key=PAIR_KEY,
     partition_by=("market",),
 )
 
@@ -177,7 +179,7 @@ RELEVANCE_SCORES = Table(
     name="relevance_scores",
     comment="Published relevance of (query, product) pairs, one row a pair",
     columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that published the row")),
-    key=("market", "query_id", "product_id"),
+    key=PAIR_KEY,
     partition_by=("market",),
     checks=_SCORE_CHECKS,
     change_feed=True,
@@ -191,7 +193,7 @@ SCORES_STAGING = Table(
         Column("run_id", "string", "Run that scored the pair"),
         Column("reason", "string", "Why the pair has no score, as in rejected_pairs; null where it has one", False),
     ),
-    key=("run_id", "market", "query_id", "product_id"),
+    key=("run_id", *PAIR_KEY),
     partition_by=("run_id", "market"),
     schema_version=2,
 )
@@ -215,7 +217,7 @@ RUN_PAIRS = Table(
         Column("bucket", "int", "Part of the night; a chunk of work is a range of buckets"),
         RUN_ID,
     ),
-    key=("run_id", "market", "query_id", "product_id"),
+    key=("run_id", *PAIR_KEY),
     partition_by=("run_id",),
 )
 
@@ -235,7 +237,7 @@ REJECTED_PAIRS = Table(
         ),
         RUN_ID,
     ),
-    key=("run_id", "market", "query_id", "product_id"),
+    key=("run_id", *PAIR_KEY),
     partition_by=("run_id",),
 )
 

@@ -1,3 +1,5 @@
+import ast
+import graphlib
 import importlib
 import inspect
 import re
@@ -15,12 +17,60 @@ from csrm.errors import ConfigError, MissingDependencyError
 from csrm.scoring import runtime as onnx_install
 
 ROOT = Path(__file__).parent.parent
-CORE_MODULES = sorted(f"csrm.{path.stem}" for path in (ROOT / "csrm").glob("*.py") if path.stem != "__init__")
-SCORING_MODULES = [
-    *sorted(f"csrm.spark.{path.stem}" for path in (ROOT / "csrm" / "spark").glob("*.py") if path.stem != "__init__"),
-    *(name for name in CORE_MODULES if name == "csrm.scoring.runtime"),
-    "csrm.night.run",
-]
+
+# The law of the house: the rooms that a room may import, lazily or not. Ground files (errors, config, ...) are open to
+# all. Rooms stand in the order of reading: a room imports rooms above it only, so there is no circle.
+LAW = {
+    "scoring": [],
+    "bundle": ["scoring"],
+    "evaluation": [],
+    "pages": [],
+    "market": [],
+    "spark": ["scoring", "bundle"],
+    "retrieval": ["spark"],
+    "night": ["scoring", "bundle", "evaluation", "spark"],
+    "operations": ["evaluation", "pages", "spark", "retrieval", "night"],
+    "doctor": ["scoring", "bundle", "spark", "night"],
+    "capacity": ["scoring", "bundle", "night"],
+    "training": ["scoring", "evaluation", "pages"],
+    "export": ["scoring", "bundle", "evaluation", "training"],
+    "commands": None,  # parser, configuration, one call: any room
+}
+# The packages that the modules of a room may not import.
+SPARK = {"pyspark", "delta", "py4j"}
+TORCH = {"torch", "transformers", "peft", "accelerate", "optimum", "onnx", "gguf", "safetensors"}
+FOREIGN = {
+    **dict.fromkeys(["ground", "scoring", "bundle", "evaluation", "pages", "market", "capacity"], SPARK | TORCH),
+    **dict.fromkeys(["spark", "retrieval", "night", "operations", "doctor"], TORCH),
+    **dict.fromkeys(["training", "export"], SPARK),
+    "commands": TORCH,
+}
+PRODUCT = sorted((ROOT / "csrm").rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """Room of a module of csrm; ground for the files that lie flat."""
+    parts = module.split(".")[1:]
+    return parts[0] if parts and (ROOT / "csrm" / parts[0]).is_dir() else "ground"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names that a file imports, also inside functions: modules, and what is taken from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, f"{path}: expected absolute imports"
+            assert node.level == 0, f"{path}: expected absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
 
 # A finder in front of all others: importing a blocked package fails as if it were not installed.
 IMPORT_WITHOUT = """
@@ -47,15 +97,69 @@ def import_without(blocked: list[str], modules: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_every_room_is_named_in_the_law() -> None:
+    rooms = {path.parent.name for path in (ROOT / "csrm").glob("*/__init__.py")}
+    assert rooms == set(LAW)
+    assert rooms | {"ground"} == set(FOREIGN)
+
+
+def test_a_room_imports_only_rooms_above_it() -> None:
+    order = list(LAW)
+    for room, allowed in LAW.items():
+        assert all(order.index(other) < order.index(room) for other in allowed or []), room
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=module_of)
+def test_a_module_imports_what_the_law_lets_it(path: Path) -> None:
+    if path.name == "__main__.py" or module_of(path) == "csrm":
+        return  # a door, or the face: it hands names of any room on
+    room = room_of(module_of(path))
+    imported = imports_of(path)
+    foreign = {name.partition(".")[0] for name in imported}
+    assert not foreign & {"jobs", "tests"}
+    assert not foreign & FOREIGN[room]
+    rooms = {room_of(name) for name in imported if name.partition(".")[0] == "csrm"} - {room, "ground"}
+    allowed = LAW.get(room, [])
+    assert allowed is None or rooms <= set(allowed)
+
+
+def test_there_is_no_circle_of_modules() -> None:
+    modules = {module_of(path): path for path in PRODUCT if path.name != "__init__.py"}
+    graph = {
+        module: {name for found in imports_of(path) for name in (found, found.rpartition(".")[0]) if name in modules}
+        for module, path in modules.items()
+    }
+    graphlib.TopologicalSorter({module: others - {module} for module, others in graph.items()}).prepare()
+
+
+def test_the_doors_import_nothing_but_the_command_line() -> None:
+    doors = [*(ROOT / "jobs").glob("*.py"), ROOT / "export" / "export_bundle.py"]
+    assert len(doors) > 10
+    for door in doors:
+        rooms = {room_of(name) for name in imports_of(door) if name.startswith("csrm")}
+        assert rooms <= {"commands", "ground", *(["training"] if door.stem == "train" else [])}, door
+        assert len(door.read_text(encoding="utf-8").splitlines()) < 20, door
+
+
+def modules_of(*rooms: str) -> list[str]:
+    """Modules of some rooms but their doors and, of scoring, ONNX Runtime's."""
+    return [
+        module
+        for path in PRODUCT
+        if room_of(module := module_of(path)) in rooms and path.name not in ("__main__.py", "runtime.py")
+    ]
+
+
 def test_the_core_imports_without_spark_torch_and_an_onnx_runtime() -> None:
-    modules = [name for name in CORE_MODULES if name != "csrm.scoring.runtime"]
+    modules = modules_of("ground", "scoring", "bundle", "evaluation", "pages", "market", "capacity")
     assert "csrm.schemas" in modules
-    import_without(["pyspark", "delta", "torch", "transformers", "peft", "optimum", "onnxruntime", "onnx"], modules)
+    import_without([*SPARK, *TORCH, "onnxruntime"], modules)
 
 
 def test_the_scoring_side_imports_without_torch_and_transformers() -> None:
-    assert "csrm.spark.session" in SCORING_MODULES
-    import_without(["torch", "transformers", "peft", "accelerate", "optimum", "onnx"], SCORING_MODULES)
+    modules = modules_of("spark", "retrieval", "night", "operations", "doctor")
+    assert "csrm.spark.session" in modules
+    import_without([*TORCH], [*modules, "csrm.scoring.runtime", "csrm.commands.score_catalog"])
 
 
 def test_a_blocked_import_is_noticed() -> None:
@@ -70,21 +174,16 @@ def test_every_module_ships_type_information() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_conf_file_loads_with_the_settings_of_its_job(path: Path) -> None:
     # conf/score_catalog.yaml and conf/score_catalog_*.yaml belong to jobs/score_catalog.py.
-    scripts = [*(ROOT / "jobs").glob("*.py"), *(ROOT / "export").glob("*.py")]
-    jobs = [script for script in scripts if f"{path.stem}_".startswith(f"{script.stem}_")]
-    assert jobs, f"{path.name}: no job's name begins this file's name"
-    job = max(jobs, key=lambda script: len(script.stem))
-    module_name = f"{job.parent.name}.{job.stem}"
-    module = importlib.import_module(module_name)
+    commands = [script.stem for script in (ROOT / "csrm" / "commands").glob("*.py")]
+    matching = [name for name in commands if f"{path.stem}_".startswith(f"{name}_")]
+    assert matching, f"{path.name}: no job's name begins this file's name"
+    module = importlib.import_module(f"csrm.commands.{max(matching, key=len)}")
     settings_classes = [
         value
         for name, value in vars(module).items()
-        if name.endswith("Config")
-        and inspect.isclass(value)
-        and issubclass(value, Settings)
-        and value.__module__ == module_name
+        if name.endswith("Config") and inspect.isclass(value) and issubclass(value, Settings)
     ]
-    assert len(settings_classes) == 1, f"{module_name}: expected one class named ...Config, got {settings_classes}"
+    assert len(settings_classes) == 1, f"{module.__name__}: expected one class named ...Config, got {settings_classes}"
     load_config(path, settings_classes[0])
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from csrm.bundle.loading import Bundle
-from csrm.capacity.formula import PHASES, TABLE_BYTES, TITLE_BYTES, Figures, Machines, PhaseCost
+from csrm.capacity.formula import PHASES, TABLE_BYTES, Figures, Machines, PhaseCost
 from csrm.errors import InputError, MissingDependencyError
+from csrm.night.settings import BYTES_PER_TITLE
 from csrm.scoring.scorer import pair_texts
 
 FEWEST_PAIRS = 100_000
@@ -24,7 +25,7 @@ class Run:
     products_per_query: float
     """Scored pairs of a query that has any."""
     seconds: Mapping[str, float]
-    """Of its stages."""
+    """Of its phases."""
     table_bytes: Mapping[str, float]
     """Bytes of a pair in each of TABLE_BYTES."""
 
@@ -52,11 +53,11 @@ def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None) -> Figures
             for product in products
         ),
         titles_bytes=_mean(
-            _num_bytes(*query.retrieved_titles) + TITLE_BYTES * len(query.retrieved_titles) for query in queries
+            _num_bytes(*query.retrieved_titles) + BYTES_PER_TITLE * len(query.retrieved_titles) for query in queries
         ),
         pack_tokens=bundle.settings.pack_tokens,
         tokens_per_s=tokens_per_s,
-        stages=PHASES,
+        phases=PHASES,
         table_bytes=TABLE_BYTES,
     )
 
@@ -73,12 +74,12 @@ def with_run(figures: Figures, run: Run, machines: Machines) -> Figures:
         InputError: it was faster than the parts of it that are not the model.
     """
     factor = run.num_tokens / run.num_scored / figures.tokens_per_pair(run.products_per_query)
-    stages = dict(figures.stages)
+    phases = dict(figures.phases)
     if run.num_candidates >= FEWEST_PAIRS:
         for name in ("inputs", "plan", "audit", "publish"):
-            marginal = max(0.0, run.seconds[name] - stages[name].fixed_s) * machines.cores / run.num_candidates
-            stages[name] = PhaseCost(stages[name].fixed_s, 1e6 * marginal)
-    scoring = stages["scoring"]
+            marginal = max(0.0, run.seconds[name] - phases[name].fixed_s) * machines.cores / run.num_candidates
+            phases[name] = PhaseCost(phases[name].fixed_s, 1e6 * marginal)
+    scoring = phases["scoring"]
     slot_s = (run.seconds["scoring"] - scoring.fixed_s) * machines.slots
     model_s = slot_s - run.num_scored * scoring.pair_us / 1e6
     if model_s <= 0:
@@ -92,7 +93,7 @@ def with_run(figures: Figures, run: Run, machines: Machines) -> Figures:
         prefix_tokens=factor * figures.prefix_tokens,
         suffix_tokens=factor * figures.suffix_tokens,
         tokens_per_s=run.num_tokens / model_s,
-        stages=stages,
+        phases=phases,
         table_bytes={**figures.table_bytes, **run.table_bytes},
     )
 

@@ -12,7 +12,7 @@ of
                         fixed + P us / cores
     scoring             fixed + x P (us + 10^6 t / rate) / slots
 
-with `us`, microseconds of one core for a pair, and the fixed seconds of each stage in STAGES; slots, what scores one
+with `us`, microseconds of one core for a pair, and the fixed seconds of each phase in PHASES; slots, what scores one
 pack at a time: a GPU, or a core where there are none; rate, tokens a second of the model in one slot; and t, tokens
 computed for a pair. With p tokens of a query, s of a product, packs of L tokens, and k products behind one prefix (x K,
 for what changed lies among all queries, but at least 1 and at most products_per_chunk),
@@ -35,9 +35,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from csrm.night.settings import PAIRS_PER_TASK, PRODUCTS_PER_CHUNK
+
 
 class PhaseCost(NamedTuple):
-    """What a stage takes beside the model."""
+    """What a phase of a night takes beside the model."""
 
     fixed_s: float
     """Seconds, whatever the night's size."""
@@ -70,17 +72,6 @@ SHUFFLED_TEXT = 0.91
 """Bytes that are shuffled for each byte of a scored pair's text."""
 
 
-PAIRS_PER_FILE = 4_096
-"""Pairs that one task scores: it writes a file of scores_staging for each market among them."""
-
-
-PRODUCTS_PER_CHUNK = 256
-
-
-TITLE_BYTES = 64
-"""What Spark adds to a title."""
-
-
 DRIVER_BYTES = 1e9
 
 
@@ -102,7 +93,7 @@ class Figures:
     pack_tokens: int
     tokens_per_s: float
     """Of the model in one slot."""
-    stages: Mapping[str, PhaseCost]
+    phases: Mapping[str, PhaseCost]
     table_bytes: Mapping[str, float]
 
     def tokens_per_pair(self, products_per_query: float) -> float:
@@ -122,7 +113,7 @@ class Machines:
     slots: int
     """What scores one pack at a time: GPUs, or cores where there are none."""
     cores: int
-    """Tasks that run at the same time in all stages but scoring."""
+    """Tasks that run at the same time in all phases but scoring."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Needs:
     num_pairs: float
     num_tokens: float
     seconds: Mapping[str, float]
-    """Of each stage."""
+    """Phase to what it takes."""
     titles_bytes: float
     """What is broadcast, where it is."""
     shuffled_bytes: float
@@ -170,10 +161,10 @@ class Plan:
         num_scored = self.share_scored * num_pairs
         num_tokens = num_scored * figures.tokens_per_pair(self.share_scored * self.products_per_query)
         seconds = {
-            name: stage.fixed_s + num_pairs * stage.pair_us / 1e6 / self._width(name)
-            for name, stage in figures.stages.items()
+            name: phase.fixed_s + num_pairs * phase.pair_us / 1e6 / self._width(name)
+            for name, phase in figures.phases.items()
         }
-        scoring = figures.stages["scoring"]
+        scoring = figures.phases["scoring"]
         work = num_scored * scoring.pair_us / 1e6 + num_tokens / figures.tokens_per_s
         seconds["scoring"] = scoring.fixed_s + work / self.machines.slots
         text = SHUFFLED_TEXT * (figures.prefix_bytes + figures.suffix_bytes)
@@ -188,9 +179,9 @@ class Plan:
                 name: size * (num_scored if name == "scores_staging" else num_pairs)
                 for name, size in figures.table_bytes.items()
             },
-            num_files=num_scored / PAIRS_PER_FILE * self.num_markets,
+            num_files=num_scored / PAIRS_PER_TASK * self.num_markets,
         )
 
-    def _width(self, stage: str) -> int:
-        """Tasks of a stage at a time."""
-        return self.machines.slots if stage == "scoring" else self.machines.cores
+    def _width(self, phase: str) -> int:
+        """Tasks of a phase at a time."""
+        return self.machines.slots if phase == "scoring" else self.machines.cores

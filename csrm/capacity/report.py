@@ -34,7 +34,7 @@ def find_limits(
         driver_memory_gb: spark.driver.memory.
         storage_gb: that the tables may take; None: any.
     """
-    none, one = plan.needs(0), plan.needs(1)
+    fixed, single = plan.needs(0), plan.needs(1)
 
     def largest(limit: float, at_none: float, at_one: float) -> float:
         return (limit - at_none) / (at_one - at_none)
@@ -42,27 +42,27 @@ def find_limits(
     driver_bytes = driver_memory_gb * 2**30
     limits = [
         Limit(
-            largest(window_hours, none.hours, one.hours),
+            largest(window_hours, fixed.hours, single.hours),
             f"the night is longer than {window_hours:g} hours",
             True,
         ),
         Limit(
-            largest(driver_bytes, none.driver_bytes, one.driver_bytes),
+            largest(driver_bytes, fixed.driver_bytes, single.driver_bytes),
             f"the list of staged files fills the driver's {driver_memory_gb:g} GB: raise spark.driver.memory",
             True,
         ),
     ]
-    if one.titles_bytes:
+    if single.titles_bytes:
         limits.append(
             Limit(
-                broadcast_limit_mb * 2**20 / one.titles_bytes,
+                broadcast_limit_mb * 2**20 / single.titles_bytes,
                 f"retrieved titles take more than broadcast_limit_mb = {broadcast_limit_mb:g}: they are joined by a "
                 "shuffle, which breaks nothing",
                 False,
             )
         )
     if storage_gb is not None:
-        limits.append(Limit(storage_gb * 1e9 / one.stored_bytes, f"tables take more than {storage_gb:g} GB", True))
+        limits.append(Limit(storage_gb * 1e9 / single.stored_bytes, f"tables take more than {storage_gb:g} GB", True))
     return sorted(limits)
 
 
@@ -75,7 +75,7 @@ def capacity_report(plan: Plan, num_queries: float, limits: Sequence[Limit], num
         ("queries", [_count(night.num_queries) for night in nights]),
         ("tokens", [_count(night.num_tokens) for night in nights]),
         ("hours", [_hours(night.hours) for night in nights]),
-        *((f"  {stage}", [_hours(night.seconds[stage] / 3600) for night in nights]) for stage in plan.figures.stages),
+        *((f"  {phase}", [_hours(night.seconds[phase] / 3600) for night in nights]) for phase in plan.figures.phases),
         (f"{device}-hours", [_hours(count * night.hours) for night in nights]),
         ("retrieved titles", [_count(night.titles_bytes, "B") for night in nights]),
         ("shuffled", [_count(night.shuffled_bytes, "B") for night in nights]),

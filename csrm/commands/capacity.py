@@ -10,6 +10,7 @@ from csrm.capacity.figures import bundle_figures, read_run, with_run
 from csrm.capacity.formula import Machines, Plan
 from csrm.capacity.report import capacity_report, find_limits
 from csrm.errors import ConfigError
+from csrm.night.settings import BROADCAST_LIMIT_MB
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-gpus", type=int, help="that the run had; default: those of --gpus")
     parser.add_argument("--run-cores", type=int, help="that the run had; default: those of --cores")
     parser.add_argument("--window-hours", type=float, default=8.0, help="how long a night may take; default: 8")
-    parser.add_argument("--broadcast-limit-mb", type=float, default=256.0, help="as configured; default: 256")
+    parser.add_argument(
+        "--broadcast-limit-mb", type=float, default=BROADCAST_LIMIT_MB, help="as configured; default: %(default)s"
+    )
     parser.add_argument("--driver-memory-gb", type=float, default=4.0, help="spark.driver.memory; default: 4")
     parser.add_argument("--storage-gb", type=float, help="that the tables may take; default: any")
     return parser

@@ -25,7 +25,7 @@ from csrm.doctor.machine import (
     checks_of_code,
     checks_of_scoring,
 )
-from csrm.night.settings import NightSettings
+from csrm.night.settings import CheckedNight, NightSettings
 
 
 def _checks_of_machine(settings: NightSettings | None) -> Iterator[tuple[str, Check]]:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.config is None and (args.executors or args.overrides):
         parser.error("--executors and --set need --config")
-    settings = None if args.config is None else load_config(args.config, NightSettings, args.overrides)
+    settings = None if args.config is None else load_config(args.config, CheckedNight, args.overrides)
     failed = []
     for where, check in (
         _checks_of_cluster(settings) if args.executors and settings is not None else _checks_of_machine(settings)

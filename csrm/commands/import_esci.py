@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, QUERIES, Column, Table
+from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
 from csrm.spark.inputs import read_inputs
 from csrm.spark.session import build_session
 from csrm.spark.tables import overwrite_table, table_path
@@ -148,7 +148,7 @@ def _check_examples(examples_df: DataFrame, products_df: DataFrame, path: str, p
             f"{example['texts'][:2]}; expected one. Make the ids unique"
         )
     orphans_df = examples_df.join(products_df, ["market", "product_id"], "left_anti")
-    for num_rows, example in _count_and_example(orphans_df, ["market", "query_id", "product_id"]):
+    for num_rows, example in _count_and_example(orphans_df, list(PAIR_KEY)):
         problems.append(
             f"{num_rows} judged pairs have no product in {products_path!r}, for example market {example['market']}, "
             f"query {example['query_id']}, product {example['product_id']}; expected every product there. "
@@ -189,11 +189,11 @@ def build_tables(
     return [
         (CATALOG, catalog_df),
         (QUERIES, queries_df),
-        (CANDIDATES, examples_df.select("market", "query_id", "product_id", F.lit("given").alias("source"))),
+        (CANDIDATES, examples_df.select(*PAIR_KEY, F.lit("given").alias("source"))),
         (
             JUDGMENTS,
             examples_df.select(
-                *("market", "query_id", "product_id", grade.alias("grade"), "split"),
+                *(*PAIR_KEY, grade.alias("grade"), "split"),
                 F.lit(None).cast("string").alias("true_grade"),
             ),
         ),

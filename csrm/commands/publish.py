@@ -8,27 +8,11 @@ Nothing is scored. Publishing needs a reason, which stays in the run's row; disc
 
 import argparse
 from collections.abc import Sequence
-from datetime import UTC, datetime
-
-from pyspark import StorageLevel
-from pyspark.sql import functions as F
 
 from csrm.cli import Console, add_log_format, job_parser
 from csrm.config import load_config
-from csrm.errors import AuditError, ConfigError
-from csrm.night.audit import accept, failures
-from csrm.night.leases import hold_leases
-from csrm.night.messages import say_publication
-from csrm.night.publish import count_changes, publish_changes, run_changes
-from csrm.night.runs import (
-    read_newest,
-    read_open_staging,
-    read_run_rows,
-    record_run,
-    require_run,
-)
-from csrm.operations.review import PublishConfig, discard, require_publishable
-from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
+from csrm.errors import ConfigError
+from csrm.operations.review import PublishConfig, discard_run, publish_rejected
 from csrm.spark.session import build_session
 
 
@@ -55,42 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, PublishConfig, args.overrides)
     console = Console(args.log_format == "json")
     spark = build_session("csrm-publish")
-    run = require_run(spark, config.tables, args.run_id)
-    owner = f"jobs/publish.py of {args.run_id}"
-    with hold_leases(spark, config.tables, run["markets"], owner, config.lease_seconds) as leases:
-        run = require_run(spark, config.tables, args.run_id)  # others may have worked on it until now
-        if args.discard:
-            discard(spark, config.tables, run, console)
-            return 0
-        require_publishable(spark, config.tables, run)
-        results = accept(run["audit"] or [], args.accept, args.reason)
-        if failed := sorted({result["name"] for result in failures(results)}):
-            raise AuditError(
-                f"run {args.run_id}: these checks failed and were not accepted: {failed}. Nothing published."
-            )
-        scores_df = read_newest(spark, RELEVANCE_SCORES, config.tables)
-        published_df = scores_df.where(F.col("market").isin(*run["markets"]))
-        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, args.run_id)
-        num_planned = planned_df.count()
-        if num_planned != run["num_candidates"]:  # published rows that a plan does not name are deleted
-            raise AuditError(
-                f"run {args.run_id}: expected {run['num_candidates']:,} pairs in {RUN_PAIRS.name}, found "
-                f"{num_planned:,}: its plan was cleaned up (staging_days of jobs/maintain.py). Nothing published. "
-                "Score again with jobs/score_catalog.py."
-            )
-        staged_df = read_open_staging(spark, config.tables, run["markets"], args.run_id)
-        changes_df = run_changes(planned_df, published_df, staged_df, args.run_id).persist(StorageLevel.MEMORY_AND_DISK)
-        num_missing = changes_df.where("operation != 'delete' AND relevance_score IS NULL").count()
-        if num_missing:
-            raise AuditError(
-                f"run {args.run_id}: {num_missing:,} of its pairs have no staged score any more. Score again with "
-                f"jobs/score_catalog.py --run-id {args.run_id}."
-            )
-        metadata = {"run_id": args.run_id, "bundle_digest": run["bundle_digest"], "reason": args.reason}
-        num_changes = count_changes(changes_df)
-        publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
-        verdict = "published" if num_changes else "already_published"
-        end = {"verdict": verdict, "published_version": publication.version, "finished_at": datetime.now(UTC)}
-        record_run(spark, config.tables, {**run, **end, "audit": results, "changes": publication.totals})
-        say_publication(console, verdict, args.run_id, publication, config.tables)
+    if args.discard:
+        discard_run(spark, config, args.run_id, console=console)
+    else:
+        publish_rejected(spark, config, args.run_id, accepted=args.accept, reason=args.reason, console=console)
     return 0

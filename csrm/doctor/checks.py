@@ -24,7 +24,11 @@ class Check(NamedTuple):
 
 
 def checked(name: str, look: Callable[..., str], *arguments: object) -> Check:
-    """Look at one thing: look returns what it found, or raises a CheckWarning, or the error that a night would end with."""
+    """Look at one thing.
+
+    Args:
+        look: returns what it found, or raises a CheckWarning, or the error that a night would end with.
+    """
     try:
         return Check(name, "ok", _one_line(look(*arguments)))
     except CheckWarning as doubt:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from csrm.errors import InputError
 from csrm.extras import import_eval
+from csrm.schemas import PAIR_KEY
 
 DEPTH = 10
 
@@ -36,7 +37,7 @@ OVERALL = "all markets"
 RANDOM = "random"
 
 
-_KEY = ["market", "query_id", "product_id"]
+_KEY = list(PAIR_KEY)
 
 
 _MAX_INTEGER_GAIN = 1_000_000

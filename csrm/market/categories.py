@@ -20,7 +20,7 @@ import pandas as pd
 
 from csrm.errors import InputError
 from csrm.market.taxonomy import LANGUAGE_COLUMNS, read_taxonomy_tables
-from csrm.schemas import CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
+from csrm.schemas import CATALOG, JUDGMENTS, PAIR_KEY, PARALLEL_TEXT, QUERIES
 from csrm.text import search_terms
 
 RELEVANT, IRRELEVANT = "yes", "no"
@@ -95,7 +95,11 @@ def category_markets(
     Raises:
         InputError: another language, or files of the taxonomy that are missing or malformed.
     """
-    spoken = list(dict.fromkeys([*languages, *(one for front in storefronts for one in front[1:] if one is not None)]))
+    spoken = list(
+        dict.fromkeys(
+            [*languages, *(language for front in storefronts for language in front[1:] if language is not None)]
+        )
+    )
     for language in spoken:
         if language not in LANGUAGE_COLUMNS:
             raise InputError(
@@ -122,7 +126,7 @@ def category_markets(
         names = taxonomy.names[language]
         asked = dict.fromkeys(query for of_market, query, *_ in judgments if of_market == market)
         queries += [(market, query, names[query], language) for query in asked]
-    judged = pd.DataFrame(judgments, columns=["market", "query_id", "product_id", "true_grade", "split"])
+    judged = pd.DataFrame(judgments, columns=[*PAIR_KEY, "true_grade", "split"])
     return CategoryMarkets(
         catalog=_frame(catalog, ["market", "product_id", "title", "language"], CATALOG.column_names),
         queries=_frame(queries, ["market", "query_id", "query", "language"], QUERIES.column_names),

@@ -256,9 +256,9 @@ def _draw_queries(
         if len(found) == num_queries:
             asked, sources, texts = zip(*found.values(), strict=True)
             facts = Facts(
-                np.concatenate([one.category for one in asked]),
-                np.concatenate([one.brand for one in asked]),
-                np.concatenate([one.values for one in asked]),
+                np.concatenate([facts.category for facts in asked]),
+                np.concatenate([facts.brand for facts in asked]),
+                np.concatenate([facts.values for facts in asked]),
             )
             return facts, list(sources), list(texts)
     raise ConfigError(

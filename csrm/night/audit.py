@@ -209,55 +209,80 @@ def _is_named(name: str, asked: str) -> bool:
 
 
 def _facts(outcome: MarketOutcome) -> Iterator[AuditResult]:
-    of, num_fresh = outcome, outcome.num_new + outcome.num_changed
-    num_pairs = of.num_unchanged + num_fresh - of.num_missing + of.num_rejected
-    num_scored = of.num_unchanged + num_fresh - of.num_missing
+    """Checks of what a market's scores are; none of them has a limit."""
+    num_fresh = outcome.num_new + outcome.num_changed
+    num_pairs = outcome.num_unchanged + num_fresh - outcome.num_missing + outcome.num_rejected
+    num_scored = outcome.num_unchanged + num_fresh - outcome.num_missing
     for name, value, bound, passed, sentence in (
         (
             "complete",
             num_pairs,
-            f"= {of.num_candidates}",
-            num_pairs == of.num_candidates,
-            f"{num_pairs:,} of {of.num_candidates:,} candidate pairs have a score or a reason for having none.",
+            f"= {outcome.num_candidates}",
+            num_pairs == outcome.num_candidates,
+            f"{num_pairs:,} of {outcome.num_candidates:,} candidate pairs have a score or a reason for having none.",
         ),
         ("not_empty", num_scored, ">= 1", num_scored >= 1, f"{num_scored:,} pairs have a score."),
-        ("unique", of.num_repeated, "= 0", of.num_repeated == 0, f"{of.num_repeated:,} pairs are there twice."),
+        (
+            "unique",
+            outcome.num_repeated,
+            "= 0",
+            outcome.num_repeated == 0,
+            f"{outcome.num_repeated:,} pairs are there twice.",
+        ),
         (
             "finite",
-            of.num_not_finite,
+            outcome.num_not_finite,
             "= 0",
-            of.num_not_finite == 0,
-            f"{of.num_not_finite:,} of {num_fresh:,} new and changed scores are no numbers.",
+            outcome.num_not_finite == 0,
+            f"{outcome.num_not_finite:,} of {num_fresh:,} new and changed scores are no numbers.",
         ),
         (
             "in_range",
-            of.num_out_of_range,
+            outcome.num_out_of_range,
             "= 0",
-            of.num_out_of_range == 0,
-            f"{of.num_out_of_range:,} of {num_fresh:,} new and changed scores are outside of [0, 1].",
+            outcome.num_out_of_range == 0,
+            f"{outcome.num_out_of_range:,} of {num_fresh:,} new and changed scores are outside of [0, 1].",
         ),
     ):
-        yield _result(of, name, value, bound, passed, "error", sentence)
+        yield _result(outcome, name, value, bound, passed, "error", sentence)
 
 
 def _shares(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult]:
-    of = outcome
+    """Checks of how many pairs, queries and products there are."""
     for name, part, whole, limit, text in (
-        ("rejected", of.num_rejected, of.num_candidates, limits.rejected_share, "candidate pairs cannot be scored"),
-        ("deleted", of.num_deleted, of.num_published, limits.deleted_share, "published rows would be deleted"),
+        (
+            "rejected",
+            outcome.num_rejected,
+            outcome.num_candidates,
+            limits.rejected_share,
+            "candidate pairs cannot be scored",
+        ),
+        (
+            "deleted",
+            outcome.num_deleted,
+            outcome.num_published,
+            limits.deleted_share,
+            "published rows would be deleted",
+        ),
     ):
-        yield _at_most(of, name, part / whole if whole else 0.0, limit, f"{part:,} of {whole:,} {text}.")
+        yield _at_most(outcome, name, part / whole if whole else 0.0, limit, f"{part:,} of {whole:,} {text}.")
     for name, part, whole, limit, text in (
-        ("query_coverage", of.num_covered_queries, of.num_queries, limits.query_coverage, "queries have a scored pair"),
+        (
+            "query_coverage",
+            outcome.num_covered_queries,
+            outcome.num_queries,
+            limits.query_coverage,
+            "queries have a scored pair",
+        ),
         (
             "product_coverage",
-            of.num_covered_products,
-            of.num_products,
+            outcome.num_covered_products,
+            outcome.num_products,
             limits.product_coverage,
             "products have a scored pair",
         ),
     ):
-        yield _at_least(of, name, part / whole if whole else 0.0, limit, f"{part:,} of {whole:,} {text}.")
+        yield _at_least(outcome, name, part / whole if whole else 0.0, limit, f"{part:,} of {whole:,} {text}.")
 
 
 def _canary(outcome: MarketOutcome) -> Iterator[AuditResult]:

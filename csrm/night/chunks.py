@@ -9,7 +9,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from csrm.night.plan import bucket
-from csrm.schemas import RELEVANCE_SCORES, SCORES_STAGING
+from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.spark.commits import Transaction, append_rows
 from csrm.spark.tables import table_path
 
@@ -93,7 +93,7 @@ def canary_pairs(planned_df: DataFrame, published_df: DataFrame, num_pairs: int,
     Returns:
         market, query_id, product_id, pair_key, published_score.
     """
-    pair = list(RELEVANCE_SCORES.key)
+    pair = list(PAIR_KEY)
     at_random = Window.partitionBy("market").orderBy(F.xxhash64(*pair, F.lit(seed)))
     place = F.row_number().over(at_random)  # Spark keeps the first of each market only
     sample_df = planned_df.where("state = 'unchanged'").withColumn("place", place).where(F.col("place") <= num_pairs)

@@ -1,13 +1,13 @@
-"""Everything that a run says to the person who started it."""
+"""What a run says to the person who started it."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from csrm.bundle.loading import Bundle
 from csrm.cli import Console
 from csrm.night.audit import NEVER_ACCEPTED, AuditResult, failures
 from csrm.night.context import RunContext
+from csrm.night.plan import PlanCounts
 from csrm.night.publish import Publication
 from csrm.schemas import (
     REJECTED_PAIRS,
@@ -42,21 +42,29 @@ def warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Conso
             console.say("warning", f"warning: {text}", market=market, sentence=text)
 
 
-def say_plan(night: RunContext, row: Mapping[str, Any], num_to_score: int, pairs_per_s: float) -> None:
-    console, rejected, seconds = night.console, row["rejected"], num_to_score / pairs_per_s
-    reused = f"{row['num_reused']:,} scored by a run that was not published, " if row["num_reused"] else ""
-    estimate = f" in about {_duration(seconds)}" if num_to_score else ""
-    console.say(
+def say_plan(context: RunContext, counts: PlanCounts, pairs_per_s: float) -> None:
+    """What is to be done, and about how long that takes."""
+    markets, digest = sorted(context.config.markets), context.scorer.digest
+    seconds = counts.num_to_score / pairs_per_s
+    reused = f"{counts.num_reused:,} scored by a run that was not published, " if counts.num_reused else ""
+    estimate = f" in about {_duration(seconds)}" if counts.num_to_score else ""
+    context.console.say(
         "plan",
-        f"run {night.run_id}: {row['num_candidates']:,} candidate pairs of {', '.join(row['markets'])}: "
-        f"{row['num_unchanged']:,} unchanged, {reused}{num_to_score:,} to score{estimate}; "
-        f"bundle {row['bundle_digest'][:12]} ({row['precision']}) on {row['device']}",
-        **{name: row[name] for name in ("run_id", "markets", "bundle_digest", "device", "rejected")},
-        **{name: row[name] for name in ("num_candidates", "num_unchanged", "num_reused")},
-        num_to_score=num_to_score,
+        f"run {context.run_id}: {counts.num_candidates:,} candidate pairs of {', '.join(markets)}: "
+        f"{counts.num_unchanged:,} unchanged, {reused}{counts.num_to_score:,} to score{estimate}; "
+        f"bundle {digest[:12]} ({context.bundle.settings.precision}) on {context.device_text}",
+        run_id=context.run_id,
+        markets=markets,
+        bundle_digest=digest,
+        device=context.device_text,
+        rejected=counts.rejected,
+        num_candidates=counts.num_candidates,
+        num_unchanged=counts.num_unchanged,
+        num_reused=counts.num_reused,
+        num_to_score=counts.num_to_score,
         estimated_seconds=round(seconds, 1),
     )
-    say_rejected_pairs(console, rejected)
+    say_rejected_pairs(context.console, counts.rejected)
 
 
 def say_rejected_pairs(console: Console, rejected: Mapping[str, int]) -> None:
@@ -89,10 +97,10 @@ def say_warnings(console: Console, results: Sequence[AuditResult]) -> None:
             console.say("warning", f"warning: {_described(result)}", **result)
 
 
-def say_rejected(night: RunContext, results: Sequence[AuditResult]) -> str:
+def say_rejected(context: RunContext, results: Sequence[AuditResult]) -> str:
     """The message of the error that ends a rejected run."""
-    failed, tables, run_id = failures(results), night.config.tables, night.run_id
-    night.console.say("rejected", "", run_id=run_id, failed=failed)
+    failed, tables, run_id = failures(results), context.config.tables, context.run_id
+    context.console.say("rejected", "", run_id=run_id, failed=failed)
     names = sorted({result["name"] for result in failed})
     return (
         f"run {run_id}: the audit rejected it, nothing was published:\n"

@@ -10,6 +10,7 @@ from pyspark.sql import functions as F
 
 from csrm.evaluation.metrics import evaluate_scores
 from csrm.night.audit import NUM_SCORE_BINS, Canary, MarketOutcome
+from csrm.schemas import PAIR_KEY
 from csrm.spark.text import is_blank
 
 
@@ -100,8 +101,8 @@ def measure_ndcgs(
     """
     judged = (
         judgments_df.where(F.col("grade").isin(*gains))
-        .join(changes_df.where("operation = 'update'"), on=["market", "query_id", "product_id"], how="inner")
-        .select("market", "query_id", "product_id", "grade", "old_score", F.col("relevance_score").alias("new_score"))
+        .join(changes_df.where("operation = 'update'"), on=list(PAIR_KEY), how="inner")
+        .select(*PAIR_KEY, "grade", "old_score", F.col("relevance_score").alias("new_score"))
         .toPandas()
     )
     if judged.empty:

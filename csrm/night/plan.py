@@ -2,16 +2,69 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from csrm.errors import InputError
 from csrm.night.settings import BYTES_PER_TITLE, FEWEST_PAIRS_PER_TASK, NUM_BUCKETS, PAIRS_PER_TASK
+from csrm.schemas import PAIR_KEY
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.text import is_blank
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanCounts:
+    """Pairs of a plan."""
+
+    num_candidates: int
+    num_unchanged: int
+    num_reused: int
+    """Pairs whose score waits in scores_staging already."""
+    rejected: dict[str, int]
+    """Reason to pairs."""
+    to_score: np.ndarray
+    """Pairs to score in each bucket, shape (NUM_BUCKETS,)."""
+
+    @property
+    def num_to_score(self) -> int:
+        """Pairs to score in all buckets."""
+        return int(self.to_score.sum())
+
+
+def count_plan(planned_df: DataFrame, markets: Collection[str], candidates_path: str) -> PlanCounts:
+    """Count the pairs of a plan.
+
+    Args:
+        planned_df: columns of run_pairs, of one run.
+        markets: those of the run.
+        candidates_path: where its candidates are, for the message.
+
+    Raises:
+        InputError: a market has no candidates.
+    """
+    counts = planned_df.groupBy("market", "state", "reason", "bucket").count().toPandas()
+    found = set(counts["market"])
+    if empty := sorted(set(markets) - found):
+        raise InputError(
+            f"input candidates at {candidates_path!r}: no pairs for the markets {empty}; it has {sorted(found)} of "
+            f"{sorted(markets)}. Build their candidates, or take them out of 'markets'."
+        )
+    by_state = counts.groupby("state")["count"].sum()
+    by_reason = counts.groupby("reason")["count"].sum()
+    to_score = counts[counts["state"] == "to_score"]
+    return PlanCounts(
+        num_candidates=int(counts["count"].sum()),
+        num_unchanged=int(by_state.get("unchanged", 0)),
+        num_reused=int(by_state.get("staged", 0)),
+        rejected={str(reason): int(count) for reason, count in by_reason.items()},
+        to_score=np.bincount(to_score["bucket"], weights=to_score["count"], minlength=NUM_BUCKETS).astype(int),
+    )
 
 
 def with_retrieved_titles(queries_df: DataFrame, retrieval_df: DataFrame, broadcast_limit_mb: int) -> DataFrame:
@@ -76,7 +129,7 @@ def plan_pairs(
     Returns:
         The columns of `schemas.RUN_PAIRS` but run_id.
     """
-    pair = ["market", "query_id", "product_id"]
+    pair = list(PAIR_KEY)
     query_keys_df = queries_df.select(
         "market", "query_id", is_blank(F.col("query")).alias("is_query_blank"), _query_key(bundle_digest)
     )
@@ -116,7 +169,7 @@ def with_rejections(planned_df: DataFrame, staged_df: DataFrame) -> DataFrame:
         planned_df: columns of run_pairs.
         staged_df: columns of scores_staging. Where a pair has a score there too, the score counts.
     """
-    key = ["market", "query_id", "product_id", "pair_key"]
+    key = [*PAIR_KEY, "pair_key"]
     failed_df = (
         staged_df.groupBy(*key)
         .agg(F.min("reason").alias("found_reason"), F.count("relevance_score").alias("num_scores"))
@@ -142,7 +195,7 @@ def with_texts(pairs_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame
     """
     products_df = catalog_df.select("market", "product_id", "title", "brand", "category", "attributes")
     return (
-        pairs_df.select("market", "query_id", "product_id", "pair_key")
+        pairs_df.select(*PAIR_KEY, "pair_key")
         .join(queries_df, on=["market", "query_id"], how="inner")
         .join(products_df, on=["market", "product_id"], how="inner")
         .select("query_id", "product_id", "pair_key", *PAIR_COLUMNS)
@@ -187,7 +240,7 @@ def with_scoring_layout(pairs_df: DataFrame, num_partitions: int, products_per_c
     return (
         pairs_df.withColumn("chunk", chunk)
         .repartition(num_partitions, "market", "query_id", "chunk")
-        .sortWithinPartitions("market", "query_id", "product_id")
+        .sortWithinPartitions(*PAIR_KEY)
         .drop("chunk")
     )
 

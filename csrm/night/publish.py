@@ -9,7 +9,7 @@ from pyspark.sql import functions as F
 
 from csrm.errors import LeaseError
 from csrm.night.leases import Lease
-from csrm.schemas import RELEVANCE_SCORES
+from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
 from csrm.spark.tables import table_path, table_version
 
@@ -44,7 +44,7 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
         The columns of relevance_scores, operation (insert, update, or delete, which has the key alone), old_score and
         old_grade. A planned pair without a staged score has a null score.
     """
-    key = list(RELEVANCE_SCORES.key)
+    key = list(PAIR_KEY)
     scored = ("relevance_score", "predicted_grade", "bundle_digest", "scored_at")
     old_df = published_df.select(
         *key,

@@ -1,21 +1,24 @@
-"""One run, from its inputs to its row of scoring_runs: plan, score, canary, audit, publish."""
+"""One night in its order: plan, score, compare canaries, audit, publish.
+
+Each step takes what the steps before it returned, and returns what the next ones need. The tables hold the same: a run
+that died goes on from them.
+"""
 
 from collections.abc import Mapping
-from importlib.metadata import version
-from typing import Any
+from dataclasses import dataclass
+from datetime import date, datetime
 
-import numpy as np
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-import csrm
+from csrm.bundle.loading import Bundle, load_bundle
+from csrm.cli import Console
 from csrm.config import InputSpec
-from csrm.errors import AuditError, InputError, LeaseError
-from csrm.night.audit import Canary, MarketOutcome, audit_market, failures
+from csrm.errors import AuditError, LeaseError
+from csrm.night.audit import AuditResult, Canary, audit_market, failures
 from csrm.night.chunks import Chunk, canary_pairs, in_chunk, stage_scores
-from csrm.night.context import PhaseClock, PlanCounts, RunContext
-from csrm.night.leases import Lease
+from csrm.night.context import RunContext
+from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import (
     say_halved_packs,
     say_plan,
@@ -24,9 +27,12 @@ from csrm.night.messages import (
     say_rejected_pairs,
     say_scored,
     say_warnings,
+    warn_of_languages,
 )
 from csrm.night.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.night.plan import (
+    PlanCounts,
+    count_plan,
     num_scoring_partitions,
     plan_pairs,
     query_fields,
@@ -35,13 +41,25 @@ from csrm.night.plan import (
     with_scoring_layout,
     with_texts,
 )
-from csrm.night.publish import publish_changes, run_changes
-from csrm.night.runs import read_open_staging, read_run_rows, record_end, record_run, scoring_rate, write_run_rows
-from csrm.night.settings import NUM_BUCKETS, ScoringConfig
+from csrm.night.publish import Publication, publish_changes, run_changes
+from csrm.night.runs import (
+    PUBLISHED,
+    check_same_run,
+    create_output_tables,
+    find_run,
+    read_open_staging,
+    read_run_rows,
+    record_end,
+    record_run,
+    scoring_rate,
+    write_run_rows,
+)
+from csrm.night.settings import ScoringConfig
 from csrm.schemas import (
     CANDIDATES,
     CATALOG,
     JUDGMENTS,
+    PAIR_KEY,
     QUERIES,
     REJECTED_PAIRS,
     RELEVANCE_SCORES,
@@ -50,116 +68,277 @@ from csrm.schemas import (
     Table,
 )
 from csrm.scoring.attempts import forget_attempts
-from csrm.spark.inputs import Input, require_unchanged
+from csrm.spark.inputs import errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.progress import ScoringProgress
-from csrm.spark.scoring import with_relevance_score
-from csrm.spark.storage import attempts_path
-from csrm.spark.tables import read_table, table_path, table_version
-from csrm.spark.workers import task_threads
+from csrm.spark.scoring import ScorerPlace, probe_scorer, with_relevance_score
+from csrm.spark.session import build_session, persisted
+from csrm.spark.tables import table_path, table_version
+from csrm.spark.workers import end_silent_workers, errors_of_workers, scoring_profile, task_threads
 
 
-def score_and_publish(
-    spark: SparkSession,
-    night: RunContext,
-    inputs: Mapping[str, Input],
-    leases: Mapping[str, Lease],
-    clock: "PhaseClock",
-) -> int:
-    """A run, from its inputs to its row of scoring_runs; its markets are held by the leases.
+@dataclass(frozen=True)
+class RunPlan:
+    """What is to be done with each candidate pair."""
+
+    planned_df: DataFrame
+    """The run's rows of run_pairs."""
+    counts: PlanCounts
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """The plan after scoring, and the scores that wait in scores_staging."""
+
+    planned_df: DataFrame
+    """The run's rows of run_pairs, in which pairs that could not be scored are rejected."""
+    staged_df: DataFrame
+    """Rows of scores_staging that may be published."""
+    counts: PlanCounts
+    num_tokens: int
+    """Tokens that were computed."""
+    num_halved_packs: int
+    """Packs for which the device's memory did not suffice."""
+
+
+@dataclass(frozen=True)
+class RunAudit:
+    """What the run would change, and what its audit says of that."""
+
+    num_changes: Mapping[str, Mapping[str, int]]
+    """Market to operation (insert, update, delete) to rows; a market without changes is left out."""
+    results: list[AuditResult]
+
+
+def run_night(
+    config: ScoringConfig, run_id: str, *, data_date: date, started_at: datetime, console: Console
+) -> Publication | None:
+    """Score what changed in some markets, and publish it.
+
+    Args:
+        config: settings of the scoring job.
+        run_id: name of the run; a run of this name that died goes on.
+        data_date: day whose inputs are scored.
+        started_at: when the job was started.
+        console: says what happens.
+
+    Returns:
+        What was published; None where a run of this name was published before.
 
     Raises:
-        InputError: a market has no candidates, or an input was changed since it was read.
+        ConfigError: the run id names another run.
+        BundleError, DeviceError: the bundle, or the device that was asked for, is not there.
+        InputError: an input table has problems, lacks a market, or was changed since it was read.
         AuditError: nothing was published.
-        LeaseError: another run took over a market.
+        LeaseError: another run holds a market, or took one over.
     """
-    config, run_id, console = night.config, night.run_id, night.console
-    scores_path = table_path(config.tables, RELEVANCE_SCORES)
-    base_version = table_version(spark, scores_path)
-    published_df = read_table(spark, RELEVANCE_SCORES, scores_path, base_version).where(
-        F.col("market").isin(*sorted(config.markets))
-    )
-    row = _first_row(night, inputs, base_version) | {"seconds": clock.seconds}
-    record_run(spark, config.tables, row)
-    clock.lap("inputs")
+    bundle = load_bundle(config.bundle, config.bundle_digest)
+    spark = build_session("csrm-score-catalog")
+    # Before any Spark job: a run that holds a lease may hold all executors too.
+    with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
+        earlier = find_run(spark, config.tables, run_id)
+        if earlier is not None:
+            check_same_run(earlier, config.markets, bundle.digest)
+            if earlier["verdict"] in PUBLISHED:
+                version = earlier["published_version"]
+                text = f"run {run_id} was published before: relevance_scores version {version}."
+                console.say("already_published", text, run_id=run_id, version=version)
+                return None
+        warn_of_languages(bundle, config.markets, console)
+        context = _start(
+            spark,
+            config,
+            run_id,
+            data_date=data_date,
+            started_at=started_at,
+            bundle=bundle,
+            leases=leases,
+            is_repeated=earlier is not None,
+            console=console,
+        )
+        with errors_of_workers(), errors_of_inputs(spark, context.inputs):
+            plan = plan_run(context)
+            scored = score_run(context, plan)
+            canaries = compare_canaries(context, scored)
+            changes_df = run_changes(scored.planned_df, context.published_df, scored.staged_df, run_id)
+            with persisted(changes_df):
+                audit = audit_run(context, scored, canaries, changes_df)
+                return publish_run(context, scored, audit, changes_df)
 
+
+def plan_run(context: RunContext) -> RunPlan:
+    """Decide what is to be done with each candidate pair, and write that to run_pairs and rejected_pairs.
+
+    Raises:
+        InputError: a market has no candidates.
+    """
+    spark, config, run_id = context.spark, context.config, context.run_id
+    record_run(spark, config.tables, context.first_row())
+    context.clock.lap("inputs")
     planned_df = plan_pairs(
-        inputs["candidates"].df,
-        _augmented_queries(inputs, config),
-        inputs["catalog"].df,
-        published_df,
+        context.inputs["candidates"].df,
+        _augmented_queries(context),
+        context.inputs["catalog"].df,
+        context.published_df,
         read_open_staging(spark, config.tables, config.markets, run_id),
-        night.scorer.digest,
+        context.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
     write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
     planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
-    counts = _count_plan(planned_df, inputs["candidates"], config)
-    if counts.rejected or night.is_repeated:
+    counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
+    if counts.rejected or context.is_repeated:
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
-    row |= {name: getattr(counts, name) for name in ("num_candidates", "num_unchanged", "num_reused", "rejected")}
-    pairs_per_s = scoring_rate(spark, config.tables, night.scorer.digest, row["device"]) or _exported_rate(spark, night)
-    clock.lap("plan")
-    say_plan(night, row, counts.num_to_score, pairs_per_s)
+    context.clock.lap("plan")
+    return RunPlan(planned_df, counts)
+
+
+def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
+    """Score the planned pairs chunk by chunk into scores_staging; those that cannot be scored are rejected."""
+    spark, config, console, run_id = context.spark, context.config, context.console, context.run_id
+    num_pairs = plan.counts.num_to_score
+    rate = scoring_rate(spark, config.tables, context.scorer.digest, context.device_text)
+    pairs_per_s = rate or _exported_rate(context)
+    say_plan(context, plan.counts, pairs_per_s)
 
     def score(chunk: Chunk) -> DataFrame:
-        pairs_df = planned_df.where("state = 'to_score'").where(chunk.holds(F.col("bucket")))
-        queries_df = _augmented_queries(inputs, config, chunk)
-        return _scored(spark, night, pairs_df, chunk.num_pairs, queries_df, inputs["catalog"].df, progress)
+        pairs_df = plan.planned_df.where("state = 'to_score'").where(chunk.holds(F.col("bucket")))
+        return _with_scores(context, pairs_df, chunk.num_pairs, _augmented_queries(context, chunk), progress)
 
-    lines = console if console.as_json else None
-    with ScoringProgress(spark, counts.num_to_score, config.progress_seconds, lines) as progress:
-        attempt = f"csrm-staging/{run_id}/{night.started_at.timestamp()}"
-        stage_scores(spark, config.tables, attempt, counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
-    clock.lap("scoring")
-    say_scored(console, counts.num_to_score, clock.seconds["scoring"], progress.share_saved)
+    attempt = f"csrm-staging/{run_id}/{context.started_at.timestamp()}"
+    with ScoringProgress(spark, num_pairs, console=console if console.as_json else None) as progress:
+        stage_scores(spark, config.tables, attempt, plan.counts.to_score, score, 60 * config.chunk_minutes, pairs_per_s)
+    context.clock.lap("scoring")
+    say_scored(console, num_pairs, context.clock.seconds["scoring"], progress.share_saved)
+
+    planned_df, counts = plan.planned_df, plan.counts
     staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
         write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
         planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
-        counts = _count_plan(planned_df, inputs["candidates"], config)
+        counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
         say_rejected_pairs(console, counts.rejected)
-    row |= {name: getattr(counts, name) for name in ("num_reused", "rejected")}
-    row |= {"num_scored": counts.num_to_score}
-    row |= {name: getattr(progress, name).value for name in ("num_tokens", "num_halved_packs")}
-    say_halved_packs(console, row["num_halved_packs"])
+    say_halved_packs(console, progress.num_halved_packs.value)
+    return ScoredRun(planned_df, staged_df, counts, progress.num_tokens.value, progress.num_halved_packs.value)
 
-    canaries = {}
-    if counts.num_unchanged and config.canary_pairs:
-        canaries = _score_canaries(spark, night, planned_df, published_df, inputs)
-    forget_attempts(attempts_path(config.tables, run_id))
-    clock.lap("canary")
 
-    changes_df = run_changes(planned_df, published_df, staged_df, run_id).persist(StorageLevel.MEMORY_AND_DISK)
+def compare_canaries(context: RunContext, scored: ScoredRun) -> dict[str, Canary]:
+    """Score a sample of unchanged pairs again: market to how far the scores are from the published ones."""
+    config, canaries = context.config, {}
+    if scored.counts.num_unchanged and config.canary_pairs:
+        sample_df = canary_pairs(scored.planned_df, context.published_df, config.canary_pairs, context.run_id)
+        with persisted(sample_df):
+            num_pairs = config.canary_pairs * len(config.markets)
+            scored_df = _with_scores(context, sample_df, num_pairs, _augmented_queries(context))
+            both_df = sample_df.join(scored_df, on=list(PAIR_KEY), how="left")
+            compared = both_df.select("market", "published_score", "relevance_score").toPandas()
+        canaries = measure_canaries(compared, context.bundle.settings.pack_tolerance)
+    forget_attempts(context.attempts_dir)
+    context.clock.lap("canary")
+    return canaries
+
+
+def audit_run(
+    context: RunContext, scored: ScoredRun, canaries: Mapping[str, Canary], changes_df: DataFrame
+) -> RunAudit:
+    """Measure what the changes would make of each market, and hold that against the limits.
+
+    Args:
+        changes_df: as of run_changes; read several times.
+    """
+    inputs, ndcgs = context.inputs, {}
+    if "judgments" in inputs:
+        gains = {label.name: label.gain for label in context.bundle.settings.labels}
+        ndcgs = measure_ndcgs(inputs["judgments"].df, changes_df, gains)
+    outcomes = measure_outcomes(
+        scored.planned_df,
+        context.published_df,
+        changes_df,
+        inputs["queries"].df,
+        inputs["catalog"].df,
+        context.scorer.digest,
+        canaries,
+        ndcgs,
+    )
+    results = [result for outcome in outcomes.values() for result in audit_market(outcome, context.config.audit)]
+    context.clock.lap("audit")
+    say_warnings(context.console, results)
+    num_changes = {market: outcome.num_changes for market, outcome in outcomes.items() if outcome.num_changes}
+    return RunAudit(num_changes, results)
+
+
+def publish_run(context: RunContext, scored: ScoredRun, audit: RunAudit, changes_df: DataFrame) -> Publication:
+    """Publish the changes where the audit passed, and write the run's row of scoring_runs in any case.
+
+    Raises:
+        AuditError: the audit rejected the run.
+        InputError: an input was changed since it was read.
+        LeaseError: another run took over a market.
+    """
+    spark, tables, console, run_id = context.spark, context.config.tables, context.console, context.run_id
+    row = context.first_row() | {
+        "num_candidates": scored.counts.num_candidates,
+        "num_unchanged": scored.counts.num_unchanged,
+        "num_reused": scored.counts.num_reused,
+        "num_scored": scored.counts.num_to_score,
+        "rejected": scored.counts.rejected,
+        "num_tokens": scored.num_tokens,
+        "num_halved_packs": scored.num_halved_packs,
+        "audit": audit.results,
+    }
+    if failures(audit.results):
+        record_end(spark, tables, row, "rejected")
+        raise AuditError(say_rejected(context, audit.results))
+    require_unchanged(spark, context.inputs)
+    metadata = {"run_id": run_id, "bundle_digest": context.scorer.digest}
     try:
-        outcomes = _outcomes(night, inputs, planned_df, published_df, changes_df, canaries)
-        row["audit"] = results = [
-            result for outcome in outcomes.values() for result in audit_market(outcome, config.audit)
-        ]
-        clock.lap("audit")
-        say_warnings(console, results)
-        if failures(results):
-            record_end(spark, config.tables, row, "rejected")
-            raise AuditError(say_rejected(night, results))
-        require_unchanged(spark, inputs)
-        num_changes = {market: outcome.num_changes for market, outcome in outcomes.items() if outcome.num_changes}
-        metadata = {"run_id": run_id, "bundle_digest": night.scorer.digest}
-        try:
-            publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
-        except LeaseError:
-            record_end(spark, config.tables, row, "superseded")
-            console.say("superseded", "", run_id=run_id)
-            raise
-    finally:
-        changes_df.unpersist()
-    clock.lap("publish")
-    row["changes"] = publication.totals
-    verdict = "published" if num_changes else "already_published"
-    record_end(spark, config.tables, row, verdict, publication.version)
-    say_publication(console, verdict, run_id, publication, config.tables)
-    return 0
+        publication = publish_changes(spark, tables, changes_df, audit.num_changes, context.leases, metadata)
+    except LeaseError:
+        record_end(spark, tables, row, "superseded")
+        console.say("superseded", "", run_id=run_id)
+        raise
+    context.clock.lap("publish")
+    verdict = "published" if audit.num_changes else "already_published"
+    record_end(spark, tables, row | {"changes": publication.totals}, verdict, publication.version)
+    say_publication(console, verdict, run_id, publication, tables)
+    return publication
 
 
-def input_specs(config: ScoringConfig) -> dict[Table, InputSpec]:
+def _start(
+    spark: SparkSession,
+    config: ScoringConfig,
+    run_id: str,
+    *,
+    data_date: date,
+    started_at: datetime,
+    bundle: Bundle,
+    leases: Mapping[str, Lease],
+    is_repeated: bool,
+    console: Console,
+) -> RunContext:
+    """Look at everything that the run needs: the device, the tables, the inputs."""
+    profile = scoring_profile(spark, config.device, config.one_task_per_gpu)
+    place = ScorerPlace(config.bundle, config.device, task_threads(spark), profile)
+    scorer = probe_scorer(spark, place)
+    create_output_tables(spark, config.tables)
+    end_silent_workers(spark, config.hang_minutes)
+    return RunContext(
+        spark=spark,
+        config=config,
+        run_id=run_id,
+        data_date=data_date,
+        started_at=started_at,
+        bundle=bundle,
+        place=place,
+        scorer=scorer,
+        inputs=read_inputs(spark, _input_specs(config), config.markets),
+        leases=leases,
+        base_version=table_version(spark, table_path(config.tables, RELEVANCE_SCORES)),
+        is_repeated=is_repeated,
+        console=console,
+    )
+
+
+def _input_specs(config: ScoringConfig) -> dict[Table, InputSpec]:
     specs = {
         CATALOG: config.inputs.catalog,
         QUERIES: config.inputs.queries,
@@ -174,125 +353,47 @@ def input_specs(config: ScoringConfig) -> dict[Table, InputSpec]:
     return specs
 
 
-def _first_row(night: RunContext, inputs: Mapping[str, Input], base_version: int) -> dict[str, Any]:
-    """Of scoring_runs, when the run begins."""
-    packages = ("pyspark", "delta-spark")
-    return {
-        "run_id": night.run_id,
-        "data_date": night.data_date,
-        "markets": sorted(night.config.markets),
-        "started_at": night.started_at,
-        "verdict": "running",
-        "inputs": {name: _named_version(read) for name, read in inputs.items()},
-        "bundle_digest": night.scorer.digest,
-        "precision": night.bundle.settings.precision,
-        "device": f"{night.config.device} ({night.scorer.provider})",
-        "versions": {"csrm": csrm.__version__, **{name: version(name) for name in packages}},
-        "base_version": base_version,
-    }
-
-
-def _augmented_queries(inputs: Mapping[str, Input], config: ScoringConfig, chunk: Chunk | None = None) -> DataFrame:
+def _augmented_queries(context: RunContext, chunk: Chunk | None = None) -> DataFrame:
     """What a prompt says of each query, or of those of a chunk."""
-    queries_df = inputs["queries"].df
+    config, queries_df = context.config, context.inputs["queries"].df
     if not config.use_retrieved_titles:
         queries_df = queries_df.selectExpr("*", "cast(array() as array<string>) AS retrieved_titles")
         return query_fields(queries_df if chunk is None else in_chunk(queries_df, chunk), config.markets)
-    retrieval_df = inputs["retrieval_table"].df
+    retrieval_df = context.inputs["retrieval_table"].df
     if chunk is not None:
         queries_df, retrieval_df = in_chunk(queries_df, chunk), in_chunk(retrieval_df, chunk)
     return query_fields(with_retrieved_titles(queries_df, retrieval_df, config.broadcast_limit_mb), config.markets)
 
 
-def _count_plan(planned_df: DataFrame, candidates: Input, config: ScoringConfig) -> PlanCounts:
-    counts = planned_df.groupBy("market", "state", "reason", "bucket").count().toPandas()
-    markets = set(counts["market"])
-    if empty := sorted(config.markets.keys() - markets):
-        raise InputError(
-            f"input candidates at {candidates.path!r}: no pairs for the markets {empty}; it has {sorted(markets)} of "
-            f"{sorted(config.markets)}. Build their candidates, or take them out of 'markets'."
-        )
-    by_state = counts.groupby("state")["count"].sum()
-    by_reason = counts.groupby("reason")["count"].sum()
-    to_score = counts[counts["state"] == "to_score"]
-    return PlanCounts(
-        num_candidates=int(counts["count"].sum()),
-        num_unchanged=int(by_state.get("unchanged", 0)),
-        num_reused=int(by_state.get("staged", 0)),
-        rejected={str(reason): int(count) for reason, count in by_reason.items()},
-        to_score=np.bincount(to_score["bucket"], weights=to_score["count"], minlength=NUM_BUCKETS).astype(int),
-    )
-
-
-def _exported_rate(spark: SparkSession, night: RunContext) -> float:
+def _exported_rate(context: RunContext) -> float:
     """Pairs a second that the bundle's export measured, times the tasks that run side by side."""
-    settings = night.bundle.settings
+    settings = context.bundle.settings
     (report,) = (report for report in settings.precisions if report.precision == settings.precision)
-    return report.pairs_per_s * (spark.sparkContext.defaultParallelism // task_threads(spark))
+    return report.pairs_per_s * _num_slots(context)
 
 
-def _scored(
-    spark: SparkSession,
-    night: RunContext,
+def _num_slots(context: RunContext) -> int:
+    """Tasks that score side by side where nothing but cores limits them."""
+    return context.spark.sparkContext.defaultParallelism // context.place.threads
+
+
+def _with_scores(
+    context: RunContext,
     pairs_df: DataFrame,
     num_pairs: int,
     queries_df: DataFrame,
-    catalog_df: DataFrame,
     progress: ScoringProgress | None = None,
 ) -> DataFrame:
     """Rows of scores_staging for about num_pairs planned pairs."""
-    config, threads = night.config, task_threads(spark)
-    num_partitions = config.num_partitions or num_scoring_partitions(
-        num_pairs, spark.sparkContext.defaultParallelism // threads
-    )
-    texts_df = with_texts(pairs_df, queries_df, catalog_df)
-    laid_out_df = with_scoring_layout(texts_df, num_partitions, config.products_per_chunk)
+    config = context.config
+    num_partitions = config.num_partitions or num_scoring_partitions(num_pairs, _num_slots(context))
+    texts_df = with_texts(pairs_df, queries_df, context.inputs["catalog"].df)
     return with_relevance_score(
-        laid_out_df,
-        config.bundle,
-        config.device,
-        night.scorer.digest,
-        night.run_id,
-        threads,
-        progress,
-        night.profile,
-        attempts_path(config.tables, night.run_id),
-        night.is_repeated,
+        with_scoring_layout(texts_df, num_partitions, config.products_per_chunk),
+        context.place,
+        bundle_digest=context.scorer.digest,
+        run_id=context.run_id,
+        progress=progress,
+        attempts_dir=context.attempts_dir,
+        is_repeated=context.is_repeated,
     )
-
-
-def _score_canaries(
-    spark: SparkSession, night: RunContext, planned_df: DataFrame, published_df: DataFrame, inputs: Mapping[str, Input]
-) -> dict[str, Canary]:
-    config = night.config
-    sample_df = canary_pairs(planned_df, published_df, config.canary_pairs, night.run_id).persist()
-    try:
-        num_pairs = config.canary_pairs * len(config.markets)
-        scored_df = _scored(
-            spark, night, sample_df, num_pairs, _augmented_queries(inputs, config), inputs["catalog"].df
-        )
-        both_df = sample_df.join(scored_df, on=["market", "query_id", "product_id"], how="left")
-        compared = both_df.select("market", "published_score", "relevance_score").toPandas()
-    finally:
-        sample_df.unpersist()
-    return measure_canaries(compared, night.bundle.settings.pack_tolerance)
-
-
-def _outcomes(
-    night: RunContext,
-    inputs: Mapping[str, Input],
-    planned_df: DataFrame,
-    published_df: DataFrame,
-    changes_df: DataFrame,
-    canaries: Mapping[str, Canary],
-) -> dict[str, MarketOutcome]:
-    ndcgs = {}
-    if "judgments" in inputs:
-        gains = {label.name: label.gain for label in night.bundle.settings.labels}
-        ndcgs = measure_ndcgs(inputs["judgments"].df, changes_df, gains)
-    queries_df, catalog_df, digest = inputs["queries"].df, inputs["catalog"].df, night.scorer.digest
-    return measure_outcomes(planned_df, published_df, changes_df, queries_df, catalog_df, digest, canaries, ndcgs)
-
-
-def _named_version(read: Input) -> str:
-    return read.path if read.version is None else f"{read.path}@v{read.version}"

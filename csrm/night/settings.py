@@ -1,38 +1,50 @@
 """Settings of a night, and the constants that its layout follows from."""
 
+from typing import Annotated
+
 from pydantic import ConfigDict, Field
 
 from csrm.config import InputSpec, Settings
 from csrm.night.audit import AuditLimits
 
-
-class NightSettings(Settings):
-    """Those of the scoring job's settings that a check needs; there they are described."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    tables: str
-    bundle: str
-    bundle_digest: str | None = None
-    device: str = "cpu"
-    one_task_per_gpu: bool | None = None
-
-
+LEASE_SECONDS = 60.0
+"""Seconds without a sign of life after which a holder has lost its lease."""
+LeaseSeconds = Annotated[float, Field(gt=1)]
+"""Seconds for which a lease holds; every job that takes leases has this bound."""
 NUM_BUCKETS = 1_024
 """Parts of a night, the smallest amount of work that is staged in one commit."""
-
-
 PAIRS_PER_TASK = 4_096
-
-
+"""Pairs of one scoring task in a large night, and so rows of one staged file."""
 FEWEST_PAIRS_PER_TASK = 256
+"""Pairs of one scoring task in a small night."""
+PRODUCTS_PER_CHUNK = 256
+"""Products of one query that stay together; see ScoringConfig.products_per_chunk."""
+BROADCAST_LIMIT_MB = 256
+"""See ScoringConfig.broadcast_limit_mb."""
+BYTES_PER_TITLE = 64
+"""Bytes that Spark adds to the text of a retrieved title: offsets, lengths, the array's share."""
 
 
-BYTES_PER_TITLE = 64  # what Spark adds to the text of a row: offsets, lengths, the array's share
+class NightSettings(Settings):
+    """The settings that a check of a night needs: its tables, its bundle, its device."""
+
+    tables: str
+    """Folder that holds the tables that CSRM writes, any URI."""
+    bundle: str
+    """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
+    bundle_digest: str | None = None
+    """Digest that the bundle must have, or its first characters; default: any."""
+    device: str = "cpu"
+    """cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+    one_task_per_gpu: bool | None = None
+    """Whether a task that scores has a GPU for itself, while joins use every core (stage-level scheduling); default:
+    where the device is cuda and spark.executor.resource.gpu.amount is set."""
 
 
-LEASE_SECONDS = 60.0
-"""A holder that gave no sign of life for so long has lost its lease."""
+class CheckedNight(NightSettings):
+    """The same, read from the scoring job's file: its other settings are left to the night."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class ScoringInputs(Settings):
@@ -48,30 +60,19 @@ class ScoringInputs(Settings):
     """Human grades of pairs: a new bundle's nDCG is compared with the published one's. Default: not compared."""
 
 
-class ScoringConfig(Settings):
+class ScoringConfig(NightSettings):
     """Settings of the scoring job."""
 
     markets: dict[str, str] = Field(min_length=1)
     """Market to the language of its queries that name none (BCP 47)."""
     inputs: ScoringInputs
-    tables: str
-    """Folder that holds the tables that CSRM writes, any URI."""
-    bundle: str
-    """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
-    bundle_digest: str | None = None
-    """Digest that the bundle must have, or its first characters; default: any."""
-    device: str = "cpu"
-    """cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
-    one_task_per_gpu: bool | None = None
-    """Whether a task that scores has a GPU for itself, while joins use every core (stage-level scheduling); default:
-    where the device is cuda and spark.executor.resource.gpu.amount is set."""
     use_retrieved_titles: bool = True
     """Whether retrieved titles augment the queries."""
-    broadcast_limit_mb: int = Field(default=256, ge=0)
+    broadcast_limit_mb: int = Field(default=BROADCAST_LIMIT_MB, ge=0)
     """Retrieved titles up to this size (estimated, MiB) are broadcast; larger ones are joined by a shuffle."""
     num_partitions: int | None = Field(default=None, ge=1)
     """Partitions to score; default: see num_scoring_partitions."""
-    products_per_chunk: int = Field(default=256, ge=1)
+    products_per_chunk: int = Field(default=PRODUCTS_PER_CHUNK, ge=1)
     """Products of one query that are scored side by side; a query with more is spread over partitions."""
     chunk_minutes: float = Field(default=10.0, gt=0)
     """About so much work is staged in one commit; a run that dies loses no more of it. Below a minute the start of each
@@ -83,7 +84,5 @@ class ScoringConfig(Settings):
     hang_minutes: float = Field(default=30.0, gt=0)
     """A worker that gives back no scores for so long is ended, and its task tried again; a pair at which that happens
     again is set aside."""
-    lease_seconds: float = Field(default=LEASE_SECONDS, gt=1)
+    lease_seconds: LeaseSeconds = LEASE_SECONDS
     """A run that was silent for so long has lost its markets to whoever asks next."""
-    progress_seconds: float = Field(default=10.0, gt=0)
-    """Seconds between lines of progress."""

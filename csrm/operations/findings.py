@@ -62,8 +62,8 @@ class Comparison:
     """
 
     bins: pd.DataFrame
-    """market, state, grade, bin, num_pairs: the bin counts from 0 to NUM_PLOT_BINS - 1; -1 holds scores outside [0, 1] and
-    those that are no number."""
+    """market, state, grade, bin, num_pairs: the bin counts from 0 to NUM_PLOT_BINS - 1; -1 holds scores outside
+    [0, 1] and those that are no number."""
     summary: pd.DataFrame
     """market, state, mean, p10, p50, p90 of the scores in [0, 1]."""
     changes: pd.DataFrame

@@ -25,10 +25,10 @@ from csrm.operations.findings import (
     Text,
     Texts,
 )
-from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
 from csrm.spark.tables import open_table, read_table, spark_schema, table_exists, table_path
 
-_KEY = list(RELEVANCE_SCORES.key)
+_KEY = list(PAIR_KEY)
 
 
 _VALUES = ["relevance_score", "predicted_grade"]

@@ -1,6 +1,6 @@
 """Care of the tables: rows laid out by query, rows of old runs and files of old versions removed.
 
-What readers see stays as it is. Like tables.py, this file names Delta.
+What readers see stays as it is.
 """
 
 import json
@@ -16,9 +16,10 @@ from pyspark.sql import functions as F
 from csrm.config import Settings
 from csrm.errors import InputError
 from csrm.night.runs import read_newest
-from csrm.night.settings import LEASE_SECONDS
+from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.schemas import OUTPUTS, REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.commits import USER_METADATA, delete_rows, session_settings
+from csrm.spark.storage import folder_size
 from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, table_exists, table_path
 
 _RETENTION = "delta.deletedFileRetentionDuration"
@@ -33,22 +34,18 @@ class TableSize(NamedTuple):
     num_files: int
     """Files of its newest version."""
     num_bytes: int
-    """Of these."""
+    """Bytes of these files."""
     num_stored_files: int
     """All files in its folder: older versions, the change feed and the log too."""
     num_stored_bytes: int
-    """Of these."""
+    """Bytes of all files."""
 
 
 def table_size(spark: SparkSession, path: str) -> TableSize:
     """What the table at a path takes now."""
     detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
     assert detail is not None
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    folder = jvm.org.apache.hadoop.fs.Path(path)
-    stored = folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).getContentSummary(folder)
-    return TableSize(detail["numFiles"], detail["sizeInBytes"], stored.getFileCount(), stored.getLength())
+    return TableSize(detail["numFiles"], detail["sizeInBytes"], *folder_size(spark, path))
 
 
 def published_markets(spark: SparkSession, tables_dir: str) -> list[str]:
@@ -184,7 +181,7 @@ class MaintenanceConfig(Settings):
     """Whether retention_hours may be under 168: only where no job reads or writes for longer than it."""
     staging_days: int = Field(default=14, ge=1)
     """A run's staged scores, plan and rejected pairs are kept for so long after it ended."""
-    lease_seconds: float = Field(default=LEASE_SECONDS, gt=1)
+    lease_seconds: LeaseSeconds = LEASE_SECONDS
     """As in score_catalog.yaml."""
 
     @model_validator(mode="after")

@@ -59,7 +59,7 @@ def night_report_html(night: RunFindings, made_at: datetime) -> str:
     rejected = night.rejected
     if rejected is None:
         counts = (run["rejected"] or {}).items()
-        rejected = pd.DataFrame([(None, *one) for one in counts], columns=["market", "reason", "num_pairs"])
+        rejected = pd.DataFrame([(None, *row) for row in counts], columns=["market", "reason", "num_pairs"])
     comparison = night.comparison
     return render(
         "operations/report.html",
@@ -72,8 +72,8 @@ def night_report_html(night: RunFindings, made_at: datetime) -> str:
         seconds=_by_phase(run["seconds"]),
         pairs_per_second=pairs_per_second(run),
         tokens_per_second=_per_second(run["num_tokens"], run),
-        failed=[one for one in audit if not one["passed"]],
-        passed=[one for one in audit if one["passed"]],
+        failed=[result for result in audit if not result["passed"]],
+        passed=[result for result in audit if result["passed"]],
         distributions=_distributions(comparison, run["markets"]) if comparison is not None else [],
         comparison=comparison,
         grades=_grades(comparison.bins) if comparison is not None else [],
@@ -81,7 +81,7 @@ def night_report_html(night: RunFindings, made_at: datetime) -> str:
         moved=_moved(night) if comparison is not None else [],
         rejected=rows(rejected.sort_values(["num_pairs", "reason"], ascending=[False, True])),
         samples=rows(night.samples) if night.samples is not None else [],
-        history=[{**one, "pairs_per_second": pairs_per_second(one), **_num_failed(one)} for one in night.runs],
+        history=[{**run, "pairs_per_second": pairs_per_second(run), **_num_failed(run)} for run in night.runs],
         throughput_plot=_throughput_plot(night.runs),
         seconds_plot=_seconds_plot(night.runs),
         queries=night.queries,
@@ -112,7 +112,7 @@ def verdict(run: Mapping[str, Any]) -> Verdict:
     """
     word, changes = run["verdict"], run["changes"] or {}
     again = f"jobs/publish.py --run-id {shlex.quote(run['run_id'])}"
-    results = [one["result"] for one in audit_results(run)]
+    results = [result["result"] for result in audit_results(run)]
     is_clean = results.count("passed") == len(results)
     remarks = _remarks(results)
     match word:
@@ -126,7 +126,7 @@ def verdict(run: Mapping[str, Any]) -> Verdict:
             sentence = f"Nothing changed: relevance_scores version {run['published_version']} has these scores already."
             return Verdict("good" if is_clean else "warn", "Already published", [sentence, *remarks])
         case "rejected":
-            names = sorted({one["name"] for one in audit_results(run) if one["result"] == "error"})
+            names = sorted({result["name"] for result in audit_results(run) if result["result"] == "error"})
             is_acceptable = not set(names) & set(NEVER_ACCEPTED)
             way_out = "published without scoring again, or thrown away" if is_acceptable else "thrown away"
             num_errors = _counted(results.count("error"), "check")
@@ -175,16 +175,17 @@ def _counted(count: int, noun: str) -> str:
 def audit_results(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A run's audit with `result` (error, warning, accepted or passed) and `shown` (the value); errors first."""
     results = [
-        {**one, "result": _result(one), "shown": _shown_value(one["value"])} for one in json.loads(run["audit"] or "[]")
+        {**result, "result": _result(result), "shown": _shown_value(result["value"])}
+        for result in json.loads(run["audit"] or "[]")
     ]
     order = ("error", "warning", "accepted", "passed")
-    return sorted(results, key=lambda one: (order.index(one["result"]), one["market"]))
+    return sorted(results, key=lambda result: (order.index(result["result"]), result["market"]))
 
 
-def _result(one: Mapping[str, Any]) -> str:
-    if one["passed"]:
+def _result(result: Mapping[str, Any]) -> str:
+    if result["passed"]:
         return "passed"
-    return "accepted" if one["accepted"] is not None else str(one["severity"])
+    return "accepted" if result["accepted"] is not None else str(result["severity"])
 
 
 def _shown_value(value: float | str | None) -> str:
@@ -222,12 +223,12 @@ def _per_second(count: int | None, run: Mapping[str, Any]) -> float | None:
 
 
 def _by_phase(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The stages in the order in which a run takes them; those that are not known come last."""
-    return {stage: seconds[stage] for stage in [*_PHASES, *seconds] if stage in seconds}
+    """The phases in the order in which a run takes them; those that are not known come last."""
+    return {phase: seconds[phase] for phase in [*_PHASES, *seconds] if phase in seconds}
 
 
 def _num_failed(run: Mapping[str, Any]) -> dict[str, int]:
-    results = [one["result"] for one in audit_results(run)]
+    results = [result["result"] for result in audit_results(run)]
     return {"num_errors": results.count("error") + results.count("accepted"), "num_warnings": results.count("warning")}
 
 
@@ -277,9 +278,9 @@ _SUMMARY = ("mean", "p10", "p50", "p90")
 
 def _in_words(states: Sequence[Mapping[str, Any]]) -> str:
     parts = [
-        f"{one['state']} the run {one['num_pairs']:,} pairs of median score {one['p50']:.3f}"
-        for one in states
-        if is_known(one["p50"])
+        f"{state['state']} the run {state['num_pairs']:,} pairs of median score {state['p50']:.3f}"
+        for state in states
+        if is_known(state["p50"])
     ]
     return "share of pairs by relevance score; " + "; ".join(parts)
 
@@ -331,16 +332,16 @@ def _seconds_plot(runs: Sequence[Mapping[str, Any]]) -> "Markup | None":
         return None
     figure, axes = new_figure("", "minutes", _PLOT_WIDTH, 2.1)
     bottom = np.zeros(len(runs))
-    for stage, colour in _PHASES.items():
-        minutes = np.array([run["seconds"].get(stage, 0.0) / 60 for run in reversed(runs)])
+    for phase, colour in _PHASES.items():
+        minutes = np.array([run["seconds"].get(phase, 0.0) / 60 for run in reversed(runs)])
         if minutes.any():
-            axes.bar(range(len(runs)), minutes, bottom=bottom, width=0.8, color=colour, label=stage)
+            axes.bar(range(len(runs)), minutes, bottom=bottom, width=0.8, color=colour, label=phase)
             bottom += minutes
     if not bottom.any():
         return None
     axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     _label_runs(axes, runs)
-    return svg(figure, f"Minutes by stage, of the last {len(runs)} runs; the last took {bottom[-1]:,.1f}")
+    return svg(figure, f"Minutes by phase, of the last {len(runs)} runs; the last took {bottom[-1]:,.1f}")
 
 
 def _label_runs(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:

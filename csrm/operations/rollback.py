@@ -6,11 +6,47 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.config import Settings
 from csrm.errors import ConfigError, InputError
-from csrm.night.runs import PUBLISHED, read_newest
+from csrm.night.leases import hold_leases
+from csrm.night.publish import Publication, count_changes, publish_changes
+from csrm.night.runs import PUBLISHED, read_newest, require_run
+from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.maintenance import market_files, missing_files
-from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
+from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES, SCORING_RUNS
+from csrm.spark.session import persisted
 from csrm.spark.tables import read_table, table_path
+
+
+class RollbackConfig(Settings):
+    """Settings of the job."""
+
+    tables: str
+    """Folder of the tables that CSRM writes."""
+    lease_seconds: LeaseSeconds = LEASE_SECONDS
+    """As in score_catalog.yaml."""
+
+
+def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_id: str) -> Publication:
+    """Publish what brings a market back to its state right after a run.
+
+    Args:
+        spark: the session.
+        config: settings of the job.
+        market: the market.
+        run_id: a run that published it.
+
+    Raises:
+        ConfigError, InputError: see read_published_state; or there is no such run.
+        LeaseError: a run holds the market.
+    """
+    run = require_run(spark, config.tables, run_id)
+    wanted_df = read_published_state(spark, config.tables, run, market)
+    with hold_leases(spark, config.tables, [market], f"jobs/rollback.py to {run_id}", config.lease_seconds) as leases:
+        published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
+        with persisted(exact_changes(wanted_df, published_df)) as changes_df:
+            metadata = {"rollback_to": run_id}
+            return publish_changes(spark, config.tables, changes_df, count_changes(changes_df), leases, metadata)
 
 
 def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], market: str) -> DataFrame:
@@ -64,7 +100,7 @@ def exact_changes(wanted_df: DataFrame, published_df: DataFrame) -> DataFrame:
     Returns:
         The columns of relevance_scores and `operation`: insert, update, or delete (then only the key is set).
     """
-    key = list(RELEVANCE_SCORES.key)
+    key = list(PAIR_KEY)
     values = [name for name in RELEVANCE_SCORES.column_names if name not in key]
     new_df = wanted_df.select(*key, F.struct(*values).alias("new"))
     old_df = published_df.select(*key, F.struct(*values).alias("old"))

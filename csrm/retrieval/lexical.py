@@ -3,6 +3,7 @@
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from csrm.schemas import PAIR_KEY
 from csrm.spark.text import is_blank, search_terms_udf
 
 _UNITS = 1_000_000_000
@@ -97,7 +98,7 @@ def bm25_scores(
     part = F.col("weight") * F.col("tf") / (F.col("tf") + length_factor)
     return (
         postings_df.join(query_weights_df, ["market", "term"], "inner")
-        .groupBy("market", "query_id", "product_id")
+        .groupBy(*PAIR_KEY)
         .agg((F.sum(F.round(part * _UNITS).cast("long")) / _UNITS).alias("bm25"))
         .where(F.col("bm25") > 0)
     )

@@ -4,7 +4,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from csrm.retrieval.lexical import bm25_scores
-from csrm.schemas import RETRIEVAL_TABLE
+from csrm.schemas import PAIR_KEY, RETRIEVAL_TABLE
 from csrm.spark.text import is_blank, text_key
 
 
@@ -25,7 +25,7 @@ def split_judged(
         Two frames with the columns of `behaviour_df`: unjudged rows, judged rows.
     """
     judged_df = (
-        judgments_df.select("market", "query_id", "product_id")
+        judgments_df.select(*PAIR_KEY)
         .join(queries_df.select("market", "query_id", "query"), ["market", "query_id"], "inner")
         .select("market", "product_id", text_key(F.col("query")).alias("query_key"))
         .distinct()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from csrm import errors
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import BundleError, CsrmError, InputError
-from csrm.schemas import SCORES_STAGING
+from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, PreparedPairs
 from csrm.spark.progress import ScoringProgress
@@ -26,10 +26,28 @@ from csrm.spark.workers import task_device
 _PAIRS_PER_CALL = 1_024
 
 
-_KEY_COLUMNS = ["market", "query_id", "product_id", "pair_key"]
+_KEY_COLUMNS = [*PAIR_KEY, "pair_key"]
 
 
 _OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
+
+
+@dataclass(frozen=True)
+class ScorerPlace:
+    """Where pairs are scored, and with what."""
+
+    bundle_dir: str
+    """Folder of the bundle, the same path on every machine; or its URI."""
+    device: str = "cpu"
+    """cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>."""
+    threads: int = 1
+    """Threads of one forward pass on the CPU."""
+    profile: ResourceProfile | None = None
+    """Resources of a task that scores; see scoring_profile."""
+
+    def for_workers(self) -> "ScorerPlace":
+        """The same without the profile, which belongs to the driver's JVM and cannot be sent."""
+        return replace(self, profile=None)
 
 
 @dataclass(frozen=True)
@@ -58,29 +76,31 @@ def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> P
     return scorer
 
 
-def probe_scorer(
-    spark: SparkSession, bundle_dir: str, device: str, threads: int, profile: ResourceProfile | None = None
-) -> ScorerInfo:
-    """Load the bundle in a worker, where the scores will be made, and say what it is.
+def _scorer_at(place: ScorerPlace, digest: str) -> PairScorer:
+    """The scorer of this worker process; see _loaded_scorer."""
+    return _loaded_scorer(place.bundle_dir, task_device(place.device), place.threads, digest)
 
-    Args:
-        profile: as in with_relevance_score, as the others.
+
+def probe_scorer(spark: SparkSession, place: ScorerPlace) -> ScorerInfo:
+    """Load the bundle in a worker, where the scores will be made, and say what it is.
 
     Raises:
         CsrmError: what loading raised there: BundleError, DeviceError, ...
     """
 
+    here = place.for_workers()
+
     def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         for _ in batches:
             try:
-                scorer = _loaded_scorer(bundle_dir, task_device(device), threads, load_bundle(bundle_dir).digest)
+                scorer = _scorer_at(here, load_bundle(here.bundle_dir).digest)
                 found = (scorer.digest, scorer.provider, "", "")
             except CsrmError as error:
                 found = ("", "", type(error).__name__, str(error))
             yield pd.DataFrame([found], columns=["digest", "provider", "error", "message"])
 
     schema = "digest string, provider string, error string, message string"
-    row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema, profile=profile).head()
+    row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema, profile=place.profile).head()
     assert row is not None
     if row["error"]:
         raise getattr(errors, row["error"])(row["message"])
@@ -147,13 +167,11 @@ def _counts(scorer: PairScorer) -> tuple[int, int, int]:
 
 def with_relevance_score(
     pairs_df: DataFrame,
-    bundle_dir: str,
-    device: str,
+    place: ScorerPlace,
+    *,
     bundle_digest: str,
     run_id: str,
-    threads: int = 1,
-    progress: "ScoringProgress | None" = None,
-    profile: ResourceProfile | None = None,
+    progress: ScoringProgress | None = None,
     attempts_dir: str | None = None,
     is_repeated: bool = False,
 ) -> DataFrame:
@@ -161,16 +179,14 @@ def with_relevance_score(
 
     Args:
         pairs_df: market, query_id, product_id, pair_key and PAIR_COLUMNS, laid out by with_scoring_layout.
-        bundle_dir: the bundle's folder, the same path on every machine.
-        device: cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>.
+        place: where they are scored.
         bundle_digest: digest that the bundle must have on every machine.
         run_id: run that scores.
-        threads: threads of one forward pass on the CPU.
         progress: counts what is scored; None where there are no accumulators (Spark Connect).
-        profile: see scoring_profile.
         attempts_dir: where attempts of the run note what they are at (see csrm.scoring.attempts); None: they do not.
         is_repeated: whether the run was started before. Else the first attempt of a task notes nothing.
     """
+    here = place.for_workers()
     counters = () if progress is None else progress.counters
 
     def on_scored(*counts: int) -> None:
@@ -178,7 +194,7 @@ def with_relevance_score(
             counter.add(count)
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        scorer = _loaded_scorer(bundle_dir, task_device(device), threads, bundle_digest)
+        scorer = _scorer_at(here, bundle_digest)
         context = TaskContext.get()
         is_again = is_repeated or (context is not None and context.attemptNumber() > 0)
         attempts = open_attempts(attempts_dir) if is_again and attempts_dir is not None else None
@@ -190,7 +206,7 @@ def with_relevance_score(
     )
     return (
         pairs_df.select(*_KEY_COLUMNS, *[name for name in PAIR_COLUMNS if name not in _KEY_COLUMNS])
-        .mapInPandas(score, schema, profile=profile)
+        .mapInPandas(score, schema, profile=place.profile)
         .withColumns(
             {
                 "bundle_digest": F.lit(bundle_digest),
@@ -215,10 +231,10 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) 
     Raises:
         BundleError: see load_bundle; in a worker also where its bundle is another one.
     """
-    digest = load_bundle(bundle_dir).digest
+    place, digest = ScorerPlace(bundle_dir, device, threads), load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
-        scorer = _loaded_scorer(bundle_dir, task_device(device), threads, digest)
+        scorer = _scorer_at(place, digest)
         for batch in batches:
             yield scorer.score(_with_pair_columns(batch))["relevance_score"]
 

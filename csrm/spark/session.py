@@ -4,13 +4,15 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import pyspark
 from delta import configure_spark_with_delta_pip
-from pyspark import SparkConf, SparkContext
-from pyspark.sql import SparkSession
+from pyspark import SparkConf, SparkContext, StorageLevel
+from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import ConfigError
 from csrm.spark.jars import spark_jars_dir
@@ -101,3 +103,13 @@ def _check_delta_is_loadable() -> None:
             f"--packages io.delta:delta-spark_{spark_line}_2.13:{version('delta-spark')}, or put that jar and its "
             "dependencies into Spark's jars folder."
         )
+
+
+@contextmanager
+def persisted(df: DataFrame) -> Iterator[DataFrame]:
+    """A frame that is computed once and kept, on disk where memory does not suffice, while the block runs."""
+    df.persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        yield df
+    finally:
+        df.unpersist()

@@ -94,13 +94,12 @@ class HadoopFolder:
     """A folder on a storage that Spark reaches."""
 
     def __init__(self, spark: SparkSession, uri: str) -> None:
-        jvm = spark.sparkContext._jvm
-        assert jvm is not None
+        jvm = _jvm(spark)
         self._path: Any = jvm.org.apache.hadoop.fs.Path
         self._io: Any = jvm.org.apache.commons.io.IOUtils
         self._uri = uri
-        self._files = self._path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-        self._files.mkdirs(self._path(uri))
+        folder, self._files = _hadoop_path(spark, uri)
+        self._files.mkdirs(folder)
 
     def create(self, name: str, text: str) -> bool:
         try:
@@ -155,9 +154,7 @@ def require_one_place(spark: SparkSession, path: str) -> None:
     Raises:
         ConfigError: the path has no scheme, and Hadoop's default file system is not this machine's.
     """
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    default = str(jvm.org.apache.hadoop.fs.FileSystem.getDefaultUri(spark.sparkContext._jsc.hadoopConfiguration()))
+    default = str(_jvm(spark).org.apache.hadoop.fs.FileSystem.getDefaultUri(_hadoop_configuration(spark)))
     if not urlsplit(path).scheme and urlsplit(default).scheme != "file":
         there, here = default.rstrip("/") + absolute_path(path), f"file://{absolute_path(path)}"
         raise ConfigError(
@@ -168,10 +165,15 @@ def require_one_place(spark: SparkSession, path: str) -> None:
 
 def delete_table(spark: SparkSession, path: str) -> None:
     """Delete a table's folder and all that is in it, where there is one."""
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
-    folder = jvm.org.apache.hadoop.fs.Path(path)
-    folder.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).delete(folder, True)
+    folder, files = _hadoop_path(spark, path)
+    files.delete(folder, True)
+
+
+def folder_size(spark: SparkSession, path: str) -> tuple[int, int]:
+    """Number of all files in a folder and the folders in it, and their bytes."""
+    folder, files = _hadoop_path(spark, path)
+    summary = files.getContentSummary(folder)
+    return summary.getFileCount(), summary.getLength()
 
 
 def absolute_path(path: str) -> str:
@@ -189,17 +191,32 @@ class FileState(NamedTuple):
 
 def file_states(spark: SparkSession, files: Collection[str]) -> dict[str, FileState | None]:
     """Each file's state; None where it is gone. One listing for each folder."""
-    jvm = spark.sparkContext._jvm
-    assert jvm is not None
+    jvm = _jvm(spark)
     paths = {file: jvm.org.apache.hadoop.fs.Path(jvm.java.net.URI(file)) for file in files}
     folders = {path.getParent().toString(): path for path in paths.values()}
     states = {}
     for path in folders.values():
         try:
-            listed = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration()).listStatus(path.getParent())
+            listed = path.getFileSystem(_hadoop_configuration(spark)).listStatus(path.getParent())
         except Py4JJavaError:  # the folder is gone, and with it its files
             continue
         for status in listed:
             name = (path.getParent().toString(), status.getPath().getName())
             states[name] = FileState(status.getLen(), status.getModificationTime())
     return {file: states.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}
+
+
+def _jvm(spark: SparkSession) -> Any:
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    return jvm
+
+
+def _hadoop_configuration(spark: SparkSession) -> Any:
+    return spark.sparkContext._jsc.hadoopConfiguration()
+
+
+def _hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """A path as Hadoop's, and the file system that it is on."""
+    hadoop_path = _jvm(spark).org.apache.hadoop.fs.Path(path)
+    return hadoop_path, hadoop_path.getFileSystem(_hadoop_configuration(spark))

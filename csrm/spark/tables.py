@@ -1,7 +1,4 @@
-"""Tables on storage: created from their declaration, read at a version, written in one commit each.
-
-The only file that names Delta.
-"""
+"""Tables on storage: created from their declaration, read at a version, written in one commit each."""
 
 from collections.abc import Sequence
 

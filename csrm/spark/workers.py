@@ -24,7 +24,7 @@ def scoring_profile(spark: SparkSession, device: str, one_task_per_gpu: bool | N
 
     Args:
         spark: the session.
-        device: as in with_relevance_score.
+        device: as in ScorerPlace.
         one_task_per_gpu: None: where the device is cuda and Spark's executors have GPU resources.
 
     Returns:

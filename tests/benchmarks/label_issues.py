@@ -8,8 +8,8 @@ For each share of wrong labels: generate a market, train a tiny model from scrat
 once without each fold, and rank the labels by what these think of them. precision@k is the share of wrong
 labels among the first k, where k is the number of wrong ones; a random order has the noise itself. `found` is what each
 way would put before a person who does not know k: labels less probable than another one, as
-csrm.training.distillation.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do without CSRM:
-cross_val_predict by query of a logistic regression on TF-IDF of query and title, in cleanlab.
+csrm.training.distillation.soft_labels does, or cleanlab's find_label_issues. The last row is what a user would do
+without CSRM: cross_val_predict by query of a logistic regression on TF-IDF of query and title, in cleanlab.
 
 """
 

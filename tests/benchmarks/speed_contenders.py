@@ -210,7 +210,7 @@ def spark_ours(folder: Path, threads: int) -> Run:
 
     from csrm.night.plan import num_scoring_partitions, with_scoring_layout
     from csrm.spark.progress import ScoringProgress
-    from csrm.spark.scoring import with_relevance_score
+    from csrm.spark.scoring import ScorerPlace, with_relevance_score
 
     tables = SparkTables(threads)
     bundle = load_bundle(folder / "fp32")
@@ -220,7 +220,11 @@ def spark_ours(folder: Path, threads: int) -> Run:
         pairs_df = tables.table(pairs).drop("prefix", "suffix").withColumn("pair_key", F.lit(0).cast("long"))
         laid_out_df = with_scoring_layout(pairs_df, num_scoring_partitions(len(pairs), threads), 256)
         scored_df = with_relevance_score(
-            laid_out_df, str(bundle.folder), "cpu", bundle.digest, "bench", threads=1, progress=progress
+            laid_out_df,
+            ScorerPlace(str(bundle.folder)),
+            bundle_digest=bundle.digest,
+            run_id="bench",
+            progress=progress,
         )
         scored = scored_df.select("query_id", "product_id", "relevance_score").toPandas()
         return in_order(pairs, scored), progress.num_tokens.value

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from csrm.bundle.loading import load_bundle
-from csrm.capacity import formula as capacity
 from csrm.capacity.figures import Run, bundle_figures, read_run, with_run
 from csrm.capacity.formula import Figures, Machines, PhaseCost, Plan
 from csrm.capacity.report import find_limits
@@ -37,7 +36,7 @@ FIGURES = Figures(
     titles_bytes=512.0,
     pack_tokens=1_000_000_000,
     tokens_per_s=1_000.0,
-    stages=STAGES,
+    phases=STAGES,
     table_bytes={"scores_staging": 30.0, "run_pairs": 20.0, "relevance_scores": 25.0},
 )
 
@@ -101,17 +100,6 @@ def test_products_beyond_a_chunk_share_no_more() -> None:
     assert FIGURES.tokens_per_pair(256) == FIGURES.tokens_per_pair(10_000)
 
 
-def test_constants_are_those_of_the_job() -> None:
-    pairs = pytest.importorskip("csrm.night.plan")
-    from csrm.night.settings import ScoringConfig
-
-    defaults = {name: field.default for name, field in ScoringConfig.model_fields.items()}
-    assert defaults["products_per_chunk"] == capacity.PRODUCTS_PER_CHUNK
-    assert capacity.build_parser().get_default("broadcast_limit_mb") == defaults["broadcast_limit_mb"]
-    assert pairs._BYTES_PER_TITLE == capacity.TITLE_BYTES
-    assert pairs.num_scoring_partitions(4_096_000, 8) == 4_096_000 / capacity.PAIRS_PER_FILE
-
-
 def test_a_bundle_tells_the_length_of_its_golden_pairs() -> None:
     bundle = load_bundle(DEMO_BUNDLE)
     figures, golden = bundle_figures(bundle), bundle.golden_pairs()
@@ -143,7 +131,7 @@ def test_a_run_tells_what_its_night_took_and_so_what_others_take() -> None:
     truth = replace(FIGURES, pack_tokens=512)
     run = finished_run(Plan(truth, run_machines, products_per_query=20), 10_000)
     other_costs = {name: STAGES[name]._replace(pair_us=1.0) for name in ("inputs", "plan", "audit", "publish")}
-    guess = replace(truth, tokens_per_s=1.0, stages=STAGES | other_costs, table_bytes={})
+    guess = replace(truth, tokens_per_s=1.0, phases=STAGES | other_costs, table_bytes={})
     found = Plan(with_run(guess, run, run_machines), Machines(16, 64), products_per_query=100).needs(50_000)
     expected = Plan(truth, Machines(16, 64), products_per_query=100).needs(50_000)
     assert found.seconds == pytest.approx(expected.seconds)
@@ -160,7 +148,7 @@ def test_a_run_whose_texts_are_longer_than_the_golden_pairs_corrects_the_tokens(
 def test_a_small_run_tells_nothing_of_spark() -> None:
     run = finished_run(Plan(FIGURES, Machines(1, 1), products_per_query=10), 100)
     slow = replace(run, seconds={**run.seconds, "plan": 60.0})
-    assert with_run(FIGURES, slow, Machines(1, 1)).stages == FIGURES.stages
+    assert with_run(FIGURES, slow, Machines(1, 1)).phases == FIGURES.phases
 
 
 def test_a_run_that_was_faster_than_all_but_the_model_is_refused() -> None:

@@ -47,14 +47,6 @@ def test_what_must_be_installed_is_what_pyproject_says() -> None:
     assert extras["cpu"] + extras["gpu"] == [f"onnxruntime{RUNTIME}", f"onnxruntime-gpu{RUNTIME}"]
 
 
-def test_the_settings_that_are_read_are_those_of_the_scoring_job() -> None:
-    from csrm.night.settings import ScoringConfig
-
-    for name, field in NightSettings.model_fields.items():
-        other = ScoringConfig.model_fields[name]
-        assert (field.annotation, field.default) == (other.annotation, other.default), name
-
-
 @pytest.mark.parametrize(
     ("number", "bounds", "expected"),
     [

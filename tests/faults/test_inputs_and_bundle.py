@@ -16,6 +16,7 @@ from csrm.bundle.loading import load_bundle
 from csrm.commands import score_catalog
 from csrm.errors import BundleError, InputError
 from csrm.manifest import write_manifest
+from csrm.night import run
 from csrm.spark.commits import session_settings
 from tests.faults.cluster import ROOT
 from tests.faults.night import Night
@@ -30,13 +31,13 @@ def before_scoring(monkeypatch: pytest.MonkeyPatch) -> Fault:
     """Has something happen between a run's plan and its scoring."""
 
     def plan(happen: Callable[[], None]) -> None:
-        stage_scores = score_catalog.stage_scores
+        stage_scores = run.stage_scores
 
         def staged(*arguments: Any) -> int:
             happen()
             return stage_scores(*arguments)
 
-        monkeypatch.setattr(score_catalog, "stage_scores", staged)
+        monkeypatch.setattr(run, "stage_scores", staged)
 
     return plan
 

@@ -112,34 +112,32 @@ def test_a_pair_at_which_its_worker_hangs_every_time_is_found_and_set_aside(
 
 BROKEN = """
 import os, signal, sys, threading
-sys.path.insert(0, {jobs!r})
 from contextlib import suppress
-import score_catalog
 from csrm.cli import run_job
+from csrm.commands import score_catalog
+from csrm.night import publish, run
 
 def die(*_, **__):
     os.killpg(0, signal.SIGKILL)
 
 if {place!r} == "publish":
-    score_catalog.publish_changes = die
+    run.publish_changes = die
 elif {place!r} == "between markets":
-    from csrm.spark import publish
     merge = publish.merge_changes
     publish.merge_changes = lambda *arguments: (merge(*arguments), die())
 elif {place!r} == "in a commit":
-    from csrm.spark import publish
     merge = publish.merge_changes
     publish.merge_changes = lambda *arguments: (threading.Timer(1.0, die).start(), merge(*arguments), die())
 elif {place!r} == "full disk":
-    stage_scores = score_catalog.stage_scores
+    stage_scores = run.stage_scores
     def stage(*arguments):
         with suppress(OSError), open({ballast!r}, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
         return stage_scores(*arguments)
-    score_catalog.stage_scores = stage
+    run.stage_scores = stage
 else:
-    score_catalog.stage_scores = die
+    run.stage_scores = die
 sys.exit(run_job(score_catalog.main))
 """
 """The scoring job, with a fault at a place: the driver is killed with its JVM, or a file fills the disk."""
@@ -147,7 +145,7 @@ sys.exit(run_job(score_catalog.main))
 
 def broken_job(folder: Path, place: str, ballast: Path = Path()) -> Path:
     path = folder / f"score_catalog_{place.replace(' ', '_')}.py"
-    path.write_text(BROKEN.format(jobs=str(ROOT / "jobs"), place=place, ballast=str(ballast)))
+    path.write_text(BROKEN.format(place=place, ballast=str(ballast)))
     return path
 
 

@@ -17,6 +17,7 @@ from csrm.night.leases import hold_leases
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
 from csrm.spark.migration import migrate_table
+from csrm.spark.storage import HadoopFolder, LocalFolder, open_folder
 from csrm.spark.tables import create_table, read_table, spark_schema, table_path, table_version
 
 pytestmark = pytest.mark.spark
@@ -115,7 +116,7 @@ def test_a_file_that_is_being_written_is_a_sign_of_life_and_one_left_empty_ends_
     lease = {"owner": "run a", "host": "h", "pid": 1, "at": hour_ago, "seconds": 60, "fence": 7}
     (market / "1.lease").write_text(json.dumps(lease))
     (market / empty).write_text("")
-    through_hadoop = leases._HadoopFolder(spark, f"file://{market}")
+    through_hadoop = HadoopFolder(spark, f"file://{market}")
 
     assert leases._Holder.read(through_hadoop, 1).holds
     with pytest.raises(LeaseError, match="works on it"), hold_leases(spark, str(tmp_path), ["tw"], "run b"):
@@ -135,7 +136,7 @@ def test_any_market_name_has_a_folder_of_its_own(spark: SparkSession, tmp_path: 
 
 
 def test_storage_through_hadoop_keeps_leases_too(spark: SparkSession, tmp_path: Path) -> None:
-    folder = leases._HadoopFolder(spark, f"file://{tmp_path}/leases")
+    folder = HadoopFolder(spark, f"file://{tmp_path}/leases")
 
     assert folder.create("1.lease", "Ä") is True
     assert folder.create("1.lease", "B") is False
@@ -154,7 +155,7 @@ def test_a_storage_that_cannot_keep_two_runs_apart_is_named(
     monkeypatch.setattr(leases, "_HadoopFolder", lambda spark, uri: uri)  # there is no bucket here
 
     with caplog.at_level(logging.WARNING):
-        leases._open_folder(spark, "s3a://bucket/tables/_leases/market=tw")
+        open_folder(spark, "s3a://bucket/tables/_leases/market=tw")
 
     assert "tables on s3a://: this storage is not known to create a file only once" in caplog.text
 
@@ -180,7 +181,7 @@ def test_a_path_that_is_one_place_for_spark_and_another_for_leases_is_refused(
 
 
 def _create(path: Path, barrier: object, created: object) -> None:
-    folder = leases._LocalFolder(path)
+    folder = LocalFolder(path)
     barrier.wait()  # type: ignore[attr-defined]
     if folder.create("1.lease", str(os.getpid())):
         created.put(os.getpid())  # type: ignore[attr-defined]
@@ -197,5 +198,5 @@ def test_of_many_processes_that_take_a_lease_at_once_one_gets_it(tmp_path: Path)
 
     winner = created.get(timeout=10)
     assert created.empty()
-    assert leases._LocalFolder(tmp_path).read("1.lease") == str(winner)
+    assert LocalFolder(tmp_path).read("1.lease") == str(winner)
     assert [path.name for path in tmp_path.iterdir()] == ["1.lease"]

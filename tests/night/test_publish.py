@@ -124,49 +124,6 @@ def test_a_run_that_was_not_published_goes_on_with_another_bundle() -> None:
 
 
 @pytest.mark.spark
-def test_the_changes_are_exactly_the_rows_that_differ(spark: SparkSession) -> None:
-    published_df = scores(
-        spark,
-        "old",
-        ("kr", "same", 0.5, "yes", 1),
-        ("kr", "same within the tolerance", 0.5, "yes", 1),
-        ("kr", "score", 0.5, "yes", 1),
-        ("kr", "grade", 0.5, "yes", 1),
-        ("kr", "key", 0.5, "yes", 1),
-        ("kr", "gone", 0.5, "yes", 1),
-    )
-    staged_df = scores(
-        spark,
-        "new",
-        ("kr", "same", 0.5, "yes", 1),
-        ("kr", "same within the tolerance", 0.5000005, "yes", 1),
-        ("kr", "score", 0.500002, "yes", 1),
-        ("kr", "grade", 0.5, "no", 1),
-        ("kr", "key", 0.5, "yes", 2),
-        ("tw", "same", 0.5, "yes", 1),
-    )
-
-    rows = score_changes(staged_df, published_df).orderBy("market", "product_id").collect()
-
-    assert [(row["market"], row["product_id"], row["operation"], row["run_id"]) for row in rows] == [
-        ("kr", "gone", "delete", None),
-        ("kr", "grade", "update", "new"),
-        ("kr", "key", "update", "new"),
-        ("kr", "score", "update", "new"),
-        ("tw", "same", "insert", "new"),
-    ]
-
-
-@pytest.mark.spark
-def test_another_bundle_changes_every_row(spark: SparkSession) -> None:
-    row = ("kr", "1", 0.5, "yes", 1)
-
-    changes_df = score_changes(scores(spark, "new", row, digest="d2"), scores(spark, "old", row, digest="d1"))
-
-    assert [row["operation"] for row in changes_df.collect()] == ["update"]
-
-
-@pytest.mark.spark
 def test_a_run_changes_the_pairs_whose_key_differs(spark: SparkSession) -> None:
     published_df = scores(
         spark,
@@ -214,7 +171,8 @@ def test_a_publish_commits_once_a_market_what_changed_and_nothing_when_repeated(
 
     def publish(run_id: str, markets: list[str], *rows: tuple[str, str, float, str, int]) -> tuple[int, dict]:
         published_df = read_table(spark, RELEVANCE_SCORES, path).where(F.col("market").isin(*markets))
-        changes_df = score_changes(scores(spark, run_id, *rows), published_df)
+        planned_df = planned(spark, *((market, product, key) for market, product, _, _, key in rows))
+        changes_df = run_changes(planned_df, published_df, staged(spark, run_id, *rows), run_id)
         with hold_leases(spark, tables, markets, run_id) as held:
             done = publish_changes(spark, tables, changes_df, count_changes(changes_df), held, {"run_id": run_id})
         return done.version, dict(done.num_changes)
@@ -241,7 +199,12 @@ def test_a_publish_commits_once_a_market_what_changed_and_nothing_when_repeated(
     ]
     history = spark.sql(f"DESCRIBE HISTORY {sql_path(path)}").orderBy("version").collect()
     carried = [json.loads(row["userMetadata"]) for row in history[1:]]
-    assert [(one["run_id"], one["market"]) for one in carried] == [("a", "kr"), ("a", "tw"), ("c", "kr"), ("d", "kr")]
+    assert [(commit["run_id"], commit["market"]) for commit in carried] == [
+        ("a", "kr"),
+        ("a", "tw"),
+        ("c", "kr"),
+        ("d", "kr"),
+    ]
 
 
 @pytest.mark.spark

@@ -24,7 +24,7 @@ from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
-from csrm.spark.scoring import probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
+from csrm.spark.scoring import ScorerPlace, probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
 from csrm.spark.workers import errors_of_workers, scoring_profile
 
 TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 peg", "毛巾"]
@@ -130,7 +130,9 @@ def test_spark_gives_the_scores_of_the_core(spark: SparkSession, tiny_bundle: Pa
     expected = scorer.score(pdf)
     shuffled_df = pairs_df(spark, pdf.sample(frac=1, random_state=num_partitions)).repartition(num_partitions)
 
-    scores_df = with_relevance_score(shuffled_df, str(tiny_bundle), "cpu", scorer.digest, "run")
+    scores_df = with_relevance_score(
+        shuffled_df, ScorerPlace(str(tiny_bundle)), bundle_digest=scorer.digest, run_id="run"
+    )
     scored = scores_df.toPandas().astype({"product_id": int}).sort_values("product_id").reset_index(drop=True)
 
     assert scores_df.columns == SCORES_STAGING.column_names
@@ -152,7 +154,11 @@ def test_progress_counts_pairs_and_tokens_and_prints_plain_lines_off_a_terminal(
 
     with ScoringProgress(spark, 30, interval_s=0.05, stream=stream) as progress:
         with_relevance_score(
-            pairs_df(spark, pairs_pdf()).coalesce(1), str(tiny_bundle), "cpu", scorer.digest, "run", progress=progress
+            pairs_df(spark, pairs_pdf()).coalesce(1),
+            ScorerPlace(str(tiny_bundle)),
+            bundle_digest=scorer.digest,
+            run_id="run",
+            progress=progress,
         ).collect()
         time.sleep(0.2)
 
@@ -180,7 +186,9 @@ def test_a_progress_line_has_rates_and_the_time_left(spark: SparkSession) -> Non
 
 @pytest.mark.spark
 def test_a_worker_with_another_bundle_stops_the_run(spark: SparkSession, tiny_bundle: Path) -> None:
-    scores_df = with_relevance_score(pairs_df(spark, pairs_pdf(1)), str(tiny_bundle), "cpu", "another", "run")
+    scores_df = with_relevance_score(
+        pairs_df(spark, pairs_pdf(1)), ScorerPlace(str(tiny_bundle)), bundle_digest="another", run_id="run"
+    )
 
     with pytest.raises(PythonException, match="expected digest another, this worker has"):
         scores_df.collect()
@@ -188,7 +196,9 @@ def test_a_worker_with_another_bundle_stops_the_run(spark: SparkSession, tiny_bu
 
 @pytest.mark.spark
 def test_an_error_of_ours_in_a_worker_is_that_error_in_the_driver(spark: SparkSession, tiny_bundle: Path) -> None:
-    scores_df = with_relevance_score(pairs_df(spark, pairs_pdf(1)), str(tiny_bundle), "cpu", "another", "run")
+    scores_df = with_relevance_score(
+        pairs_df(spark, pairs_pdf(1)), ScorerPlace(str(tiny_bundle)), bundle_digest="another", run_id="run"
+    )
 
     with pytest.raises(BundleError, match=r"^bundle .*: expected digest another, this worker has"), errors_of_workers():
         scores_df.collect()
@@ -220,17 +230,17 @@ def test_a_gpu_for_each_task_needs_executors_that_have_some(spark: SparkSession)
 def test_the_bundle_is_loaded_in_a_worker_and_its_errors_come_back(
     spark: SparkSession, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    info = probe_scorer(spark, str(tiny_bundle), "cpu", threads=1)
+    info = probe_scorer(spark, ScorerPlace(str(tiny_bundle)))
 
     assert (info.digest, info.provider) == (load_scorer(str(tiny_bundle), "cpu").digest, "CPUExecutionProvider")
     with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
-        probe_scorer(spark, str(tmp_path / "nothing"), "cpu", threads=1)
+        probe_scorer(spark, ScorerPlace(str(tmp_path / "nothing")))
 
 
 @pytest.mark.spark
 def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: SparkSession, tiny_bundle: Path) -> None:
     with pytest.raises(DeviceError, match="cuda:9"):
-        probe_scorer(spark, str(tiny_bundle), "cuda:9", threads=1)
+        probe_scorer(spark, ScorerPlace(str(tiny_bundle), "cuda:9"))
 
 
 @pytest.mark.spark
@@ -267,7 +277,7 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
         score = relevance_score_udf(str(folder))(F.struct(*PAIR_COLUMNS))
         return [row["score"] for row in pairs_df(spark, pdf).coalesce(1).select(score.alias("score")).collect()]
 
-    earlier_digest, earlier = probe_scorer(spark, str(folder), "cpu", threads=1).digest, scores()
+    earlier_digest, earlier = probe_scorer(spark, ScorerPlace(str(folder))).digest, scores()
     bundle = load_bundle(folder)
     about = bundle.settings.model_dump(mode="json")
     about["labels"] = [{**label, "gain": 1 - label["gain"]} for label in about["labels"]]
@@ -276,7 +286,7 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
     digest = write_manifest(folder, BUNDLE_KIND, about)
 
     assert digest != earlier_digest
-    assert probe_scorer(spark, str(folder), "cpu", threads=1).digest == digest
+    assert probe_scorer(spark, ScorerPlace(str(folder))).digest == digest
     np.testing.assert_allclose(scores(), 1 - np.array(earlier), atol=1e-5)
 
 
