@@ -87,6 +87,7 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
 def load_scorer(
     folder: str | Path,
     device: str,
+    *,
     threads: int | None = None,
     digest: str | None = None,
     num_golden: int | None = GOLDEN_AT_LOAD,

@@ -10,8 +10,11 @@ from pydantic import Field
 
 from csrm.cli import job_parser
 from csrm.config import Settings, load_config
-from csrm.market import Market, builtin_lexicon, generate_market, parallel_text, read_taxonomy_lexicon
 from csrm.market.files import write_tables
+from csrm.market.generator import Market, generate_market
+from csrm.market.lexicon import builtin_lexicon
+from csrm.market.parallel import parallel_text
+from csrm.market.taxonomy import read_taxonomy_lexicon
 from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
 
 

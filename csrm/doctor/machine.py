@@ -265,6 +265,6 @@ def check_bundle(settings: NightSettings, digest: str | None = None) -> str:
 
 
 def check_scores(settings: NightSettings, device: str, threads: int | None) -> str:
-    scorer = load_scorer(settings.bundle, device, threads, num_golden=None)
+    scorer = load_scorer(settings.bundle, device, threads=threads, num_golden=None)
     num_pairs = len(load_bundle(settings.bundle).golden_pairs())
     return f"{num_pairs} golden pairs have their scores on {device} ({scorer.provider})"

@@ -60,6 +60,7 @@ class Evaluation:
 def evaluate_scores(
     judged: pd.DataFrame,
     score_columns: Sequence[str],
+    *,
     gains: Mapping[str, float],
     relevant_grades: Collection[str],
     irrelevant_grades: Collection[str],

@@ -100,7 +100,9 @@ def export_bundle(
         golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
         with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
             pack_scorer, provider = load_pack_scorer(graph_path, device)
-            onnx_scorer = PairScorer(tokenizer, card.labels, pack_scorer, card.pack_tokens, provider=provider)
+            onnx_scorer = PairScorer(
+                tokenizer, card.labels, pack_scorer=pack_scorer, pack_tokens=card.pack_tokens, provider=provider
+            )
             parity = compare_logits(
                 pairs, torch_logits, onnx_scorer.logits(pairs), card.labels, ("torch", provider), SCORE_TOLERANCE
             )
@@ -147,7 +149,9 @@ def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.
     adapted = PeftModel.from_pretrained(base, str(model_dir / "weights"))
     tokenizer = PromptTokenizer.from_file(model_dir / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(card.labels))
-    scorer = PairScorer(tokenizer, card.labels, torch_pack_scorer(model), card.pack_tokens, provider="adapters")
+    scorer = PairScorer(
+        tokenizer, card.labels, pack_scorer=torch_pack_scorer(model), pack_tokens=card.pack_tokens, provider="adapters"
+    )
     check_parity(pairs, scorer, merged, SCORE_TOLERANCE)
 
 

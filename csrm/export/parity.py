@@ -82,6 +82,8 @@ def pack_spread(
     scores = np.empty((num_packings, len(pairs)))
     for row in scores:
         order = rng.permutation(len(pairs))
-        scorer = PairScorer(tokenizer, labels, pack_scorer, int(rng.integers(longest, pack_tokens + 1)))
+        scorer = PairScorer(
+            tokenizer, labels, pack_scorer=pack_scorer, pack_tokens=int(rng.integers(longest, pack_tokens + 1))
+        )
         row[order] = scorer.score(pairs.iloc[order])["relevance_score"]
     return float(np.ptp(scores, axis=0).max())

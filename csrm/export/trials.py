@@ -115,7 +115,7 @@ def write_best_precision(
     golden.write(folder / GOLDEN_NAME)
     if gains is not None:
         plot_precisions(reports, folder / PLOT_NAME)
-    scorer = PairScorer(tokenizer, settings.labels, best.pack_scorer, settings.pack_tokens)
+    scorer = PairScorer(tokenizer, settings.labels, pack_scorer=best.pack_scorer, pack_tokens=settings.pack_tokens)
     shift = np.abs(scorer.score(golden.pairs)["relevance_score"] - golden.scores).max()
     finished = settings.model_copy(
         update={
@@ -204,7 +204,9 @@ class _Trials:
         return self._reference.report.pairs_per_s * medians[0] / medians[1]
 
     def _scorer(self, pack_scorer: PackScorer) -> PairScorer:
-        return PairScorer(self._tokenizer, self._settings.labels, pack_scorer, self._settings.pack_tokens)
+        return PairScorer(
+            self._tokenizer, self._settings.labels, pack_scorer=pack_scorer, pack_tokens=self._settings.pack_tokens
+        )
 
 
 def wanted_precisions(precision: str, device: str, has_labels: bool) -> list[Precision]:

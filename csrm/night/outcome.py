@@ -108,7 +108,14 @@ def measure_ndcgs(
     if judged.empty:
         return {}
     best, worst = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
-    metrics = evaluate_scores(judged, ["old_score", "new_score"], gains, [best], [worst], num_resamples=100).metrics
+    metrics = evaluate_scores(
+        judged,
+        ["old_score", "new_score"],
+        gains=gains,
+        relevant_grades=[best],
+        irrelevant_grades=[worst],
+        num_resamples=100,
+    ).metrics
     ndcg = metrics[metrics["metric"] == "nDCG@10"].set_index(["market", "ranking"])["value"]
     return {
         market: (float(ndcg[market, "old_score"]), float(ndcg[market, "new_score"]))

@@ -1,0 +1,22 @@
+"""A pair becomes a score, with neither Spark nor torch.
+
+Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes).
+Every room above may import it. It imports ground files only.
+"""
+
+from csrm.scoring.labels import Label, expected_gain
+from csrm.scoring.prompts import Product, Query
+from csrm.scoring.scorer import PAIR_COLUMNS, PackScorer, PairScorer
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+
+__all__ = [
+    "PAIR_COLUMNS",
+    "Budgets",
+    "Label",
+    "PackScorer",
+    "PairScorer",
+    "Product",
+    "PromptTokenizer",
+    "Query",
+    "expected_gain",
+]

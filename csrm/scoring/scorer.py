@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from csrm.errors import DeviceError
+from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.packing import Group, PackBatch, build_packs
 from csrm.scoring.prompts import Product, Query
@@ -22,6 +22,10 @@ PackScorer = Callable[[PackBatch], np.ndarray]
 
 PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
 """What a score depends on, apart from the bundle."""
+
+
+OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
+"""Those of PAIR_COLUMNS that a frame may leave out: the prompt then has no line for them."""
 
 
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
@@ -42,18 +46,42 @@ class _NotFiniteError(Exception):
 
 
 class PairScorer:
-    """Scores pairs: prompts, tokens, packs, logits, expected gain."""
+    """Scores pairs: prompts, tokens, packs, logits, expected gain.
+
+    load_scorer makes one of a bundle. Any function from packs to logits makes one too; this one knows no answer:
+
+    >>> from csrm.bundle import load_bundle
+    >>> bundle = load_bundle("conf/demo_bundle")
+    >>> def no_idea(batch):
+    ...     return np.zeros((*batch.last_index.shape, len(bundle.settings.labels)))
+    >>> scorer = PairScorer(bundle.prompt_tokenizer(), bundle.settings.labels, pack_scorer=no_idea, pack_tokens=512)
+    >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "mouse", "title": ["Mouse Pad XL"]})
+    >>> float(scorer.score(pairs)["relevance_score"].iloc[0])
+    0.5
+    """
 
     def __init__(
         self,
         tokenizer: PromptTokenizer,
         labels: Sequence[Label],
+        *,
         pack_scorer: PackScorer,
         pack_tokens: int,
         packs_per_batch: int = 1,
         digest: str = "",
         provider: str = "",
     ) -> None:
+        """Make a scorer.
+
+        Args:
+            tokenizer: of the model, with the budgets of its prompts.
+            labels: answers of the model, in the order of its logits.
+            pack_scorer: the model, see PackScorer.
+            pack_tokens: most tokens of a pack; at least a prefix with one suffix.
+            packs_per_batch: packs of one forward pass, from 1.
+            digest: of the bundle; empty for a model that is not one.
+            provider: name of what computes the logits.
+        """
         self.labels = tuple(labels)
         self.digest = digest
         """Digest of the bundle; empty for a model that is not one."""
@@ -76,14 +104,26 @@ class PairScorer:
         """Score pairs.
 
         Args:
-            pairs: columns PAIR_COLUMNS (retrieved_titles: sequence of str or None; attributes: mapping, sequence of
-                (name, value), or None). Pairs of one query share their prefix wherever their rows stand.
+            pairs: columns market, language, query and title (str or None), and those of OPTIONAL_COLUMNS that there
+                are: retrieved_titles (sequence of str, best first), brand and category (str), attributes (mapping, or
+                sequence of (name, value)); each may be None. Pairs of one query share their prefix wherever their rows
+                stand.
 
         Returns:
             relevance_score (float32, in [0, 1]) and predicted_grade (str), on the index of `pairs`.
 
         Raises:
+            InputError: a column is missing.
             ValueError: a logit is not finite (the message names the row).
+
+        >>> from csrm.bundle import load_scorer
+        >>> scorer = load_scorer("conf/demo_bundle", "cpu")
+        >>> titles = ["Silent Wireless Mouse 2.4G", "Yoga Mat 6 mm"]
+        >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "wireless mouse", "title": titles})
+        >>> scorer.score(pairs).round(2)
+           relevance_score predicted_grade
+        0             0.06               I
+        1             0.00               I
         """
         scores, grades = self._graded(self.logits(pairs))
         return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)
@@ -111,7 +151,7 @@ class PairScorer:
         Where all halves succeed, the batch was too large, and later packs are made half as long.
 
         Args:
-            pairs: as for score.
+            pairs: see score.
             prepared: of these pairs; None: they are prepared now.
 
         Returns:
@@ -119,8 +159,10 @@ class PairScorer:
             (TOKENIZER_ERROR, MODEL_ERROR or NOT_FINITE; None for a pair with a score), on the index of `pairs`.
 
         Raises:
+            InputError: a column is missing.
             DeviceError: a batch that was scored before fails too: the process is broken, not the pair.
         """
+        pairs = with_pair_columns(pairs)
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
         reasons = np.full(len(pairs), None, dtype=object)
         self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
@@ -132,7 +174,7 @@ class PairScorer:
         )
 
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
-        """Logits of the label tokens, shape (num_pairs, num_labels), float32, in row order."""
+        """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         batches, num_prompt_tokens = self.prepare(pairs)
         self.num_prompt_tokens += num_prompt_tokens
@@ -243,8 +285,27 @@ def pair_groups(pairs: pd.DataFrame, tokenizer: PromptTokenizer) -> tuple[list[G
     return groups, np.array([row for rows in rows_of_query.values() for row in rows], dtype=np.int64)
 
 
+def with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs with all of PAIR_COLUMNS: optional ones that are not there hold None.
+
+    Returns:
+        `pairs` itself where nothing is missing.
+
+    Raises:
+        InputError: market, language, query or title is missing.
+    """
+    absent = [name for name in PAIR_COLUMNS if name not in pairs.columns]
+    if missing := [name for name in absent if name not in OPTIONAL_COLUMNS]:
+        raise InputError(
+            f"pairs: missing columns {missing}; there are {list(pairs.columns)}. Pass {PAIR_COLUMNS}, of which "
+            f"{OPTIONAL_COLUMNS} may be left out."
+        )
+    return pairs.assign(**dict.fromkeys(absent)) if absent else pairs
+
+
 def pair_texts(pairs: pd.DataFrame) -> Iterator[tuple[Query, Product]]:
     """What the prompt of each row says; see PairScorer.score for the columns."""
+    pairs = with_pair_columns(pairs)
     for market, language, query, titles, title, brand, category, attributes in zip(
         *(pairs[column] for column in PAIR_COLUMNS), strict=True
     ):

@@ -1,1 +1,5 @@
-"""The parts of CSRM that run on Spark: session, tables, inputs, pairs, scoring, publishing."""
+"""The platform: Spark, Delta tables and Hadoop's file system.
+
+Read session, jars, storage, tables, commits, migration and inputs; then workers, progress, text and scoring.
+The rooms retrieval, night, operations and doctor and the commands may import it. It never imports torch.
+"""

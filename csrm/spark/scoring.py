@@ -16,7 +16,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 
 from csrm import errors
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import BundleError, CsrmError, InputError
+from csrm.errors import BundleError, CsrmError
 from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, PreparedPairs
@@ -27,9 +27,6 @@ _PAIRS_PER_CALL = 1_024
 
 
 _KEY_COLUMNS = [*PAIR_KEY, "pair_key"]
-
-
-_OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> P
     Raises:
         BundleError: the bundle at the path has another digest.
     """
-    scorer = load_scorer(bundle_dir, device, threads)
+    scorer = load_scorer(bundle_dir, device, threads=threads)
     if scorer.digest != digest:
         raise BundleError(
             f"bundle {bundle_dir!r}: expected digest {digest}, this worker has {scorer.digest}. "
@@ -218,35 +215,37 @@ def with_relevance_score(
     )
 
 
-def relevance_score_udf(bundle_dir: str, device: str = "cpu", threads: int = 1) -> Any:
+def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 1) -> Any:
     """Pandas UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
 
     Fields may come in any order; market, language, query and title must be there, the others may be absent. The UDF
     is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice. It scores with the
     bundle that is at the path when it is made: after a bundle is replaced, make a new one.
 
-        score = relevance_score_udf("conf/demo_bundle")
-        df.withColumn("relevance_score", score(F.struct("market", "language", "query", "title")))
+    Args:
+        bundle_dir: folder of the bundle, the same path on every machine, or its URI.
+        device: cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>.
+        threads: threads of one forward pass on the CPU, from 1.
+
+    Returns:
+        A function from a struct column to a column of floats in [0, 1].
 
     Raises:
         BundleError: see load_bundle; in a worker also where its bundle is another one.
+        InputError: in a worker: a field is missing.
+
+    >>> score = relevance_score_udf("conf/demo_bundle")
+    >>> columns = ["market", "language", "query", "title"]
+    >>> pairs_df = spark.createDataFrame([("us", "en", "wireless mouse", "Silent Wireless Mouse 2.4G")], columns)
+    >>> scored_df = pairs_df.withColumn("relevance_score", score(F.struct(*columns)))
+    >>> [0 <= row["relevance_score"] <= 1 for row in scored_df.collect()]
+    [True]
     """
     place, digest = ScorerPlace(bundle_dir, device, threads), load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
         scorer = _scorer_at(place, digest)
         for batch in batches:
-            yield scorer.score(_with_pair_columns(batch))["relevance_score"]
+            yield scorer.score(batch)["relevance_score"]
 
     return pandas_udf(score, "float").asNondeterministic()  # type: ignore[call-overload]
-
-
-def _with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:
-    missing = [name for name in PAIR_COLUMNS if name not in pairs.columns and name not in _OPTIONAL_COLUMNS]
-    if missing:
-        raise InputError(
-            f"relevance_score_udf: missing fields {missing}; the struct has {list(pairs.columns)}. "
-            f"Pass F.struct of {PAIR_COLUMNS}, of which {_OPTIONAL_COLUMNS} may be left out."
-        )
-    absent = {name: None for name in _OPTIONAL_COLUMNS if name not in pairs.columns}
-    return pairs.assign(**absent)[PAIR_COLUMNS]

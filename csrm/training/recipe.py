@@ -272,4 +272,6 @@ def _scored(scorer: PairScorer, pairs: pd.DataFrame) -> pd.DataFrame:
 
 def _evaluate(scored: pd.DataFrame, config: TrainConfig) -> Evaluation:
     gains, relevant, irrelevant = grade_gains(config)
-    return evaluate_scores(scored, ["relevance_score"], gains, relevant_grades=relevant, irrelevant_grades=irrelevant)
+    return evaluate_scores(
+        scored, ["relevance_score"], gains=gains, relevant_grades=relevant, irrelevant_grades=irrelevant
+    )

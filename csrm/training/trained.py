@@ -167,4 +167,10 @@ def _load(folder: Path) -> tuple[PackedRelevanceModel, PromptTokenizer, ModelCar
 def scorer_of(
     model: PackedRelevanceModel, tokenizer: PromptTokenizer, card: ModelCard, precision: TrainingPrecision
 ) -> PairScorer:
-    return PairScorer(tokenizer, card.labels, torch_pack_scorer(model, precision), card.pack_tokens, provider="torch")
+    return PairScorer(
+        tokenizer,
+        card.labels,
+        pack_scorer=torch_pack_scorer(model, precision),
+        pack_tokens=card.pack_tokens,
+        provider="torch",
+    )

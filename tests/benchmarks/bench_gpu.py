@@ -100,7 +100,13 @@ class Contender:
 
     def packs(self, pack_scorer: PackScorer) -> Run:
         args = self.args
-        scorer = PairScorer(self.tokenizer, ESCI_LABELS, pack_scorer, args.pack_tokens, args.packs_per_batch)
+        scorer = PairScorer(
+            self.tokenizer,
+            ESCI_LABELS,
+            pack_scorer=pack_scorer,
+            pack_tokens=args.pack_tokens,
+            packs_per_batch=args.packs_per_batch,
+        )
 
         def run() -> tuple[np.ndarray, int]:
             before = scorer.num_tokens

@@ -104,7 +104,9 @@ def write_bundle_without_model(source: Bundle, folder: Path) -> None:
     onnx.save(model, folder / MODEL_NAME)
     shutil.copyfile(source.folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, "cpu")
-    scorer = PairScorer(source.prompt_tokenizer(), settings.labels, pack_scorer, settings.pack_tokens)
+    scorer = PairScorer(
+        source.prompt_tokenizer(), settings.labels, pack_scorer=pack_scorer, pack_tokens=settings.pack_tokens
+    )
     golden = source.golden_pairs()
     scores = scorer.score(golden.pairs)["relevance_score"].to_numpy(dtype=np.float64)
     GoldenPairs("the graph itself", golden.pairs, golden.prompt_ids, scores).write(folder / GOLDEN_NAME)
@@ -286,7 +288,9 @@ def bare_loop(pairs: pd.DataFrame, bundle_dir: str) -> dict[str, float]:
         in_model += time.perf_counter() - start
         return logits
 
-    scorer = PairScorer(bundle.prompt_tokenizer(), bundle.settings.labels, timed, bundle.settings.pack_tokens)
+    scorer = PairScorer(
+        bundle.prompt_tokenizer(), bundle.settings.labels, pack_scorer=timed, pack_tokens=bundle.settings.pack_tokens
+    )
     scorer.score_or_reject(pairs.head(PAIRS_PER_CALL).reset_index(drop=True))
     in_model, start = 0.0, time.perf_counter()
     for place in range(0, len(pairs), PAIRS_PER_CALL):

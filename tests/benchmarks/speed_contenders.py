@@ -138,7 +138,7 @@ def padded_onnx(folder: Path, threads: int) -> Run:
 
 def ours(folder: Path, threads: int, precision: str) -> Run:
     """PairScorer, which makes prompts, tokens and packs of the texts. All golden pairs are scored first."""
-    scorer = load_scorer(folder / precision, "cpu", threads, num_golden=None)
+    scorer = load_scorer(folder / precision, "cpu", threads=threads, num_golden=None)
 
     def run(pairs: pd.DataFrame) -> tuple[np.ndarray, int]:
         before = scorer.num_tokens

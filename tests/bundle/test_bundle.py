@@ -110,10 +110,10 @@ def test_a_bundle_of_the_first_format_is_refused_by_name(tmp_path: Path) -> None
 
 def test_another_bundle_than_the_one_that_was_pinned_is_refused(tiny_bundle: Path) -> None:
     digest = load_bundle(tiny_bundle).digest
-    assert load_scorer(tiny_bundle, "cpu", 1, digest).digest == digest
+    assert load_scorer(tiny_bundle, "cpu", threads=1, digest=digest).digest == digest
     assert load_bundle(tiny_bundle, digest[:12]).digest == digest
     with pytest.raises(BundleError, match=f"expected digest 0123, got {digest}"):
-        load_scorer(tiny_bundle, "cpu", 1, "0123")
+        load_scorer(tiny_bundle, "cpu", threads=1, digest="0123")
 
 
 def other_weights(folder: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_real_scorer_computes_as_many_tokens_as_foretold() -> None:
     def zeros(batch: Any) -> np.ndarray:
         return np.zeros((*batch.last_index.shape, len(settings.labels)))
 
-    scorer = PairScorer(bundle.prompt_tokenizer(), settings.labels, zeros, settings.pack_tokens)
+    scorer = PairScorer(bundle.prompt_tokenizer(), settings.labels, pack_scorer=zeros, pack_tokens=settings.pack_tokens)
     scorer.score(crossed)
     expected = bundle_figures(bundle).tokens_per_pair(len(golden)) * len(crossed)
     assert scorer.num_tokens == pytest.approx(expected, rel=0.1)

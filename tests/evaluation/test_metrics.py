@@ -21,7 +21,9 @@ def judged_pairs(*rows: tuple[str, str, str, str, float]) -> pd.DataFrame:
 
 
 def evaluate(judged: pd.DataFrame, score_columns: tuple[str, ...] = ("model",), **arguments: object) -> Evaluation:
-    return evaluate_scores(judged, score_columns, ESCI_GAINS, ["E"], ["I"], **arguments)  # type: ignore[arg-type]
+    return evaluate_scores(
+        judged, score_columns, gains=ESCI_GAINS, relevant_grades=["E"], irrelevant_grades=["I"], **arguments
+    )  # type: ignore[arg-type]
 
 
 def value(evaluation: Evaluation, metric: str, market: str = "kr", ranking: str = "model") -> float:
@@ -211,14 +213,22 @@ def test_the_table_names_every_metric_and_ranking() -> None:
 
 def test_binary_grades_and_any_gains_are_taken() -> None:
     judged = judged_pairs(("kr", "q1", "a", "yes", 0.1), ("kr", "q1", "b", "no", 0.9))
-    evaluation = evaluate_scores(judged, ["model"], {"yes": 1, "no": 0}, ["yes"], ["no"])
+    evaluation = evaluate_scores(
+        judged, ["model"], gains={"yes": 1, "no": 0}, relevant_grades=["yes"], irrelevant_grades=["no"]
+    )
     assert value(evaluation, "nDCG@10") == pytest.approx(1 / log2(3))
 
 
 @pytest.mark.parametrize("gains", [{}, {"E": -1.0}, {"E": 1 / 3, "I": 0.0}, {"E": float("inf")}, {"E": float("nan")}])
 def test_gains_that_have_no_exact_integer_form_are_refused(gains: dict[str, float]) -> None:
     with pytest.raises(InputError, match=r"gains \{.*expected gains of at least 0.*Round them"):
-        evaluate_scores(judged_pairs(("kr", "q", "p", "E", 1.0)), ["model"], gains, ["E"], ["I"])
+        evaluate_scores(
+            judged_pairs(("kr", "q", "p", "E", 1.0)),
+            ["model"],
+            gains=gains,
+            relevant_grades=["E"],
+            irrelevant_grades=["I"],
+        )
 
 
 def test_all_problems_of_the_judged_pairs_come_in_one_message() -> None:
@@ -232,7 +242,7 @@ def test_all_problems_of_the_judged_pairs_come_in_one_message() -> None:
 
 def test_a_relevant_grade_that_has_no_gain_is_an_error() -> None:
     with pytest.raises(InputError, match=r"relevant or irrelevant grades without a gain: \['exact'\]"):
-        evaluate_scores(many_pairs(), ["model"], ESCI_GAINS, ["exact"], ["I"])
+        evaluate_scores(many_pairs(), ["model"], gains=ESCI_GAINS, relevant_grades=["exact"], irrelevant_grades=["I"])
 
 
 def test_missing_columns_and_missing_scores_are_errors() -> None:

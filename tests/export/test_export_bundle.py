@@ -101,7 +101,9 @@ def test_another_model_fails_parity(
 ) -> None:
     """Negative control: the adapters of two training steps are difference enough."""
     bundle = load_scorer(tiny_bundle, "cpu", threads=1)
-    untrained = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512, provider="torch")
+    untrained = PairScorer(
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512, provider="torch"
+    )
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with torch and .* The bundle was not written"):
         check_parity(pairs_pdf, untrained, bundle, tolerance=1e-4)
 
@@ -121,7 +123,7 @@ def test_merged_adapters_score_as_the_adapted_model(tiny_bundle: Path, pairs_pdf
     adapted = PeftModel.from_pretrained(base, str(tiny_bundle.parent / "model" / "weights"))
     tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(ESCI_LABELS))
-    scorer = PairScorer(tokenizer, ESCI_LABELS, torch_pack_scorer(model), 512)
+    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(model), pack_tokens=512)
     np.testing.assert_allclose(merged.logits(pairs_pdf), scorer.logits(pairs_pdf), atol=1e-4)
 
 
@@ -132,7 +134,9 @@ def test_adapters_that_were_not_merged_are_seen(
     model_dir = tiny_bundle.parent / "model"
     _, merged, card = load_trained(model_dir)
     export_module.check_merge(model_dir, card, merged, pairs_pdf)
-    base = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512, provider="base")
+    base = PairScorer(
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512, provider="base"
+    )
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with adapters and .* with base"):
         export_module.check_merge(model_dir, card, base, pairs_pdf)
 

@@ -34,7 +34,9 @@ def fp32_graph(loud_model: PackedRelevanceModel, tmp_path_factory: pytest.TempPa
 
 
 def scores_of(path: Path, tokenizer: PromptTokenizer, pairs: pd.DataFrame) -> np.ndarray:
-    scorer = PairScorer(tokenizer, ESCI_LABELS, load_pack_scorer(path, "cpu", threads=1)[0], 512)
+    scorer = PairScorer(
+        tokenizer, ESCI_LABELS, pack_scorer=load_pack_scorer(path, "cpu", threads=1)[0], pack_tokens=512
+    )
     return scorer.score(pairs)["relevance_score"].to_numpy()
 
 
@@ -135,9 +137,9 @@ def test_auc_and_ndcg_are_those_of_the_evaluation() -> None:
     frame = judged_pairs()
     frame["other"] = frame["fp32"] + np.random.default_rng(1).normal(0, 0.05, len(frame))
     quality = quality_of(frame, frame["other"].to_numpy())
-    metrics = evaluate_scores(frame, ["fp32", "other"], GAINS, ["E"], ["I"]).metrics.set_index(["ranking", "metric"])[
-        "value"
-    ]
+    metrics = evaluate_scores(
+        frame, ["fp32", "other"], gains=GAINS, relevant_grades=["E"], irrelevant_grades=["I"]
+    ).metrics.set_index(["ranking", "metric"])["value"]
     assert quality.auc == pytest.approx(metrics["other", "ROC-AUC"])
     assert quality.ndcg == pytest.approx(metrics["other", "nDCG@10"])
     assert quality.auc_loss.value == pytest.approx(metrics["fp32", "ROC-AUC"] - metrics["other", "ROC-AUC"])

@@ -33,7 +33,7 @@ def scorer(tokenizer: PromptTokenizer, deadly: set[int] | None = None) -> PairSc
                 raise ProcessDied
         return lengths / 20
 
-    return PairScorer(tokenizer, ESCI_LABELS, score, pack_tokens=512)
+    return PairScorer(tokenizer, ESCI_LABELS, pack_scorer=score, pack_tokens=512)
 
 
 @pytest.fixture

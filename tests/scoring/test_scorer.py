@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from csrm.errors import DeviceError
+from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import BINARY_LABELS
 from csrm.scoring.packing import PackBatch
-from csrm.scoring.scorer import PairScorer
+from csrm.scoring.scorer import PairScorer, with_pair_columns
 from csrm.scoring.tokenization import Budgets
 from tests.scoring.test_tokenization import golden_tokenizer
 
@@ -20,7 +20,7 @@ def length_scorer(batch: PackBatch) -> np.ndarray:
 
 
 def scorer(pack_tokens: int = 512) -> PairScorer:
-    return PairScorer(golden_tokenizer(), BINARY_LABELS, length_scorer, pack_tokens)
+    return PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=length_scorer, pack_tokens=pack_tokens)
 
 
 def test_each_pair_gets_its_own_answer(pairs_pdf: pd.DataFrame) -> None:
@@ -114,7 +114,7 @@ def test_a_pair_that_fails_is_found_by_halving_its_pack(
     pairs["title"] = [f"{title} {n}" for n, title in enumerate(pairs["title"])]
     expected = scorer(8_000).score(pairs)
     failing = FailingScorer(fail, marked_token())
-    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, failing, 8_000)
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=failing, pack_tokens=8_000)
     poisoned.score(pairs_pdf)  # as the golden pairs of a bundle: a pack that is known to be good
     calls_before = failing.num_calls
 
@@ -140,7 +140,7 @@ def test_a_pair_that_cannot_be_tokenised_is_found_without_more_packs_than_halves
         return suffix_ids(products)
 
     monkeypatch.setattr(tokenizer, "suffix_ids", fail)
-    poisoned = PairScorer(tokenizer, BINARY_LABELS, length_scorer, 512)
+    poisoned = PairScorer(tokenizer, BINARY_LABELS, pack_scorer=length_scorer, pack_tokens=512)
 
     scored = poisoned.score_or_reject(with_marks(pairs_pdf, [3, 20]))
 
@@ -150,7 +150,9 @@ def test_a_pair_that_cannot_be_tokenised_is_found_without_more_packs_than_halves
 
 
 def test_every_pair_that_fails_is_rejected_and_none_is_lost(pairs_pdf: pd.DataFrame) -> None:
-    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, FailingScorer(raise_error, marked_token()), 512)
+    poisoned = PairScorer(
+        golden_tokenizer(), BINARY_LABELS, pack_scorer=FailingScorer(raise_error, marked_token()), pack_tokens=512
+    )
     poisoned.score(pairs_pdf)
 
     scored = poisoned.score_or_reject(with_marks(pairs_pdf, list(range(30))))
@@ -168,7 +170,7 @@ def test_a_broken_process_rejects_nothing(pairs_pdf: pd.DataFrame) -> None:
             raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
         return length_scorer(batch)
 
-    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, score, 512)
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=512)
     poisoned.score(pairs_pdf)
 
     with pytest.raises(DeviceError, match=r"CUDA failure 700.*after it pairs fail that were scored before"):
@@ -185,7 +187,7 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
         return length_scorer(batch)
 
     pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
-    small = PairScorer(golden_tokenizer(), BINARY_LABELS, score, 900)
+    small = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=900)
     small.score(pairs_pdf.iloc[:2])
 
     scored = small.score_or_reject(pairs)
@@ -198,3 +200,23 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
     expected = scorer().score(pairs)
     np.testing.assert_allclose(scored["relevance_score"], expected["relevance_score"], atol=1e-7)
     np.testing.assert_allclose(again["relevance_score"], expected["relevance_score"], atol=1e-7)
+
+
+def test_optional_columns_that_are_absent_are_as_if_all_were_null(pairs_pdf: pd.DataFrame) -> None:
+    few = pairs_pdf[["title", "query", "language", "market"]]
+    bare = pairs_pdf.assign(retrieved_titles=None, brand=None, category=None, attributes=None)
+
+    pd.testing.assert_frame_equal(scorer().score(few), scorer().score(bare))
+    pd.testing.assert_frame_equal(scorer().score_or_reject(few), scorer().score_or_reject(bare))
+    np.testing.assert_array_equal(scorer().logits(few), scorer().logits(bare))
+    assert list(few.columns) == ["title", "query", "language", "market"]
+
+
+def test_a_frame_with_all_columns_is_not_copied(pairs_pdf: pd.DataFrame) -> None:
+    assert with_pair_columns(pairs_pdf) is pairs_pdf
+
+
+@pytest.mark.parametrize("method", ["score", "score_or_reject", "logits", "prepare"])
+def test_a_missing_column_is_named_before_anything_is_scored(pairs_pdf: pd.DataFrame, method: str) -> None:
+    with pytest.raises(InputError, match=r"missing columns \['query', 'title'\]; there are \['market', 'language'\]"):
+        getattr(scorer(), method)(pairs_pdf[["market", "language"]])

@@ -294,5 +294,5 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
 def test_the_udf_names_the_fields_that_it_misses(spark: SparkSession, tiny_bundle: Path) -> None:
     score = relevance_score_udf(str(tiny_bundle))(F.struct("market", "query"))
 
-    with pytest.raises(PythonException, match=r"missing fields \['language', 'title'\]; the struct has"):
+    with pytest.raises(PythonException, match=r"missing columns \['language', 'title'\]; there are"):
         pairs_df(spark, pairs_pdf(1)).select(score).collect()

@@ -1,0 +1,5 @@
+"""The language model that judges relevance.
+
+Read base (loading one), attention (over packs), relevance (logits of labels), then tiny (for tests and the demo).
+Training, export and the commands may import it.
+"""

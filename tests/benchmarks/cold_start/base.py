@@ -21,7 +21,12 @@ def main() -> None:
     tokenizer = PromptTokenizer.from_json(load_tokenizer(base_model).to_str(), config.budgets)
     model = PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(config.labels)).eval()
     use_block_attention(model.language_model)
-    scorer = PairScorer(tokenizer, config.labels, torch_pack_scorer(model, config.tuning.precision), config.pack_tokens)
+    scorer = PairScorer(
+        tokenizer,
+        config.labels,
+        pack_scorer=torch_pack_scorer(model, config.tuning.precision),
+        pack_tokens=config.pack_tokens,
+    )
     measure_untrained(study, BASE_ROW, scores_with(scorer))
 
 

@@ -98,7 +98,7 @@ def test_a_mistake_in_the_pack_is_seen(
 def test_every_field_counts(
     loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame, column: str
 ) -> None:
-    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens=512)
+    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512)
     swapped = pairs_pdf.assign(**{column: "changed " + pairs_pdf[column].fillna("")})
     differences = np.abs(scorer.logits(swapped) - scorer.logits(pairs_pdf)).max(axis=1)
     assert differences.min() >= 100 * TOLERANCE
@@ -107,10 +107,18 @@ def test_every_field_counts(
 def test_scores_do_not_depend_on_row_order_or_pack_size(
     loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
 ) -> None:
-    expected = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), 512).score(pairs_pdf)
+    expected = PairScorer(
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512
+    ).score(pairs_pdf)
     shuffled = pairs_pdf.sample(frac=1.0, random_state=3)
     for pack_tokens, packs_per_batch in ((352, 1), (700, 2)):
-        scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, torch_pack_scorer(loud_model), pack_tokens, packs_per_batch)
+        scorer = PairScorer(
+            prompt_tokenizer,
+            ESCI_LABELS,
+            pack_scorer=torch_pack_scorer(loud_model),
+            pack_tokens=pack_tokens,
+            packs_per_batch=packs_per_batch,
+        )
         actual = scorer.score(shuffled).loc[pairs_pdf.index]
         np.testing.assert_allclose(actual["relevance_score"], expected["relevance_score"], atol=TOLERANCE)
         assert actual["predicted_grade"].tolist() == expected["predicted_grade"].tolist()
