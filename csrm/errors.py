@@ -5,7 +5,15 @@ A message says where, what was expected, what was found, and the way out.
 
 
 class CsrmError(Exception):
-    """Base of every error that CSRM raises on purpose."""
+    """Base of every error that CSRM raises on purpose.
+
+    >>> from csrm import CsrmError, load_bundle
+    >>> try:
+    ...     load_bundle("nowhere")
+    ... except CsrmError as error:
+    ...     print(type(error).__name__, error.exit_code)
+    BundleError 2
+    """
 
     exit_code = 1
 

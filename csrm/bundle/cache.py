@@ -108,8 +108,10 @@ def _is_whole(folder: Path, kind: str) -> bool:
 
 
 def _lock_alone(lock: BinaryIO, folder: Path) -> None:
-    """Raises:
-    BundleError: others use the entry, which is not whole, and do not end.
+    """Wait until no other process uses the entry.
+
+    Raises:
+        BundleError: others use the entry, which is not whole, and do not end.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while True:

@@ -43,8 +43,10 @@ class GoldenPairs:
 
     @classmethod
     def read(cls, path: Path) -> "GoldenPairs":
-        """Raises:
-        BundleError: the file does not hold golden pairs.
+        """Read a `golden.json`.
+
+        Raises:
+            BundleError: the file does not hold golden pairs.
         """
         try:
             file = _GoldenFile.model_validate_json(path.read_bytes())

@@ -29,16 +29,25 @@ GOLDEN_AT_LOAD = 8
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files are as they were exported."""
+    """A bundle whose files are as they were exported. load_bundle makes one.
+
+    >>> bundle = load_bundle("conf/demo_bundle")
+    >>> bundle.settings.precision, [label.name for label in bundle.settings.labels]
+    ('fp32', ['I', 'C', 'S', 'E'])
+    """
 
     folder: Path
     settings: BundleSettings
     digest: str
+    """sha256 that names the bundle: that of its manifest."""
     num_bytes: int
+    """Bytes of all its files."""
 
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Raises:
-        BundleError: its labels are not one token each.
+        """Tokenizer of its prompts.
+
+        Raises:
+            BundleError: its labels are not one token each.
         """
         try:
             tokenizer = PromptTokenizer.from_file(self.folder / TOKENIZER_NAME, self.settings.budgets)
@@ -48,6 +57,11 @@ class Bundle:
         return tokenizer
 
     def golden_pairs(self) -> GoldenPairs:
+        """Pairs with the scores that it must give.
+
+        Raises:
+            BundleError: the file does not hold golden pairs.
+        """
         return GoldenPairs.read(self.folder / GOLDEN_NAME)
 
 
@@ -61,6 +75,10 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     Raises:
         BundleError: a file is missing or changed, the bundle is not the one that the digest names, or it is for another
             version of CSRM.
+
+    >>> bundle = load_bundle("conf/demo_bundle")
+    >>> load_bundle("conf/demo_bundle", digest=bundle.digest[:12]) == bundle
+    True
     """
     folder = fetch_folder(folder, BUNDLE_KIND)
     manifest = load_manifest(folder, BUNDLE_KIND)
@@ -104,6 +122,10 @@ def load_scorer(
     Raises:
         BundleError: see load_bundle; or a golden pair has another score here.
         DeviceError: the device is not there, or the runtime would use another one.
+
+    >>> scorer = load_scorer("conf/demo_bundle", "cpu", threads=1)
+    >>> scorer.provider
+    'CPUExecutionProvider'
     """
     from csrm.scoring.runtime import load_pack_scorer  # onnxruntime is needed to score, not to read a bundle
 

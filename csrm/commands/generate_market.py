@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     market = generate_market(
         config.seed,
         config.markets,
-        config.products_per_market,
-        config.queries_per_market,
-        config.label_noise,
-        lexicons,
+        num_products=config.products_per_market,
+        num_queries=config.queries_per_market,
+        label_noise=config.label_noise,
+        lexicons=lexicons,
     )
     tables = {
         CATALOG: market.catalog,

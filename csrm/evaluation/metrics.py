@@ -45,7 +45,21 @@ _MAX_INTEGER_GAIN = 1_000_000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `evaluate_scores`."""
+    """Result of `evaluate_scores`.
+
+    >>> judged = pd.DataFrame(
+    ...     [("us", "q1", "p1", "E", 0.9), ("us", "q1", "p2", "I", 0.2)],
+    ...     columns=["market", "query_id", "product_id", "grade", "score"],
+    ... )
+    >>> evaluation = evaluate_scores(
+    ...     judged, ["score"], gains={"E": 1.0, "I": 0.0}, relevant_grades=["E"], irrelevant_grades=["I"]
+    ... )
+    >>> evaluation.counts[["market", "num_judged", "num_pairs"]]
+      market  num_judged  num_pairs
+    0     us           2          2
+    >>> evaluation.notes
+    ('us: one query gives no interval.',)
+    """
 
     metrics: pd.DataFrame
     """One row for each market, ranking and metric: market, ranking, metric, value, low, high (95% interval) and
@@ -91,6 +105,22 @@ def evaluate_scores(
     Raises:
         InputError: grades without a gain, infinite scores, a pair twice, or no pair with scores.
         MissingDependencyError: the eval extra is not installed.
+
+    >>> judged = pd.DataFrame(
+    ...     [
+    ...         ("us", "mouse", "p1", "E", 0.9),
+    ...         ("us", "mouse", "p2", "I", 0.2),
+    ...         ("us", "cable", "p3", "E", 0.3),
+    ...         ("us", "cable", "p1", "I", 0.4),
+    ...     ],
+    ...     columns=["market", "query_id", "product_id", "grade", "score"],
+    ... )
+    >>> evaluation = evaluate_scores(
+    ...     judged, ["score"], gains={"E": 1.0, "I": 0.0}, relevant_grades=["E"], irrelevant_grades=["I"]
+    ... )
+    >>> values = evaluation.metrics.query("ranking == 'score'").set_index("metric")["value"]
+    >>> values[["MRR@10", "defect rate@10", "ROC-AUC"]].to_dict()  # the cable is only second for its query
+    {'MRR@10': 0.75, 'defect rate@10': 0.5, 'ROC-AUC': 0.75}
     """
     integer_gains = _integer_gains(gains)
     _check_pairs(judged, score_columns, integer_gains, {*relevant_grades, *irrelevant_grades})

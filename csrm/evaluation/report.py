@@ -13,7 +13,19 @@ from csrm.extras import import_eval
 
 
 def format_evaluation(evaluation: Evaluation) -> str:
-    """The result as plain text: for each market one line a metric, one column a ranking."""
+    """The result as plain text: for each market one line a metric, one column a ranking.
+
+    >>> from csrm.evaluation import evaluate_scores
+    >>> judged = pd.DataFrame(
+    ...     [("us", "q1", "p1", "E", 0.9), ("us", "q1", "p2", "I", 0.2)],
+    ...     columns=["market", "query_id", "product_id", "grade", "score"],
+    ... )
+    >>> evaluation = evaluate_scores(
+    ...     judged, ["score"], gains={"E": 1.0, "I": 0.0}, relevant_grades=["E"], irrelevant_grades=["I"]
+    ... )
+    >>> print(format_evaluation(evaluation).splitlines()[0])
+    us: 1 of 1 judged queries, 2 of 2 judged pairs have a score
+    """
     lines = []
     rankings = list(evaluation.metrics["ranking"].unique())
     table = evaluation.metrics.set_index(["market", "ranking", "metric"])

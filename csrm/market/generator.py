@@ -42,7 +42,13 @@ CLICK_RATE = np.array([0.3, 0.1, 0.03, 0.01])
 
 @dataclass(frozen=True)
 class Market:
-    """Input tables of one or more markets, with the columns of csrm.schemas. Attributes are dicts or None."""
+    """Input tables of one or more markets, with the columns of csrm.schemas. Attributes are dicts or None.
+
+    >>> from csrm.market import generate_market
+    >>> market = generate_market(7, {"us": "en"}, num_products=50, num_queries=5)
+    >>> {"E", "I"} <= set(market.judgments["grade"]), list(market.candidates.columns)
+    (True, ['market', 'query_id', 'product_id', 'source'])
+    """
 
     catalog: pd.DataFrame
     queries: pd.DataFrame
@@ -58,6 +64,7 @@ class Market:
 def generate_market(
     seed: int,
     markets: Mapping[str, str],
+    *,
     num_products: int,
     num_queries: int,
     label_noise: float = 0.0,
@@ -80,6 +87,10 @@ def generate_market(
     Raises:
         ConfigError: an argument is out of range, a language has no lexicon, or the lexicon has too few words for so
             many different queries.
+
+    >>> market = generate_market(7, {"kr": "ko", "us": "en"}, num_products=50, num_queries=5)
+    >>> market.catalog.groupby("market").size().to_dict()
+    {'kr': 50, 'us': 50}
     """
     problems = [
         f"{name}: expected {expected}, got {got}"

@@ -51,7 +51,12 @@ class Template:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """All words of one language."""
+    """All words of one language.
+
+    >>> from csrm.market import builtin_lexicon
+    >>> builtin_lexicon("en").language
+    'en'
+    """
 
     language: str
     categories: tuple[Category, ...]
@@ -71,6 +76,9 @@ def builtin_lexicon(language: str) -> Lexicon:
 
     Raises:
         ConfigError: another language.
+
+    >>> len(builtin_lexicon("ko").categories) == len(builtin_lexicon("en").categories)
+    True
     """
     data = _builtin_data()
     languages = list(data["departments"]["shoes"])

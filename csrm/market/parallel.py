@@ -26,6 +26,11 @@ def parallel_text(seed: int, lexicons: Sequence[Lexicon]) -> pd.DataFrame:
     Args:
         seed: of the titles.
         lexicons: their categories are the same, in the same order.
+
+    >>> from csrm.market import builtin_lexicon
+    >>> texts = parallel_text(7, [builtin_lexicon("ko"), builtin_lexicon("en")])
+    >>> sorted(set(texts["kind"]))
+    ['attribute', 'taxonomy name', 'title']
     """
     rows: list[tuple[str, ...]] = []
     for one, other in combinations(lexicons, 2):

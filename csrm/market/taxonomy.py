@@ -30,6 +30,10 @@ def read_taxonomy_lexicon(folder: str | Path, language: str) -> Lexicon:
 
     Raises:
         InputError: another language, or files that are missing or malformed; all of these in one message.
+
+    >>> read_taxonomy_lexicon("taxonomy", "fr")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    csrm.errors.InputError: taxonomy 'taxonomy': expected a language of ['en', 'ko', 'zh-TW', 'ja', 'es'], got 'fr'...
     """
     if language not in LANGUAGE_COLUMNS:
         raise InputError(

@@ -11,7 +11,14 @@ from csrm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Label:
-    """One answer of the model."""
+    """One answer of the model.
+
+    >>> Label(name="yes", token=" yes", gain=1.0)
+    Label(name='yes', token=' yes', gain=1.0)
+
+    Raises:
+        ConfigError: the gain is not in [0, 1].
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -55,6 +62,10 @@ def expected_gain(logits: np.ndarray, gains: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: shapes do not agree, or a logit is not finite (the message names the first such row).
+
+    >>> logits = np.log([[0.2, 0.8], [0.5, 0.5]])
+    >>> expected_gain(logits, gains=np.array([0.0, 1.0]))
+    array([0.8, 0.5], dtype=float32)
     """
     if logits.ndim != 2 or logits.shape[1] != len(gains):
         raise ValueError(f"logits: expected shape (num_pairs, {len(gains)}), got {logits.shape}")

@@ -71,7 +71,17 @@ class Line(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What the prompt says about a query: everything that its products share."""
+    """What the prompt says about a query: everything that its products share.
+
+    >>> query = Query("tw", "zh-TW", "透明手機殼", retrieved_titles=("軍規防摔透明手機殼",))
+    >>> print("".join(line.start + line.text for line in prefix_lines(query)))
+    Task: relevance
+    Market: tw
+    Language: zh-TW
+    Query: 透明手機殼
+    Retrieved:
+    - 軍規防摔透明手機殼
+    """
 
     market: str
     language: str
@@ -81,7 +91,14 @@ class Query(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What the prompt says about a product."""
+    """What the prompt says about a product.
+
+    >>> product = Product("Silent Wireless Mouse", brand="Norvia", attributes={"color": "black"})
+    >>> print("".join(line.start + line.text for line in suffix_lines(product)).strip())
+    Product: Silent Wireless Mouse
+    Brand: Norvia
+    Attributes: color = black
+    """
 
     title: str | None
     brand: str | None = None

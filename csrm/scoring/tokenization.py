@@ -31,7 +31,14 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Budgets:
-    """Most tokens that each part of a prompt may take. All are counts of tokens."""
+    """Most tokens that each part of a prompt may take. All are counts of tokens, from 1.
+
+    >>> Budgets(query=24).query
+    24
+
+    Raises:
+        ConfigError: a number is below 1 or not whole.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -58,10 +65,19 @@ class Budgets:
 
 
 class PromptTokenizer:
-    """Token ids of prefixes and suffixes. The same text gives the same ids, in training, export and scoring."""
+    """Token ids of prefixes and suffixes. The same text gives the same ids, in training, export and scoring.
+
+    >>> from csrm.bundle import load_bundle
+    >>> tokenizer = load_bundle("conf/demo_bundle").prompt_tokenizer()
+    >>> (suffix_ids,) = tokenizer.suffix_ids([Product("Mouse Pad XL")])
+    >>> tokenizer.decode(suffix_ids).split()  # this model's tokenizer knows lower case only
+    ['product:', 'mouse', 'pad', 'xl', 'relevant:']
+    """
 
     def __init__(self, tokenizer: Tokenizer, budgets: Budgets) -> None:
-        """Args:
+        """Make one of a model's tokenizer.
+
+        Args:
             tokenizer: of the model; its own truncation and padding are switched off.
             budgets: must leave room for the query in the prefix and for the title in the suffix.
 

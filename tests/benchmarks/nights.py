@@ -39,7 +39,14 @@ class Nights:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.args = folder, args
         self.rng = np.random.default_rng(0)
-        market = generate_market(7, {MARKET: "en"}, args.products, args.queries, 0.0, {"en": builtin_lexicon("en")})
+        market = generate_market(
+            7,
+            {MARKET: "en"},
+            num_products=args.products,
+            num_queries=args.queries,
+            label_noise=0.0,
+            lexicons={"en": builtin_lexicon("en")},
+        )
         self.catalog, queries = market.catalog.dropna(subset="title", ignore_index=True), market.queries
         query_ids, product_ids = queries["query_id"].to_numpy(), self.catalog["product_id"].to_numpy()
         products = [self.rng.choice(len(product_ids), args.products_per_query, replace=False) for _ in query_ids]

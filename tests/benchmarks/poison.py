@@ -29,7 +29,14 @@ STEP = 1_024
 def make_pairs(num_pairs: int) -> pd.DataFrame:
     """Pairs of queries with a hundred random products each."""
     num_queries = max(1, num_pairs // PRODUCTS_PER_QUERY)
-    market = generate_market(7, {"us": "en"}, 5_000, num_queries, 0.0, {"en": builtin_lexicon("en")})
+    market = generate_market(
+        7,
+        {"us": "en"},
+        num_products=5_000,
+        num_queries=num_queries,
+        label_noise=0.0,
+        lexicons={"en": builtin_lexicon("en")},
+    )
     catalog = market.catalog.dropna(subset="title")
     rng = np.random.default_rng(0)
     products = catalog.iloc[rng.choice(len(catalog), num_queries * PRODUCTS_PER_QUERY)]

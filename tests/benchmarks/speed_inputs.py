@@ -84,7 +84,7 @@ def read_texts(data: Path | None) -> Texts:
     the Korean market is made.
     """
     if data is None:
-        market = generate_market(7, MARKETS, 2_000, 300)
+        market = generate_market(7, MARKETS, num_products=2_000, num_queries=300)
         catalog = market.catalog.dropna(subset="title")
         return {
             name: (

@@ -1,6 +1,7 @@
 """Scoring inside Spark: the same scores as the core gives, however the pairs are laid out."""
 
 import dataclasses
+import doctest
 import io
 import itertools
 import os
@@ -296,3 +297,12 @@ def test_the_udf_names_the_fields_that_it_misses(spark: SparkSession, tiny_bundl
 
     with pytest.raises(PythonException, match=r"missing columns \['language', 'title'\]; there are"):
         pairs_df(spark, pairs_pdf(1)).select(score).collect()
+
+
+@pytest.mark.spark
+def test_the_example_of_the_udf_gives_what_it_shows(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])  # the example names conf/demo_bundle
+    names = {"spark": spark, "F": F, "relevance_score_udf": relevance_score_udf}
+    (example,) = doctest.DocTestFinder(recurse=False).find(relevance_score_udf, "relevance_score_udf", globs=names)
+
+    assert doctest.DocTestRunner().run(example) == (0, 5)
