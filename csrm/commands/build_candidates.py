@@ -14,8 +14,8 @@ from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import CANDIDATES, CATALOG, QUERIES, UNCOVERED_PRODUCTS
 from csrm.spark.inputs import read_inputs
-from csrm.spark.session import build_session
-from csrm.spark.tables import overwrite_table, read_table, sql_literal, table_path
+from csrm.spark.session import build_session, persisted
+from csrm.spark.tables import overwrite_markets, read_table, table_path
 
 
 class CandidateInputs(Settings):
@@ -57,22 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = read_inputs(spark, specs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
-    products_df = product_terms(catalog_df).persist()
-    terms_df = query_terms(queries_df).persist()
-    scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
-    pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
-    if "candidates" in inputs:
-        pairs_df = with_given_pairs(pairs_df, inputs["candidates"].df)
-    path = table_path(config.tables, CANDIDATES)
-    replaced = f"market IN ({', '.join(sql_literal(market) for market in config.markets)})"
-    version = overwrite_table(pairs_df, CANDIDATES, path, where=replaced)
-    products_df.unpersist()
-
-    candidates_df = read_table(spark, CANDIDATES, path, version)
-    uncovered_path = table_path(config.tables, UNCOVERED_PRODUCTS)
-    uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df)
-    uncovered_version = overwrite_table(uncovered_df, UNCOVERED_PRODUCTS, uncovered_path, where=replaced)
-    terms_df.unpersist()
+    path, uncovered_path = (table_path(config.tables, table) for table in (CANDIDATES, UNCOVERED_PRODUCTS))
+    with persisted(query_terms(queries_df)) as terms_df:
+        with persisted(product_terms(catalog_df)) as products_df:
+            scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
+            pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
+            if "candidates" in inputs:
+                pairs_df = with_given_pairs(pairs_df, inputs["candidates"].df)
+            version = overwrite_markets(pairs_df, CANDIDATES, path, config.markets)
+        candidates_df = read_table(spark, CANDIDATES, path, version)
+        uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df)
+        uncovered_version = overwrite_markets(uncovered_df, UNCOVERED_PRODUCTS, uncovered_path, config.markets)
 
     print_pairs(candidates_df, config.markets)
     print_coverage(catalog_df, read_table(spark, UNCOVERED_PRODUCTS, uncovered_path, uncovered_version), config.markets)

@@ -14,8 +14,8 @@ from csrm.retrieval.lexical import product_terms, query_terms
 from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
 from csrm.spark.inputs import Input, read_inputs
-from csrm.spark.session import build_session
-from csrm.spark.tables import overwrite_table, read_table, spark_schema, sql_literal, table_path
+from csrm.spark.session import build_session, persisted
+from csrm.spark.tables import overwrite_markets, read_table, spark_schema, table_path
 
 
 class RetrievalInputs(Settings):
@@ -61,15 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = read_inputs(spark, specs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
-    behaviour_df = titles_from_behaviour(spark, config, inputs).persist()
-    rest_df = query_terms(queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")).persist()
-    products_df = product_terms(catalog_df).persist()
-    lexical_df = lexical_titles(products_df, rest_df, catalog_df, config.num_titles, config.max_term_share)
     path = table_path(config.tables, RETRIEVAL_TABLE)
-    replaced = f"market IN ({', '.join(sql_literal(market) for market in config.markets)})"
-    version = overwrite_table(behaviour_df.unionByName(lexical_df), RETRIEVAL_TABLE, path, where=replaced)
-    for cached_df in (behaviour_df, rest_df, products_df):
-        cached_df.unpersist()
+    with persisted(titles_from_behaviour(spark, config, inputs)) as behaviour_df:
+        rest_df = queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")
+        with persisted(query_terms(rest_df)) as terms_df, persisted(product_terms(catalog_df)) as products_df:
+            lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
+            version = overwrite_markets(behaviour_df.unionByName(lexical_df), RETRIEVAL_TABLE, path, config.markets)
 
     print_summary(queries_df, read_table(spark, RETRIEVAL_TABLE, path, version), config.markets)
     print(f"Written: {path}, version {version}")

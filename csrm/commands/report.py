@@ -12,7 +12,7 @@ from pydantic import Field
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Settings, load_config
 from csrm.extras import import_eval
-from csrm.operations.history import Limits, read_night
+from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
 from csrm.spark.session import build_session
 
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_eval(module)  # before the work, not after it
     limits = Limits(config.num_runs, config.num_moved, config.num_samples)
     inputs = config.inputs
-    night = read_night(
+    findings = read_findings(
         build_session("csrm-report"), config.tables, args.run_id, inputs.catalog, inputs.queries, config.markets, limits
     )
-    page = Path(config.output) / f"{quote(night.runs[0]['run_id'], safe=' ')}.html"
+    page = Path(config.output) / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(night_report_html(night, datetime.now(UTC)), encoding="utf-8")
-    print(f"report of run {night.runs[0]['run_id']}: {page}")
+    page.write_text(night_report_html(findings, datetime.now(UTC)), encoding="utf-8")
+    print(f"report of run {findings.runs[0]['run_id']}: {page}")
     return 0

@@ -59,7 +59,7 @@ class TextSource:
     text_column: str
 
 
-def read_night(
+def read_findings(
     spark: SparkSession,
     tables_dir: str,
     run_id: str | None,

@@ -44,30 +44,30 @@ class Verdict:
     """What can be done, as command lines."""
 
 
-def night_report_html(night: RunFindings, made_at: datetime) -> str:
+def night_report_html(findings: RunFindings, made_at: datetime) -> str:
     """The page.
 
     Args:
-        night: the run.
+        findings: what is known of the run.
         made_at: when the page was made, UTC.
 
     Returns:
         HTML that can be written as UTF-8.
     """
-    run = night.runs[0]
+    run = findings.runs[0]
     audit = audit_results(run)
-    rejected = night.rejected
+    rejected = findings.rejected
     if rejected is None:
         counts = (run["rejected"] or {}).items()
         rejected = pd.DataFrame([(None, *row) for row in counts], columns=["market", "reason", "num_pairs"])
-    comparison = night.comparison
+    comparison = findings.comparison
     return render(
         "operations/report.html",
         run=run,
         made_at=made_at,
-        num_newer=night.num_newer,
+        num_newer=findings.num_newer,
         verdict=verdict(run),
-        notes=night.notes,
+        notes=findings.notes,
         pairs=pair_counts(run, comparison),
         seconds=_by_phase(run["seconds"]),
         pairs_per_second=pairs_per_second(run),
@@ -78,15 +78,15 @@ def night_report_html(night: RunFindings, made_at: datetime) -> str:
         comparison=comparison,
         grades=_grades(comparison.bins) if comparison is not None else [],
         changes=_changes_by_market(comparison.changes) if comparison is not None else {},
-        moved=_moved(night) if comparison is not None else [],
+        moved=_moved(findings) if comparison is not None else [],
         rejected=rows(rejected.sort_values(["num_pairs", "reason"], ascending=[False, True])),
-        samples=rows(night.samples) if night.samples is not None else [],
-        history=[{**run, "pairs_per_second": pairs_per_second(run), **_num_failed(run)} for run in night.runs],
-        throughput_plot=_throughput_plot(night.runs),
-        seconds_plot=_seconds_plot(night.runs),
-        queries=night.queries,
-        products=night.products,
-        languages=night.languages,
+        samples=rows(findings.samples) if findings.samples is not None else [],
+        history=[{**run, "pairs_per_second": pairs_per_second(run), **_num_failed(run)} for run in findings.runs],
+        throughput_plot=_throughput_plot(findings.runs),
+        seconds_plot=_seconds_plot(findings.runs),
+        queries=findings.queries,
+        products=findings.products,
+        languages=findings.languages,
         shortened=shortened,
         reasons=_REASONS,
     )
@@ -305,11 +305,11 @@ def _score_plot(bins: pd.DataFrame, description: str) -> "Markup":
     return svg(figure, description)
 
 
-def _moved(night: RunFindings) -> list[tuple[str, str, str, list[dict[Any, Any]]]]:
-    assert night.comparison is not None
+def _moved(findings: RunFindings) -> list[tuple[str, str, str, list[dict[Any, Any]]]]:
+    assert findings.comparison is not None
     return [
-        ("Queries", "query", "product", rows(night.comparison.queries)),
-        ("Products", "product", "query", rows(night.comparison.products)),
+        ("Queries", "query", "product", rows(findings.comparison.queries)),
+        ("Products", "product", "query", rows(findings.comparison.products)),
     ]
 
 

@@ -1,6 +1,6 @@
 """Tables on storage: created from their declaration, read at a version, written in one commit each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
@@ -130,6 +130,18 @@ def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = 
     """As replace_rows; returns the table's version after the commit."""
     replace_rows(df, table, path, where)
     return table_version(df.sparkSession, path)
+
+
+def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[str]) -> int:
+    """Replace the rows of some markets in one commit; returns the table's version after it.
+
+    Args:
+        df: rows of these markets only; see replace_rows.
+        table: the declaration; it has a column market.
+        path: the table's folder.
+        markets: the markets.
+    """
+    return overwrite_table(df, table, path, where=f"market IN ({', '.join(map(sql_literal, markets))})")
 
 
 def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> None:

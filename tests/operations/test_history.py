@@ -19,7 +19,7 @@ from pyspark.sql import SparkSession
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.operations.findings import NUM_PLOT_BINS, Comparison, RunFindings, Text
-from csrm.operations.history import Limits, read_night, read_runs
+from csrm.operations.history import Limits, read_findings, read_runs
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
 from csrm.spark.tables import overwrite_table, spark_schema, table_path
 
@@ -147,7 +147,7 @@ def night_of(spark: SparkSession, tables: Path, run_id: str | None, **settings: 
     catalog = InputSpec(path=f"{tables}/catalog", columns={"market": "shop"})
     queries = InputSpec(path=f"{tables}/queries.parquet", format="parquet")
     given = {"catalog": catalog, "queries": queries, "languages": LANGUAGES, "limits": LIMITS, **settings}
-    return read_night(spark, str(tables), run_id, **given)
+    return read_findings(spark, str(tables), run_id, **given)
 
 
 @pytest.fixture(scope="module")
