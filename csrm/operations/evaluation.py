@@ -91,11 +91,11 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
     evaluation = evaluate_scores(
         judged,
         [SCORE, BM25] if config.baseline_bm25 else [SCORE],
-        config.gains,
-        config.relevant_grades,
-        config.irrelevant_grades,
-        config.num_resamples,
-        config.seed,
+        gains=config.gains,
+        relevant_grades=config.relevant_grades,
+        irrelevant_grades=config.irrelevant_grades,
+        num_resamples=config.num_resamples,
+        seed=config.seed,
     )
     evaluation = replace(evaluation, notes=(*unknown_ids(judged), *evaluation.notes))
     packages = ("ir-measures", "scikit-learn", "numpy", "pandas", "pyspark")
