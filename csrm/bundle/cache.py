@@ -25,14 +25,8 @@ from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME, Manifest, parse_manifest, verify_manifest
 
 DEFAULT_CACHE_GB = 50.0
-
-
 _PATIENCE_S = 30.0
-
-
 logger = logging.getLogger(__name__)
-
-
 _used: dict[Path, BinaryIO] = {}
 """Folder in the cache to the open file whose shared lock keeps it, until the process ends."""
 

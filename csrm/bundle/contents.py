@@ -10,23 +10,11 @@ from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.tokenization import Budgets
 
 BUNDLE_KIND = "bundle"
-
-
 FORMAT_VERSION = 2
-
-
 MODEL_NAME = "model.onnx"
-
-
 TOKENIZER_NAME = "tokenizer.json"
-
-
 GOLDEN_NAME = "golden.json"
-
-
 PLOT_NAME = "precisions.png"
-
-
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 

@@ -57,24 +57,14 @@ PHASES = {
 }
 """start: of Python and Spark, until the bundle is loaded in a worker. Without the canary, of which a first night has
 none."""
-
-
 TABLE_BYTES = {"scores_staging": 14.7, "run_pairs": 10.1, "relevance_scores": 11.1}
 """Bytes of a pair in each table that grows with the pairs. relevance_scores as one version: rows that a night replaces
 stay on storage until jobs/maintain.py, and the change feed of an update holds both."""
-
-
 SHUFFLED_KEY_BYTES = 80.0
 """Of a candidate pair, in the joins of keys."""
-
-
 SHUFFLED_TEXT = 0.91
 """Bytes that are shuffled for each byte of a scored pair's text."""
-
-
 DRIVER_BYTES = 1e9
-
-
 DRIVER_BYTES_PER_FILE = 3_000.0
 """Of the driver's memory for each staged file, whose entries of Delta's log it collects. Estimated, not measured."""
 

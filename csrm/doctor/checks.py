@@ -34,9 +34,14 @@ def checked(name: str, look: Callable[..., str], *arguments: object) -> Check:
     except CheckWarning as doubt:
         return Check(name, "warning", _one_line(str(doubt)))
     except CsrmError as error:
-        return Check(name, "FAILED", _one_line(str(error)), error.exit_code)
+        return failed(name, error)
     except Exception as error:  # whatever it is, the other checks go on
         return Check(name, "FAILED", _one_line(f"{type(error).__name__}: {error}"), ScoringError.exit_code)
+
+
+def failed(name: str, error: CsrmError) -> Check:
+    """The check of something that a night could not run with."""
+    return Check(name, "FAILED", _one_line(str(error)), error.exit_code)
 
 
 def _one_line(text: str) -> str:

@@ -12,7 +12,7 @@ from pyspark import BarrierTaskContext
 from pyspark.sql import SparkSession
 
 from csrm.bundle.loading import load_bundle
-from csrm.doctor.checks import Check, CheckWarning, checked
+from csrm.doctor.checks import Check, CheckWarning, checked, failed
 from csrm.doctor.machine import PACKAGES, checks_of_code, checks_of_scoring, installed_versions
 from csrm.errors import ConfigError, CsrmError, InputError, ScoringError
 from csrm.night.settings import NightSettings
@@ -24,8 +24,6 @@ from csrm.spark.workers import errors_of_workers, scoring_profile, task_device, 
 
 PATIENCE_S = 120.0
 """For executors that are still starting."""
-
-
 _NUM_FILES = 4
 
 
@@ -82,7 +80,7 @@ def checks_of_executors(settings: NightSettings, patience_s: float = PATIENCE_S)
         with errors_of_workers():
             rows = _looks(doctor_session(), settings)
     except CsrmError as error:
-        yield "driver", checked("executors", _raise_of_executor, error)
+        yield "driver", failed("executors", _cause(error))
         return
     for row in rows:
         yield row[0], Check(*row[1:])
@@ -167,16 +165,17 @@ def _tasks_at_once(spark: SparkSession, profile: Any) -> int:
     return num_tasks
 
 
-def _raise_of_executor(error: CsrmError) -> str:
+def _cause(error: CsrmError) -> CsrmError:
+    """What keeps executors from being looked at, with the way out where it is known."""
     missing = re.search(r"No module named '([\w.]+)'", str(error.__cause__))
     if missing is not None:
-        raise ConfigError(
+        return ConfigError(
             f"expected the module {missing[1]} in their Python, found none. Send them code and environment, as "
             "docs/deployment.md says, and name their Python by spark.pyspark.python."
         )
     if isinstance(error, ScoringError):
-        raise ScoringError(str(error).partition("\n")[0])
-    raise error
+        return ScoringError(str(error).partition("\n")[0])
+    return error
 
 
 def check_tables(settings: NightSettings) -> str:

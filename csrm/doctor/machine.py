@@ -22,8 +22,6 @@ from csrm.scoring.runtime import require_one_onnxruntime
 
 SPARK_PACKAGES = {"pyspark": ">=4.2,<4.3", "delta-spark": ">=4.4,<4.5,!=4.4.1"}
 """What a driver needs; executors get Spark's Python code from Spark itself."""
-
-
 PACKAGES = {
     "numpy": ">=2",
     "pandas": ">=2.2,<3",
@@ -35,19 +33,11 @@ PACKAGES = {
     "regex": ">=2024.4",
 }
 """What scoring needs, as pyproject.toml has it."""
-
-
 RUNTIME = ">=1.22"
 """Of onnxruntime or onnxruntime-gpu."""
-
-
 JAVA_VERSIONS = ("17", "21")
-
-
 LEAST_FREE_GB, ENOUGH_FREE_GB = 1.0, 10.0
 """Less than the first fails, less than the second is a warning."""
-
-
 _PATIENCE_S = 60
 
 

@@ -20,26 +20,12 @@ from csrm.extras import import_eval
 from csrm.schemas import PAIR_KEY
 
 DEPTH = 10
-
-
 QUERY_METRICS = (f"nDCG@{DEPTH}", f"MRR@{DEPTH}", f"defect rate@{DEPTH}")
-
-
 PAIR_METRICS = ("ROC-AUC", "average precision")
-
-
 METRICS = QUERY_METRICS + PAIR_METRICS
-
-
 OVERALL = "all markets"
-
-
 RANDOM = "random"
-
-
 _KEY = list(PAIR_KEY)
-
-
 _MAX_INTEGER_GAIN = 1_000_000
 
 

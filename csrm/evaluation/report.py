@@ -54,11 +54,7 @@ def _format_estimate(value: float, low: float, high: float) -> str:
 
 
 SCORE = "relevance_score"
-
-
 BM25 = "bm25"
-
-
 _COLORS = ("#1f5fa8", "#d9822b", "#8a8a8a")
 
 

@@ -13,12 +13,8 @@ from csrm.errors import ConfigError
 
 NUM_SCORE_BINS = 100
 """Bins of equal width over [0, 1] that scores are counted in."""
-
-
 NEVER_ACCEPTED = ("complete", "unique", "finite", "in_range")
 """Checks that no reason overrules: such a state would not be a table of scores."""
-
-
 AuditResult = dict[str, Any]
 """market, name, value, bound (text), passed, severity (error or warning), sentence, accepted (a reason, or None)."""
 

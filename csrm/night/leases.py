@@ -29,8 +29,6 @@ from csrm.spark.storage import Folder, open_folder, require_one_place
 from csrm.spark.tables import table_exists, table_path
 
 logger = logging.getLogger(__name__)
-
-
 _BEATS_PER_LEASE = 6
 
 

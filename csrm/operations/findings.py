@@ -11,12 +11,8 @@ if TYPE_CHECKING:
 
 NUM_PLOT_BINS = 25
 """Of the score distributions, of equal width over [0, 1]."""
-
-
 SMALLEST_MOVE = 1e-5
 """A score that moved by less is the same score: a pair's neighbours in its pack move it so far."""
-
-
 MOST_CHARACTERS = 140
 """Shown of a text or an id; the rest is said by its full length."""
 

@@ -29,11 +29,7 @@ from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS
 from csrm.spark.tables import open_table, read_table, spark_schema, table_exists, table_path
 
 _KEY = list(PAIR_KEY)
-
-
 _VALUES = ["relevance_score", "predicted_grade"]
-
-
 _NUM_NAMED_RUNS = 5
 
 

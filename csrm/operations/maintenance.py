@@ -23,8 +23,6 @@ from csrm.spark.storage import folder_size
 from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, table_exists, table_path
 
 _RETENTION = "delta.deletedFileRetentionDuration"
-
-
 _DRY_RUN_LIMIT = 1000
 
 
@@ -160,8 +158,6 @@ def _clustering(market: str) -> str:
 
 SAFE_HOURS = 168
 """Delta's own lower bound: a job that reads or writes for longer could lose its files."""
-
-
 LOG_DAYS = 30
 """Delta keeps the log of a table for so long; without it the change feed cannot be read."""
 

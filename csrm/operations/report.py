@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 from csrm.operations.findings import NUM_PLOT_BINS, Comparison, RunFindings, shortened
 
 _PLOT_WIDTH = 3.4  # inches, as wide as a phone: letters keep their size there
-
-
 _PHASES = {
     "inputs": QUIET,
     "plan": COLOURS[2],

@@ -15,12 +15,8 @@ from csrm.pages.page import seen
 
 INK = "#010203"
 """In a plot: the ink of the page, dark or light."""
-
-
 COLOURS = ("#3d85c6", "#e07b39", "#45a06b", "#a569bd")
 """Seen on white and on black."""
-
-
 QUIET = "#8a8f98"
 """The same, for what is compared with."""
 

@@ -20,8 +20,6 @@ from csrm.scoring.scorer import PairScorer
 
 PROCESS_DIED = "process_died"
 """Reason of a pair at which its process died, or was silent for too long, more than once."""
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -36,8 +36,6 @@ class Label:
 
 BINARY_LABELS = (Label("no", " no", 0.0), Label("yes", " yes", 1.0))
 """Relevant or not."""
-
-
 ESCI_LABELS = (
     Label("I", " no", 0.0),
     Label("C", " goes", 0.01),

@@ -32,30 +32,16 @@ from typing import NamedTuple
 import regex
 
 TEMPLATE_VERSION = 1
-
-
 ANSWER_CUE = "\nRelevant:"
-
-
 _FIRST_LINE = "Task: relevance\nMarket:"
-
-
 _LINE_NAMES = "task|market|language|query|retrieved|product|brand|category|attributes|relevant"
 
 
 # Zero-width joiner and non-joiner stay: emoji sequences and several scripts are spelled with them.
 _INVISIBLE = regex.compile(r"[[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]--[\u200c\u200d]]", flags=regex.V1)
-
-
 _ANGLES = str.maketrans("<>", "‹›")
-
-
 _ENTRY_MARKS = str.maketrans(";=", ",:")
-
-
 _SQUARE_TOKEN = regex.compile(r"\[(/?[A-Z_]{2,32})\]")
-
-
 _LINE_START = regex.compile(rf"(?<![a-z])({_LINE_NAMES})[\s:：]*[:：]", flags=regex.IGNORECASE)
 
 

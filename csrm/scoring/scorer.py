@@ -14,20 +14,12 @@ from csrm.scoring.prompts import Product, Query
 from csrm.scoring.tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
-
-
 PackScorer = Callable[[PackBatch], np.ndarray]
 """Logits of a batch of packs, shape (packs, pairs, labels), any float dtype; rows of absent pairs may hold anything."""
-
-
 PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
 """What a score depends on, apart from the bundle."""
-
-
 OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
 """Those of PAIR_COLUMNS that a frame may leave out: the prompt then has no line for them."""
-
-
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
 """Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
 

@@ -24,22 +24,12 @@ from pyspark.sql import functions as F
 from csrm.schemas import Table
 
 USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
-
-
 _MERGE_BY_PARTITION = "spark.databricks.delta.merge.repartitionBeforeWrite.enabled"
 """Delta's default gathers all rows of a partition, here a market, in one task before it writes them."""
-
-
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
-
-
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
-
-
 _RECENT_COMMITS = 100
 """More than others can make between a commit and the look at the history."""
-
-
 _CONFLICTS = (
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
@@ -49,8 +39,6 @@ _CONFLICTS = (
     ProtocolChangedException,
 )
 """What Delta raises where a commit of others, made at the same time, touched what this one had read."""
-
-
 _LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Before each further try."""
 

@@ -30,8 +30,6 @@ from csrm.spark.storage import FileState, file_states
 from csrm.spark.tables import open_table
 
 _INTEGRAL = (ByteType, ShortType, IntegerType, LongType)
-
-
 _NUM_EXAMPLES = 3
 
 

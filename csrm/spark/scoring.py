@@ -24,8 +24,6 @@ from csrm.spark.progress import ScoringProgress
 from csrm.spark.workers import task_device
 
 _PAIRS_PER_CALL = 1_024
-
-
 _KEY_COLUMNS = [*PAIR_KEY, "pair_key"]
 
 

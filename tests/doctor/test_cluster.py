@@ -9,7 +9,7 @@ import yaml
 from pyspark.sql import SparkSession
 
 from csrm.commands.doctor import main
-from csrm.doctor.cluster import _raise_of_executor
+from csrm.doctor.cluster import _cause
 from csrm.errors import ConfigError, ScoringError
 
 ROOT = Path(__file__).parents[2]
@@ -91,9 +91,9 @@ def test_executors_without_the_code_are_told_how_to_get_it() -> None:
         return error
 
     with pytest.raises(ConfigError, match=r"expected the module csrm in their Python.*docs/deployment\.md"):
-        _raise_of_executor(failed("Traceback\nModuleNotFoundError: No module named 'csrm'\n"))
+        raise _cause(failed("Traceback\nModuleNotFoundError: No module named 'csrm'\n"))
     with pytest.raises(ScoringError, match=r"^Spark gave up: Job aborted$"):
-        _raise_of_executor(failed("something else"))
+        raise _cause(failed("something else"))
 
 
 @pytest.mark.slow
