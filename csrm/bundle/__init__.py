@@ -1,7 +1,7 @@
 """The bundle: the exported model folder that scores everywhere.
 
 Read contents (what its manifest holds), golden (the pairs that prove it), cache (fetching it), loading, then card.
-Every room above may import it. It imports scoring and ground files.
+The rooms spark, night, doctor, capacity and export may import it. It imports scoring and ground files.
 """
 
 from csrm.bundle.contents import GOLDEN_NAME, MODEL_NAME, PLOT_NAME, TOKENIZER_NAME

@@ -1,7 +1,7 @@
 """How well scores rank products, against human grades.
 
 Read metrics (the numbers and their intervals), then report (text, plot and JSON).
-Every room above may import it. It imports ground files only.
+The rooms night, operations, training and export may import it. It imports ground files only.
 """
 
 from csrm.evaluation.metrics import Evaluation, evaluate_scores

@@ -1,4 +1,8 @@
-"""Invented markets whose relevance is known by construction, for the demo and for tests."""
+"""Invented markets whose relevance is known by construction, for the demo and for tests.
+
+Read lexicon, facts, wording and generator; then parallel, taxonomy, categories and files.
+The commands may import it. It imports ground files only.
+"""
 
 from csrm.market.generator import Market, generate_market
 from csrm.market.lexicon import Lexicon, builtin_lexicon

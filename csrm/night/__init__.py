@@ -1,4 +1,4 @@
-"""One night: plan, score, compare with the canary's scores, audit, publish.
+"""One night: plan, score, canary, audit, publish.
 
 Read settings, context, run (the five steps), then plan, chunks, outcome, audit, publish, runs, leases and messages.
 Operations, doctor, capacity and the commands may import it. It never imports torch.

@@ -1,4 +1,5 @@
 """HTML pages that need nothing beside them, and the plots in them.
 
-Read page (with page.html), then plots. Every room that writes a report may import it. It imports ground files only.
+Read page (with page.html), then plots.
+The rooms operations and training, which write reports, may import it. It imports ground files only.
 """

@@ -1,7 +1,7 @@
 """A pair becomes a score, with neither Spark nor torch.
 
 Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes).
-Every room above may import it. It imports ground files only.
+Every room that scores may import it, in Spark or in training. It imports ground files only.
 """
 
 from csrm.scoring.labels import Label, expected_gain
