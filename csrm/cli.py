@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 from csrm.errors import CsrmError
 
+Main = Callable[[Sequence[str] | None], int]
+"""A command: from its arguments, None for those of the process, to its exit code."""
+
 
 def job_parser(description: str, default_config: str) -> argparse.ArgumentParser:
     """Parser with the arguments that every job has: --config and --set."""
@@ -54,7 +57,7 @@ def setting_arguments(**values: object) -> list[str]:
     return [word for name, value in values.items() for word in ("--set", f"{name}={json.dumps(value, default=str)}")]
 
 
-def run_job(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+def run_job(main: Main, argv: Sequence[str] | None = None) -> int:
     """Run a job's main function; a CsrmError becomes one message on stderr and its exit code.
 
     Exit codes: 0 done, 2 bad configuration or input, 3 audit rejected the run, 4 device missing, 5 another

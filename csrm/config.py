@@ -46,7 +46,10 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config {str(path)!r}: cannot be read ({error.strerror}). Is the path right?") from error
+        raise ConfigError(
+            f"config {str(path)!r}: cannot be read ({error.strerror}). Is the path right? `csrm init conf` writes the "
+            "configuration files of all commands into a folder conf."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {str(path)!r}: is not YAML: {error}") from error
     if not isinstance(values, dict):

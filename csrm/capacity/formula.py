@@ -1,6 +1,6 @@
 """How long a night takes and what it needs, for sizes that nobody has run yet: a formula and measured figures.
 
-    python -m csrm.capacity --queries 1000000 --products-per-query 100 --bundle FOLDER --gpus 8
+    csrm capacity --queries 1000000 --products-per-query 100 --bundle FOLDER --gpus 8
     ... --tokens-per-second 150000              # of the model on one GPU, or on one core
     ... --tables FOLDER --run-id R              # the figures of a finished run
 

@@ -12,7 +12,7 @@ from csrm.bundle.loading import load_bundle, load_scorer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m csrm.bundle", description="Look at a bundle, or prove it here.")
+    parser = argparse.ArgumentParser(prog="csrm bundle", description="Look at a bundle, or prove it here.")
     parser.add_argument("action", choices=["show", "verify"])
     parser.add_argument("folder", help="folder of the bundle, or its URI")
     parser.add_argument("--device", default="cpu", help="verify: cpu, cuda or cuda:<number>")

@@ -15,7 +15,7 @@ from csrm.night.settings import BROADCAST_LIMIT_MB
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m csrm.capacity", description="How long a night takes, what it needs, and what breaks first."
+        prog="csrm capacity", description="How long a night takes, what it needs, and what breaks first."
     )
     parser.add_argument("--queries", type=int, required=True)
     parser.add_argument("--products-per-query", type=float, required=True)

@@ -1,5 +1,6 @@
 """Two nights on a generated market: retrieval table, candidates, scores, published table, evaluation, changes."""
 
+import sys
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.main(setting_arguments(inputs=texts, tables=tables, output=f"{config.work}/reports"))
     print(f"tables: {tables}; evaluation with plot: {config.work}/evaluation")
     print("read it without Spark:")
-    print(f"""  .venv/bin/python -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
+    print(f"""  {sys.executable} -c "from deltalake import DeltaTable; print(DeltaTable('{path}').to_pandas())" """)
     return 0
 
 

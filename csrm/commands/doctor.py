@@ -1,7 +1,7 @@
-"""Whether a night could run: `python -m csrm.doctor`.
+"""Whether a night could run.
 
-    python -m csrm.doctor                                     this machine
-    python -m csrm.doctor --config conf/score_catalog.yaml    also the night's bundle, device and folder of tables
+    csrm doctor                                     this machine
+    csrm doctor --config conf/score_catalog.yaml    also the night's bundle, device and folder of tables
     spark-submit jobs/doctor.py --config conf/score_catalog.yaml --executors    every executor of a cluster
 
 Each check is one line: ok, warning or FAILED; what was looked at; what was found, and, where it failed, what was
@@ -10,10 +10,9 @@ expected and the way out. The exit code is 0 where a night could run, else that 
 Two things are left to the night, which looks at them before it scores: its input tables, and its other settings.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 
-from csrm.cli import job_parser, run_job
+from csrm.cli import job_parser
 from csrm.config import load_config
 from csrm.doctor.checks import Check, checked
 from csrm.doctor.machine import (
@@ -80,7 +79,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed[0].exit_code
     print("a night could run")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_job(main))

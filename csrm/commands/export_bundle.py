@@ -39,7 +39,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.grade_labels,
     )
     print(bundle_card(bundle))
-    print(
-        f"\nexported in {time.monotonic() - start:.0f} s; look at it again: python -m csrm.bundle show {bundle.folder}"
-    )
+    print(f"\nexported in {time.monotonic() - start:.0f} s; look at it again: csrm bundle show {bundle.folder}")
     return 0

@@ -18,6 +18,7 @@ from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.data.judged import Fold, JudgedPairs
 from csrm.training.distillation.rounds import Round, check_folds
 from csrm.training.model.base import BaseModel
+from csrm.training.processes import across_processes
 from csrm.training.recipe import (
     _evaluate,
     _scored,
@@ -35,6 +36,7 @@ from csrm.training.targets import one_hot_targets
 from csrm.training.trained import MODEL_KIND, start_tokenizer_json, trained_scorer
 
 
+@across_processes
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__ or "", "conf/train.yaml").parse_args(argv)
     config = load_config(args.config, TrainConfig, args.overrides)

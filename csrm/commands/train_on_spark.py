@@ -1,6 +1,6 @@
-"""Run jobs/train.py on the executors of a Spark cluster, one process for each, as one training.
+"""Run `csrm train` on the executors of a Spark cluster, one process for each, as one training.
 
-Every path of the config, and this repository, must be on storage that driver and executors share under the same name;
+Every path of the config, and CSRM's code, must be on storage that driver and executors share under the same name;
 their Python must have csrm with extra train. A stage's TensorBoard files are there too.
 """
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
 
+from csrm import training
 from csrm.cli import job_parser
 from csrm.config import load_config
 from csrm.spark.session import build_session
@@ -25,6 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_session("csrm-train")
     distributor = TorchDistributor(num_processes=args.num_processes, local_mode=args.local, use_gpu=args.use_gpu)
     overrides = [word for override in args.overrides for word in ("--set", override)]
-    train = Path(__file__).resolve().with_name("train.py")
+    train = Path(training.__path__[0]).resolve() / "__main__.py"
     distributor.run(str(train), "--config", str(Path(args.config).resolve()), *overrides)
     return 0

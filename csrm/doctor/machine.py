@@ -170,10 +170,10 @@ def check_jars() -> str:
     if not deltas:
         raise CheckWarning(
             f"Spark {spark_version}, but no Delta in {folder}: each session has to fetch it, or needs --packages. Once "
-            "and for all: python -m csrm.spark.jars"
+            "and for all: csrm jars"
         )
     if deltas != [expected]:
-        raise ConfigError(f"{folder}: expected {expected}, found {deltas}. Run: python -m csrm.spark.jars")
+        raise ConfigError(f"{folder}: expected {expected}, found {deltas}. Run: csrm jars")
     return f"Spark {spark_version} and {expected} in {folder}"
 
 

@@ -1,8 +1,9 @@
-"""Put Delta's jars into the installed pyspark, once: `python -m csrm.spark.jars`.
+"""Put Delta's jars into the installed pyspark, once: `csrm jars`, or `python -m csrm.spark.jars`.
 
 After that every session and every spark-submit of this environment has Delta, without --packages and without network.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -104,6 +105,8 @@ def _resolve(coordinate: str) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Install the jars into this environment's pyspark and say so in one line."""
+    parser = argparse.ArgumentParser(description="Put Delta's jars into the installed pyspark, once.")
+    parser.parse_args(argv)
     jars_dir = Path(pyspark.__file__).parent / "jars"
     copied = install_delta_jars(jars_dir)
     if copied:

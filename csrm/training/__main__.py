@@ -4,7 +4,6 @@ import sys
 
 from csrm.cli import run_job
 from csrm.commands.train import main
-from csrm.training.processes import across_processes
 
 if __name__ == "__main__":
-    sys.exit(run_job(across_processes(main)))
+    sys.exit(run_job(main))

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from csrm.cli import Main
+
 Result = TypeVar("Result")
-Main = Callable[[Sequence[str] | None], int]
 
 LONGEST_WAIT = timedelta(hours=24)
 """How long a process waits for work while the first reads, scores or writes."""
