@@ -42,7 +42,7 @@ demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores
 
 .PHONY: test
 test: setup-dev setup-airflow  ## Run the tests, in two processes (all but those of make test-long; TEST_ARGS="...")
-	@$(run) python -m pytest -n 2 --dist loadfile -m "not long" $(TEST_ARGS)
+	@$(run) python -m pytest -n 2 --dist loadfile --durations 20 -m "not long" $(TEST_ARGS)
 
 .PHONY: test-long
 test-long: setup-dev  ## Run the tests that take a minute or more each and are left out of make test (TEST_ARGS="...")

@@ -273,9 +273,10 @@ SCORING_RUNS = Table(
         ),
         Column("base_version", "bigint", "Version of relevance_scores that the run compared with", required=False),
         Column("published_version", "bigint", "Version of relevance_scores after this run", required=False),
+        Column("table_id", "string", "Delta's id of relevance_scores, which its versions belong to", required=False),
     ),
     key=("run_id",),
-    schema_version=3,
+    schema_version=4,
 )
 
 OUTPUTS = (

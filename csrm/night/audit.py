@@ -13,6 +13,8 @@ from csrm.errors import ConfigError
 
 NUM_SCORE_BINS = 100
 """Bins of equal width over [0, 1] that scores are counted in."""
+CANARY, REUSED_CANARY = "canary", "canary_reused"
+"""Checks that score pairs again: those that are published, and those that an earlier attempt or run had staged."""
 NEVER_ACCEPTED = ("complete", "unique", "finite", "in_range")
 """Checks that no reason overrules: such a state would not be a table of scores."""
 AuditResult = dict[str, Any]
@@ -71,7 +73,7 @@ class AuditLimits(Settings):
 
 @dataclass(frozen=True)
 class Canary:
-    """Published pairs that were scored again."""
+    """Pairs that were scored before, and again by this run."""
 
     num_pairs: int
     largest_difference: float
@@ -124,6 +126,8 @@ class MarketOutcome:
     """nDCG@10 of the published scores and of the run's, over the judged pairs that both have."""
     canary: Canary | None = None
     """None where no published pair is unchanged."""
+    reused_canary: Canary | None = None
+    """The same for scores that an earlier attempt or run had staged; None where none is reused."""
 
     @property
     def num_changes(self) -> dict[str, int]:
@@ -282,15 +286,16 @@ def _shares(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult
 
 
 def _canary(outcome: MarketOutcome) -> Iterator[AuditResult]:
-    canary = outcome.canary
-    if canary is None:
-        return
-    sentence = (
-        f"{canary.num_pairs:,} published pairs were scored again and differ by {canary.largest_difference:.2g} at "
-        "most; more than the tolerance means another model, device or driver than that of the published scores."
-    )
-    bound = Bound(limit=canary.tolerance)
-    yield _at_most(outcome, "canary", canary.largest_difference, bound, sentence)
+    for name, canary, kind in (
+        (CANARY, outcome.canary, "published"),
+        (REUSED_CANARY, outcome.reused_canary, "reused"),
+    ):
+        if canary is not None:
+            sentence = (
+                f"{canary.num_pairs:,} {kind} pairs were scored again and differ by {canary.largest_difference:.2g} at "
+                f"most; more than the tolerance means another model, device or driver than that of the {kind} scores."
+            )
+            yield _at_most(outcome, name, canary.largest_difference, Bound(limit=canary.tolerance), sentence)
 
 
 def _changed(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult]:

@@ -9,6 +9,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from csrm.night.plan import bucket
+from csrm.night.publish import newest_scores
 from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.spark.commits import Transaction, append_rows
 from csrm.spark.tables import table_path
@@ -81,21 +82,28 @@ def in_chunk(df: DataFrame, chunk: Chunk) -> DataFrame:
     return df.where(chunk.holds(bucket()))
 
 
-def canary_pairs(planned_df: DataFrame, published_df: DataFrame, num_pairs: int, seed: str) -> DataFrame:
-    """A random sample of each market's unchanged pairs, the same for the same seed.
+def canary_pairs(
+    planned_df: DataFrame, published_df: DataFrame, staged_df: DataFrame, *, num_pairs: int, seed: str
+) -> DataFrame:
+    """A random sample of the pairs whose score was made before this attempt, the same for the same seed.
 
     Args:
         planned_df: columns of run_pairs, of one run.
         published_df: columns of relevance_scores, which hold the unchanged pairs.
-        num_pairs: of each market, at most.
+        staged_df: columns of scores_staging, which hold the reused pairs (state staged).
+        num_pairs: of each market and state, at most.
         seed: any text.
 
     Returns:
-        market, query_id, product_id, pair_key, published_score.
+        market, query_id, product_id, pair_key, state (unchanged or staged), earlier_score.
     """
-    pair = list(PAIR_KEY)
-    at_random = Window.partitionBy("market").orderBy(F.xxhash64(*pair, F.lit(seed)))
-    place = F.row_number().over(at_random)  # Spark keeps the first of each market only
-    sample_df = planned_df.where("state = 'unchanged'").withColumn("place", place).where(F.col("place") <= num_pairs)
-    scores_df = published_df.select(*pair, F.col("relevance_score").alias("published_score"))
-    return F.broadcast(sample_df.select(*pair, "pair_key")).join(scores_df, on=pair, how="inner")
+    key = [*PAIR_KEY, "pair_key", "state"]
+    at_random = Window.partitionBy("market", "state").orderBy(F.xxhash64(*PAIR_KEY, F.lit(seed)))
+    place = F.row_number().over(at_random)  # Spark keeps the first of each market and state only
+    earlier_df = planned_df.where("state IN ('unchanged', 'staged')")
+    sample_df = earlier_df.withColumn("place", place).where(F.col("place") <= num_pairs).select(*key)
+    scores_df = published_df.withColumn("state", F.lit("unchanged")).unionByName(
+        newest_scores(staged_df).withColumn("state", F.lit("staged")), allowMissingColumns=True
+    )
+    scores_df = scores_df.select(*key, F.col("relevance_score").alias("earlier_score"))
+    return F.broadcast(sample_df).join(scores_df, on=key, how="inner")

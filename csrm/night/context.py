@@ -55,6 +55,8 @@ class RunContext:
     """Market to the lease that the run holds."""
     base_version: int
     """Version of relevance_scores that the run compares with."""
+    table_id: str
+    """Delta's id of relevance_scores, which its versions belong to."""
     is_repeated: bool
     """Whether there was an attempt before, which may have left rows."""
     console: Console
@@ -66,6 +68,15 @@ class RunContext:
         path = table_path(self.config.tables, RELEVANCE_SCORES)
         scores_df = read_table(self.spark, RELEVANCE_SCORES, path, self.base_version)
         return scores_df.where(F.col("market").isin(*sorted(self.config.markets)))
+
+    def require_leases(self) -> None:
+        """Refuse to write what another run may have taken over.
+
+        Raises:
+            LeaseError: a lease has ended, or another run took it.
+        """
+        for lease in self.leases.values():
+            lease.require()
 
     @property
     def device_text(self) -> str:
@@ -94,5 +105,6 @@ class RunContext:
             "device": self.device_text,
             "versions": {"csrm": csrm.__version__, **{name: version(name) for name in ("pyspark", "delta-spark")}},
             "base_version": self.base_version,
+            "table_id": self.table_id,
             "seconds": self.clock.seconds,
         }

@@ -9,16 +9,17 @@ that was not given back commits its own fence first, after which Delta skips wha
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.sql import SparkSession
 
 from csrm.errors import LeaseError
@@ -30,12 +31,17 @@ from csrm.spark.tables import table_exists, table_path
 
 logger = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 6
+_CALLS_AT_ONCE = 16
+"""Calls to the storage side by side: of many markets, each needs several."""
+_FILE_NAME = re.compile(r"([0-9]{1,18})[.](lease|beat|given_back)(?![^.])")
+"""Number and kind; more may follow behind a dot while the file is written."""
+_LEASE_VALUES = {"owner": str, "host": str, "pid": int, "seconds": int | float, "fence": int, "at": int | float}
 
 
 class Lease:
     """A market's lease that this process holds."""
 
-    def __init__(self, folder: "Folder", market: str, number: int, fence: int, seconds: float) -> None:
+    def __init__(self, folder: Folder, market: str, number: int, fence: int, seconds: float) -> None:
         self.market = market
         self.fence = fence
         self._folder, self._number, self._seconds = folder, number, seconds
@@ -56,8 +62,10 @@ class Lease:
         self._folder.write(f"{self._number}.given_back", "")
 
     def require(self) -> None:
-        """Raises:
-        LeaseError: the lease has ended, or another process has taken the next one.
+        """Make sure that the lease is still held.
+
+        Raises:
+            LeaseError: it has ended, or another process has taken the next one.
         """
         newest = _newest(self._folder)
         if newest != self._number or time.monotonic() - self._last_beat > self._seconds:
@@ -87,19 +95,42 @@ def hold_leases(
         LeaseError: another process holds one of them.
     """
     require_one_place(spark, tables_dir)
+    leases: dict[str, Lease] = {}
     with ExitStack() as stack:
-        leases = {}
-        for market in sorted(markets):
-            leases[market] = lease = _take(spark, tables_dir, market, owner, seconds)
-            stack.callback(lease.give_back)
-        stack.enter_context(_beating(list(leases.values()), seconds / _BEATS_PER_LEASE))
-        yield leases
+        pool = stack.enter_context(ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-leases"))
+        stack.callback(lambda: list(pool.map(Lease.give_back, list(leases.values()))))
+        # Leases that are held are renewed while the others are still being taken.
+        stack.enter_context(_beating(leases, pool, seconds / _BEATS_PER_LEASE))
+        seen = list(pool.map(lambda market: _look(spark, tables_dir, market), sorted(markets)))
+        for each in seen:  # in order: of two runs that want the same markets, one gets all of them
+            leases[each.market] = _create(each, owner, seconds)
+        list(pool.map(lambda each: _settle(spark, tables_dir, each, leases[each.market]), seen))
+        yield dict(leases)
 
 
-def _take(spark: SparkSession, tables_dir: str, market: str, owner: str, seconds: float) -> Lease:
+class _Seen(NamedTuple):
+    """A market's leases, as they were found."""
+
+    market: str
+    folder: Folder
+    number: int
+    """Number of the newest lease; 0 where there is none."""
+    last: "_Holder | None"
+
+
+def _look(spark: SparkSession, tables_dir: str, market: str) -> _Seen:
     folder = open_folder(spark, f"{tables_dir.rstrip('/')}/_leases/market={quote(market, safe='')}")
     number = _newest(folder)
-    last = _Holder.read(folder, number) if number else None
+    return _Seen(market, folder, number, _Holder.read(folder, number) if number else None)
+
+
+def _create(seen: _Seen, owner: str, seconds: float) -> Lease:
+    """Take the next lease.
+
+    Raises:
+        LeaseError: another process holds the market.
+    """
+    market, folder, number, last = seen
     if last is not None and last.holds:
         raise LeaseError(
             f"market {market!r}: {last} works on it; its last sign of life is {last.silent_s:.0f} s old. Wait until it "
@@ -109,18 +140,25 @@ def _take(spark: SparkSession, tables_dir: str, market: str, owner: str, seconds
     fence = max(last.fence + 2 if last else 0, time.time_ns() // 1_000_000)
     number += 1
     content = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
-    if not folder.create(f"{number}.lease", json.dumps({**content, "seconds": seconds, "fence": fence})):
+    if not folder.create(f"{number}.lease", json.dumps({**content, "seconds": float(seconds), "fence": fence})):
         raise LeaseError(
             f"market {market!r}: {_described(folder, number)} took it at the same moment. Wait until it ends."
         )
-    for old in {name for name in folder.names() if int(name.partition(".")[0]) < number - 1}:
-        folder.delete(old)
-    lease = Lease(folder, market, number, fence, seconds)
+    return Lease(folder, market, number, fence, seconds)
+
+
+def _settle(spark: SparkSession, tables_dir: str, seen: _Seen, lease: Lease) -> None:
+    """Shut a former holder out that did not give its lease back, and remove the files of older leases."""
+    for name in seen.folder.names():
+        found = _FILE_NAME.match(name)
+        if found is not None and int(found[1]) < seen.number:
+            seen.folder.delete(name)
     scores_path = table_path(tables_dir, RELEVANCE_SCORES)
-    if last is not None and not last.gave_back and table_exists(spark, scores_path):
-        logger.warning("market %r: took over the lease of %s, which ended without giving it back.", market, last)
-        append_nothing(spark, RELEVANCE_SCORES, scores_path, Transaction(_app(market), fence))
-    return lease
+    if seen.last is not None and not seen.last.gave_back and table_exists(spark, scores_path):
+        logger.warning(
+            "market %r: took over the lease of %s, which ended without giving it back.", seen.market, seen.last
+        )
+        append_nothing(spark, RELEVANCE_SCORES, scores_path, Transaction(_app(seen.market), lease.fence))
 
 
 @dataclass(frozen=True)
@@ -137,8 +175,9 @@ class _Holder:
     gave_back: bool
 
     @classmethod
-    def read(cls, folder: "Folder", number: int) -> "_Holder":
-        content, beat = _read_values(folder, f"{number}.lease"), _read_values(folder, f"{number}.beat")
+    def read(cls, folder: Folder, number: int) -> "_Holder":
+        content = _read_values(folder, f"{number}.lease", _LEASE_VALUES)
+        beat = _read_values(folder, f"{number}.beat", {"at": int | float})
         return cls(
             content.get("owner", "a run"),
             content.get("host", "an unknown host"),
@@ -151,26 +190,28 @@ class _Holder:
 
     @property
     def holds(self) -> bool:
-        return not self.gave_back and self.silent_s <= self.seconds
+        """Whether it may be alive. A sign of life from the future was left before the clock was put right."""
+        return not self.gave_back and -self.seconds <= self.silent_s <= self.seconds
 
     def __str__(self) -> str:
         return f"{self.owner} (process {self.pid} on {self.host})"
 
 
 @contextmanager
-def _beating(leases: Sequence[Lease], interval_s: float) -> Iterator[None]:
+def _beating(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, interval_s: float) -> Iterator[None]:
+    """Renew the leases, also those that are added while the block runs."""
     stopped = threading.Event()
+
+    def renew(lease: Lease) -> None:
+        try:
+            lease.beat()
+        except Exception as error:  # whatever it is, the next beat may get through
+            logger.warning("market %r: the lease could not be renewed: %s", lease.market, error)
 
     def beat() -> None:
         while not stopped.wait(interval_s):
-            for lease in leases:
-                try:
-                    lease.beat()
-                except (OSError, Py4JJavaError) as error:  # the next beat may get through
-                    logger.warning("market %r: the lease could not be renewed: %s", lease.market, error)
+            list(pool.map(renew, list(leases.values())))
 
-    for lease in leases:
-        lease.beat()
     thread = threading.Thread(target=beat, name="csrm-leases", daemon=True)
     thread.start()
     try:
@@ -184,21 +225,38 @@ def _app(market: str) -> str:
     return f"csrm-publish/{market}"
 
 
-def _newest(folder: "Folder") -> int:
-    return max((int(name.removesuffix(".lease")) for name in folder.names() if name.endswith(".lease")), default=0)
+def _newest(folder: Folder) -> int:
+    """Number of the newest lease; files of other names are not leases'."""
+    found = (_FILE_NAME.match(name) for name in folder.names())
+    return max((int(name[1]) for name in found if name and name[2] == "lease" and name[0] == name.string), default=0)
 
 
-def _described(folder: "Folder", number: int) -> str:
+def _described(folder: Folder, number: int) -> str:
     return str(_Holder.read(folder, number))
 
 
-def _read_values(folder: "Folder", name: str) -> dict[str, Any]:
+def _read_values(folder: Folder, name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a lease's file; none where there is no such file.
 
     Hadoop's storages show a file before its text. An empty one is being written, or its writer died at it: it is a
-    sign of life of when it was created.
+    sign of life of when it was created. So is one that cannot be read, or whose writer's clock runs ahead.
+
+    Args:
+        folder: where the file is.
+        name: of the file.
+        kinds: key to the type that its value must have; `at` is one of them.
     """
-    text = folder.read(name)
-    if text is None:
-        return {}
-    return dict(json.loads(text)) if text else {"at": folder.modified_at(name)}
+    try:
+        text = folder.read(name)
+        if text is None:
+            return {}
+        values = json.loads(text)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        values = None
+    if not isinstance(values, dict):
+        values = {}
+    known = {key: values[key] for key, kind in kinds.items() if isinstance(values.get(key), kind)}
+    seconds = known.get("seconds", LEASE_SECONDS)
+    if "at" not in known or known["at"] > time.time() + seconds:  # a clock that runs ahead says nothing
+        known["at"] = folder.modified_at(name)
+    return known

@@ -21,7 +21,7 @@ def measure_outcomes(
     queries_df: DataFrame,
     catalog_df: DataFrame,
     bundle_digest: str,
-    canaries: Mapping[str, Canary],
+    canaries: Mapping[tuple[str, str], Canary],
     ndcgs: Mapping[str, tuple[float, float]],
 ) -> dict[str, MarketOutcome]:
     """Market to what a run would make of it.
@@ -33,7 +33,7 @@ def measure_outcomes(
         queries_df: market, query_id, query.
         catalog_df: market, product_id, title.
         bundle_digest: of the run's bundle.
-        canaries: market to its canary, where it has unchanged pairs.
+        canaries: as of measure_canaries, where a market has pairs of a state.
         ndcgs: market to the nDCG@10 of published and of new scores, where they were measured.
     """
     planned = _rows(_planned_counts(planned_df))
@@ -68,24 +68,25 @@ def measure_outcomes(
             is_new_bundle=bool(is_new.get(market, False)),
             rank_agreement=agreement.get(market) if is_new.get(market, False) else None,
             ndcg=ndcgs.get(market),
-            canary=canaries.get(market),
+            canary=canaries.get((market, "unchanged")),
+            reused_canary=canaries.get((market, "staged")),
             **_distributions(published[published["market"] == market], changes[changes["market"] == market]),
         )
         for market, counts in sorted(planned.items())
     }
 
 
-def measure_canaries(scored: pd.DataFrame, tolerance: float) -> dict[str, Canary]:
-    """Market to its canary.
+def measure_canaries(scored: pd.DataFrame, tolerance: float) -> dict[tuple[str, str], Canary]:
+    """Market and state (unchanged or staged) to the canary of its pairs.
 
     Args:
-        scored: market, published_score, relevance_score, one row a sampled pair.
+        scored: market, state, earlier_score, relevance_score, one row a sampled pair.
         tolerance: that the bundle declares.
     """
-    differences = (scored["relevance_score"].astype(float) - scored["published_score"].astype(float)).abs()
+    differences = (scored["relevance_score"].astype(float) - scored["earlier_score"].astype(float)).abs()
     return {
-        str(market): Canary(len(values), float(values.max(skipna=False)), tolerance)
-        for market, values in differences.groupby(scored["market"])
+        (str(market), str(state)): Canary(len(values), float(values.max(skipna=False)), tolerance)
+        for (market, state), values in differences.groupby([scored["market"], scored["state"]])
     }
 
 

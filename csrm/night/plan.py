@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,7 @@ def plan_pairs(
         "market", "query_id", is_blank(F.col("query")).alias("is_query_blank"), _query_key(bundle_digest)
     )
     product_keys_df = catalog_df.select(
-        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), _product_key()
+        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), _product_key(bundle_digest)
     )
     published_df = published_df.select(*pair, F.col("pair_key").alias("published_key"))
     staged_df = staged_df.select(*pair, F.col("pair_key")).distinct().withColumn("is_staged", F.lit(True))
@@ -212,19 +212,26 @@ def pair_key(bundle_digest: str) -> Column:
 
     Hashed is the text of JSON objects, which leave null fields out (so null differs from empty), with the attributes as
     entries in the order of their names (so their order in the map does not matter); one object for what the products
-    of a query share, one for the product.
+    of a query share, one for the product. Each holds the bundle's digest and goes through SHA-256: who writes a title
+    cannot choose another one with the same key.
     """
-    return F.xxhash64(_query_key(bundle_digest), _product_key())
+    return F.xxhash64(_query_key(bundle_digest), _product_key(bundle_digest))
 
 
 def _query_key(bundle_digest: str) -> Column:
     fields = [F.col(name) for name in ("market", "language", "query", "retrieved_titles")]
-    return F.xxhash64(F.to_json(F.struct(*fields, F.lit(bundle_digest).alias("bundle_digest")))).alias("query_key")
+    return _keyed_hash(fields, bundle_digest).alias("query_key")
 
 
-def _product_key() -> Column:
+def _product_key(bundle_digest: str) -> Column:
     attributes = F.array_sort(F.map_entries("attributes")).alias("attributes")
-    return F.xxhash64(F.to_json(F.struct("title", "brand", "category", attributes))).alias("product_key")
+    return _keyed_hash([*map(F.col, ("title", "brand", "category")), attributes], bundle_digest).alias("product_key")
+
+
+def _keyed_hash(fields: Sequence[Column], bundle_digest: str) -> Column:
+    """64 bits of a SHA-256 over fields and the bundle's digest."""
+    text = F.to_json(F.struct(*fields, F.lit(bundle_digest).alias("bundle_digest")))
+    return F.xxhash64(F.sha2(text, 256))
 
 
 def with_scoring_layout(pairs_df: DataFrame, num_partitions: int, products_per_chunk: int) -> DataFrame:

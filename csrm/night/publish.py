@@ -13,6 +13,8 @@ from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
 from csrm.spark.tables import table_path, table_version
 
+_SCORED = ("relevance_score", "predicted_grade", "bundle_digest", "scored_at")
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -45,15 +47,12 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
         old_grade. A planned pair without a staged score has a null score.
     """
     key = list(PAIR_KEY)
-    scored = ("relevance_score", "predicted_grade", "bundle_digest", "scored_at")
     old_df = published_df.select(
         *key,
         F.col("pair_key").alias("old_key"),
         F.col("relevance_score").alias("old_score"),
         F.col("predicted_grade").alias("old_grade"),
     )
-    scored_df = staged_df.where(F.col("reason").isNull())
-    new_df = scored_df.groupBy(*key, "pair_key").agg(F.max_by(F.struct(*scored), "scored_at").alias("new"))
     scorable_df = planned_df.where(F.col("reason").isNull()).select(*key, "pair_key", F.lit(True).alias("is_planned"))
     operation = (
         F.when(F.col("is_planned").isNull(), "delete").when(F.col("old_key").isNull(), "insert").otherwise("update")
@@ -61,17 +60,31 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
     return (
         scorable_df.join(old_df, on=key, how="full")
         .where(F.col("is_planned").isNull() | F.col("old_key").isNull() | (F.col("old_key") != F.col("pair_key")))
-        .join(new_df, on=[*key, "pair_key"], how="left")
+        .join(newest_scores(staged_df), on=[*key, "pair_key"], how="left")
         .select(
             *key,
             "pair_key",
-            "new.*",
+            *_SCORED,
             F.lit(run_id).alias("run_id"),
             operation.alias("operation"),
             "old_score",
             "old_grade",
         )
     )
+
+
+def newest_scores(staged_df: DataFrame) -> DataFrame:
+    """The newest staged score of each pair and key; pairs that could not be scored are left out.
+
+    Args:
+        staged_df: columns of scores_staging.
+
+    Returns:
+        market, query_id, product_id, pair_key, relevance_score, predicted_grade, bundle_digest, scored_at.
+    """
+    newest = F.max_by(F.struct(*_SCORED), "scored_at").alias("newest")
+    scored_df = staged_df.where(F.col("reason").isNull())
+    return scored_df.groupBy(*PAIR_KEY, "pair_key").agg(newest).select(*PAIR_KEY, "pair_key", "newest.*")
 
 
 def count_changes(changes_df: DataFrame) -> dict[str, dict[str, int]]:

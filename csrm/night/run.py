@@ -42,10 +42,11 @@ from csrm.night.plan import (
     with_texts,
 )
 from csrm.night.publish import Publication, publish_changes, run_changes
+from csrm.night.published import is_still_published, require_unique_pairs
 from csrm.night.runs import (
-    PUBLISHED,
     check_same_run,
     create_output_tables,
+    discard_distrusted,
     find_run,
     read_open_staging,
     read_run_rows,
@@ -72,7 +73,7 @@ from csrm.spark.inputs import errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, with_relevance_score
 from csrm.spark.session import build_session, persisted
-from csrm.spark.tables import table_path, table_version
+from csrm.spark.tables import table_id, table_path, table_version
 from csrm.spark.workers import end_silent_workers, errors_of_workers, scoring_profile, task_threads
 
 
@@ -122,7 +123,7 @@ def run_night(
         console: says what happens.
 
     Returns:
-        What was published; None where a run of this name was published before.
+        What was published; None where a run of this name was published before, and its state is still there.
 
     Raises:
         ConfigError: the run id names another run.
@@ -138,11 +139,14 @@ def run_night(
         earlier = find_run(spark, config.tables, run_id)
         if earlier is not None:
             check_same_run(earlier, config.markets, bundle.digest)
-            if earlier["verdict"] in PUBLISHED:
+            if is_still_published(spark, config.tables, earlier.asDict()):
                 version = earlier["published_version"]
                 text = f"run {run_id} was published before: relevance_scores version {version}."
                 console.say("already_published", text, run_id=run_id, version=version)
                 return None
+            if num_rows := discard_distrusted(spark, config.tables, earlier):
+                text = f"run {run_id}: its canary had failed; its {num_rows:,} staged scores are made anew."
+                console.say("distrusted", text, run_id=run_id, num_rows=num_rows)
         warn_of_languages(bundle, config.markets, console)
         context = _start(
             spark,
@@ -173,6 +177,7 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     spark, config, run_id = context.spark, context.config, context.run_id
     record_run(spark, config.tables, context.first_row())
+    require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
     planned_df = plan_pairs(
         context.inputs["candidates"].df,
@@ -182,8 +187,9 @@ def plan_run(context: RunContext) -> RunPlan:
         read_open_staging(spark, config.tables, config.markets, run_id),
         context.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
-    write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
-    planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
+    context.require_leases()
+    version = write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
+    planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id, version=version)
     counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
     if counts.rejected or context.is_repeated:
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
@@ -212,8 +218,9 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     planned_df, counts = plan.planned_df, plan.counts
     staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
-        write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
-        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id)
+        context.require_leases()
+        version = write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
+        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id, version=version)
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
         counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
         say_rejected_pairs(console, counts.rejected)
@@ -221,16 +228,22 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     return ScoredRun(planned_df, staged_df, counts, progress.num_tokens.value, progress.num_halved_packs.value)
 
 
-def compare_canaries(context: RunContext, scored: ScoredRun) -> dict[str, Canary]:
-    """Score a sample of unchanged pairs again: market to how far the scores are from the published ones."""
+def compare_canaries(context: RunContext, scored: ScoredRun) -> dict[tuple[str, str], Canary]:
+    """Score a sample of unchanged and of reused pairs again, and say how far the scores are from the earlier ones."""
     config, canaries = context.config, {}
-    if scored.counts.num_unchanged and config.canary_pairs:
-        sample_df = canary_pairs(scored.planned_df, context.published_df, config.canary_pairs, context.run_id)
+    if (scored.counts.num_unchanged or scored.counts.num_reused) and config.canary_pairs:
+        sample_df = canary_pairs(
+            scored.planned_df,
+            context.published_df,
+            scored.staged_df,
+            num_pairs=config.canary_pairs,
+            seed=context.run_id,
+        )
         with persisted(sample_df):
-            num_pairs = config.canary_pairs * len(config.markets)
+            num_pairs = 2 * config.canary_pairs * len(config.markets)
             scored_df = _with_scores(context, sample_df, num_pairs, _augmented_queries(context))
-            both_df = sample_df.join(scored_df, on=list(PAIR_KEY), how="left")
-            compared = both_df.select("market", "published_score", "relevance_score").toPandas()
+            both_df = sample_df.join(scored_df.select(*PAIR_KEY, "relevance_score"), on=list(PAIR_KEY), how="left")
+            compared = both_df.select("market", "state", "earlier_score", "relevance_score").toPandas()
         canaries = measure_canaries(compared, context.bundle.settings.pack_tolerance)
     forget_attempts(context.attempts_dir)
     context.clock.lap("canary")
@@ -238,7 +251,7 @@ def compare_canaries(context: RunContext, scored: ScoredRun) -> dict[str, Canary
 
 
 def audit_run(
-    context: RunContext, scored: ScoredRun, canaries: Mapping[str, Canary], changes_df: DataFrame
+    context: RunContext, scored: ScoredRun, canaries: Mapping[tuple[str, str], Canary], changes_df: DataFrame
 ) -> RunAudit:
     """Measure what the changes would make of each market, and hold that against the limits.
 
@@ -285,6 +298,7 @@ def publish_run(context: RunContext, scored: ScoredRun, audit: RunAudit, changes
         "num_halved_packs": scored.num_halved_packs,
         "audit": audit.results,
     }
+    context.require_leases()
     if failures(audit.results):
         record_end(spark, tables, row, "rejected")
         raise AuditError(say_rejected(context, audit.results))
@@ -320,6 +334,7 @@ def _start(
     place = ScorerPlace(config.bundle, config.device, task_threads(spark), profile)
     scorer = probe_scorer(spark, place)
     create_output_tables(spark, config.tables)
+    scores_path = table_path(config.tables, RELEVANCE_SCORES)
     end_silent_workers(spark, config.hang_minutes)
     return RunContext(
         spark=spark,
@@ -332,7 +347,8 @@ def _start(
         scorer=scorer,
         inputs=read_inputs(spark, _input_specs(config), config.markets),
         leases=leases,
-        base_version=table_version(spark, table_path(config.tables, RELEVANCE_SCORES)),
+        base_version=table_version(spark, scores_path),
+        table_id=table_id(spark, scores_path),
         is_repeated=is_repeated,
         console=console,
     )

@@ -5,12 +5,13 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.errors import ConfigError, InputError
-from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
-from csrm.spark.commits import delete_rows, retry_conflicts
+from csrm.night.audit import CANARY
+from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.spark.commits import delete_matching, delete_rows, retry_conflicts
 from csrm.spark.tables import (
     create_table,
     read_table,
@@ -35,14 +36,20 @@ def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
         create_table(spark, table, table_path(tables_dir, table))
 
 
-def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> None:
-    """Write a run's rows of a table in one commit, in place of those that an earlier attempt left."""
-    replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
+def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> int:
+    """Write a run's rows of a table in one commit, in place of those that an earlier attempt left.
+
+    Returns:
+        The version that the commit made.
+    """
+    return replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
 
 
-def read_run_rows(spark: SparkSession, table: Table, tables_dir: str, run_id: str) -> DataFrame:
-    """A run's rows of a table."""
-    return read_newest(spark, table, tables_dir).where(F.col("run_id") == run_id)
+def read_run_rows(
+    spark: SparkSession, table: Table, tables_dir: str, run_id: str, *, version: int | None = None
+) -> DataFrame:
+    """A run's rows of a table, at a version; without one, as they are whenever the frame is computed."""
+    return read_table(spark, table, table_path(tables_dir, table), version).where(F.col("run_id") == run_id)
 
 
 def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame:
@@ -131,7 +138,8 @@ def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -
 def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[str], run_id: str) -> DataFrame:
     """Staged scores that may still be published: those of runs that were neither published nor discarded.
 
-    Pairs that could not be scored are those of the run itself: what failed in another run is tried again.
+    After a failed canary a run's scores are not to be trusted: only the run itself reads them, for a person who accepts
+    that. Pairs that could not be scored are those of the run itself: what failed in another run is tried again.
 
     Args:
         spark: the session.
@@ -142,7 +150,7 @@ def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[
     Returns:
         Columns of scores_staging. A pair may be there more than once, also with one pair_key.
     """
-    closed = F.col("verdict").isin(*PUBLISHED, "discarded")
+    closed = F.col("verdict").isin(*PUBLISHED, "discarded") | (_failed_canary() & (F.col("run_id") != run_id))
     closed_df = read_newest(spark, SCORING_RUNS, tables_dir).where(closed).select("run_id")
     staged_df = read_newest(spark, SCORES_STAGING, tables_dir).where(F.col("market").isin(*sorted(markets)))
     staged_df = staged_df.where(F.col("reason").isNull() | (F.col("run_id") == run_id))
@@ -150,8 +158,34 @@ def read_open_staging(spark: SparkSession, tables_dir: str, markets: Collection[
 
 
 def discard_staging(spark: SparkSession, tables_dir: str, run_id: str) -> int:
-    """Delete a run's staged scores, and return how many there were."""
-    return delete_rows(spark, table_path(tables_dir, SCORES_STAGING), F.col("run_id") == run_id)
+    """Delete what a run had staged, and what it had reused of other runs; returns the number of rows."""
+    path = table_path(tables_dir, SCORES_STAGING)
+    key = [*PAIR_KEY, "pair_key"]
+    planned_df = read_run_rows(spark, RUN_PAIRS, tables_dir, run_id).where(
+        "pair_key IS NOT NULL AND state != 'unchanged'"
+    )
+    num_rows = delete_matching(planned_df.select(*key).distinct(), path, key)
+    return num_rows + delete_rows(spark, path, F.col("run_id") == run_id)
+
+
+def discard_distrusted(spark: SparkSession, tables_dir: str, earlier: Row) -> int:
+    """Delete the staged scores of an earlier attempt whose canary failed, and return how many there were.
+
+    Args:
+        earlier: the run's row of scoring_runs.
+    """
+    audit = json.loads(earlier["audit"]) if earlier["audit"] else []
+    is_distrusted = any(result["name"] == CANARY and not result["passed"] for result in audit)
+    if earlier["verdict"] != "rejected" or not is_distrusted:
+        return 0
+    return discard_staging(spark, tables_dir, earlier["run_id"])
+
+
+def _failed_canary() -> Column:
+    """Whether a row of scoring_runs is of a run that its canary rejected."""
+    results = F.from_json("audit", "array<struct<name:string,passed:boolean>>")
+    failed = F.exists(results, lambda result: (result["name"] == CANARY) & ~result["passed"])
+    return (F.col("verdict") == "rejected") & F.coalesce(failed, F.lit(False))
 
 
 def find_later_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 
 from csrm.cli import Console
 from csrm.config import Settings
-from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night.audit import accept, failures
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import say_publication
@@ -76,10 +76,11 @@ def publish_rejected(
 
 
 def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, console: Console) -> None:
-    """Throw a run's staged scores away.
+    """Throw away the scores that a run would publish: those that it staged, and those that it reused of other runs.
 
     Raises:
         ConfigError: the run was published.
+        InputError: none of its scores is there any more.
         LeaseError: a run holds one of its markets.
     """
     with _held_run(spark, config, run_id) as (run, _):
@@ -89,6 +90,12 @@ def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, cons
                 "jobs/rollback.py."
             )
         num_rows = discard_staging(spark, config.tables, run_id)
+        expected = (run["num_scored"] or 0) + (run["num_reused"] or 0)
+        if expected and not num_rows and run["verdict"] != "discarded":
+            raise InputError(
+                f"run {run_id!r}: found 0 of the {expected:,} scores that it had staged or reused: they were removed "
+                "before (staging_days of jobs/maintain.py), or discarded with another run. Nothing was deleted."
+            )
         record_run(spark, config.tables, {**run, "verdict": "discarded", "finished_at": datetime.now(UTC)})
     text = f"discarded run {run_id}: {num_rows:,} scores deleted from {SCORES_STAGING.name}"
     console.say("discarded", text, run_id=run_id, num_rows=num_rows)
@@ -120,7 +127,11 @@ def _require_publishable(spark: SparkSession, tables_dir: str, run: Mapping[str,
             f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
         )
     commits = read_commits(spark, table_path(tables_dir, RELEVANCE_SCORES), run["base_version"])
-    of_others = {commit.get("market") for commit in commits if commit.get("run_id") != run["run_id"]}
+    of_others = {
+        commit.carried.get("market")
+        for commit in commits
+        if commit.operation == "MERGE" and commit.carried.get("run_id") != run["run_id"]
+    }
     if changed := sorted(set(run["markets"]) & of_others):
         raise LeaseError(
             f"run {run['run_id']!r}: the published scores of {changed} were changed since it compared with them. "

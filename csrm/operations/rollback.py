@@ -10,6 +10,7 @@ from csrm.config import Settings
 from csrm.errors import ConfigError, InputError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication, count_changes, publish_changes
+from csrm.night.published import is_same_table
 from csrm.night.runs import PUBLISHED, read_newest, require_run
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.maintenance import market_files, missing_files
@@ -60,7 +61,8 @@ def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str,
 
     Raises:
         ConfigError: the run was not published, or not for the market.
-        InputError: the state's files are gone; the message names the oldest one that is left.
+        InputError: relevance_scores is another table now, or the state's files are gone; the message names the oldest
+            one that is left.
     """
     run_id, version = run["run_id"], run["published_version"]
     if market not in run["markets"]:
@@ -71,6 +73,12 @@ def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str,
             f"{_listed(published_runs(spark, tables_dir, market)[-5:])}."
         )
     path = table_path(tables_dir, RELEVANCE_SCORES)
+    if not is_same_table(spark, path, run):
+        raise InputError(
+            f"run {run_id!r}: relevance_scores at {path!r} is not the table that the run published to, so its version "
+            f"{version} is another state: the table was made anew since, or its history is gone. Nothing was changed. "
+            "Score again, or put the table back that the run knew."
+        )
     if not _is_left(spark, path, market, version):
         runs = published_runs(spark, tables_dir, market)
         oldest = next((run for run in runs if _is_left(spark, path, market, run[1])), None)

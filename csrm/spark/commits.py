@@ -4,9 +4,9 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from delta.exceptions import (
     ConcurrentAppendException,
@@ -18,7 +18,7 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.schemas import Table
@@ -43,6 +43,9 @@ _LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Before each further try."""
 
 
+Result = TypeVar("Result")
+
+
 class Transaction(NamedTuple):
     """Makes a commit happen at most once: Delta skips one whose version is not above the last of its application."""
 
@@ -50,11 +53,14 @@ class Transaction(NamedTuple):
     version: int
 
 
-def retry_conflicts(commit: Callable[[], None]) -> None:
+def retry_conflicts(commit: Callable[[], Result]) -> Result:
     """Make a commit; where commits of others conflict with it, again after a pause, a few times.
 
     Args:
         commit: has no effect where it raises, and may be called again.
+
+    Returns:
+        What the commit returned.
     """
     for longest_pause_s in _LONGEST_PAUSES_S:
         try:
@@ -66,13 +72,47 @@ def retry_conflicts(commit: Callable[[], None]) -> None:
 
 def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:
     """Append the declared columns of df to an existing table, in one commit; see Transaction."""
-    writer = df.select(*table.column_names).write.format("delta").mode("append")
-    writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version).save(path)
+    _appending(df, table, transaction).save(path)
 
 
 def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
     """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
-    append_rows(spark.read.format("delta").load(path).limit(0), table, path, transaction)
+    no_rows_df = spark.read.format("delta").load(path).limit(0)
+    _appending(no_rows_df, table, transaction).option("userMetadata", json.dumps({"fence": transaction.app})).save(path)
+
+
+def _appending(df: DataFrame, table: Table, transaction: Transaction) -> DataFrameWriter:
+    writer = df.select(*table.column_names).write.format("delta").mode("append")
+    return writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version)
+
+
+def delete_matching(keys_df: DataFrame, path: str, key: Sequence[str]) -> int:
+    """Delete the rows whose key is among others, in one commit, and return how many there were.
+
+    Args:
+        keys_df: columns `key`, each key once.
+        path: the table's folder.
+        key: names of columns, the same in both.
+    """
+    delta_table = DeltaTable.forPath(keys_df.sparkSession, path)
+    num_rows = delta_table.toDF().join(keys_df, on=list(key), how="left_semi").count()
+    if num_rows:
+        matched = " AND ".join(f"old.`{name}` = gone.`{name}`" for name in key)
+        merge = delta_table.alias("old").merge(keys_df.alias("gone"), matched).whenMatchedDelete()
+        retry_conflicts(merge.execute)
+    return num_rows
+
+
+def new_commit_id() -> str:
+    """What a commit carries so that find_version finds it: Delta says neither version nor that it skipped one."""
+    return uuid.uuid4().hex
+
+
+def find_version(spark: SparkSession, path: str, carried: str) -> int | None:
+    """Version of a recent commit that carries a text as its metadata; None where there is none."""
+    is_it = F.col("userMetadata") == carried
+    row = DeltaTable.forPath(spark, path).history(_RECENT_COMMITS).where(is_it).select("version").head()
+    return None if row is None else int(row["version"])
 
 
 def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
@@ -124,8 +164,7 @@ def merge_changes(
         .whenMatchedUpdate(operation != "delete", set=values)
         .whenNotMatchedInsert(operation != "delete", values=values)
     )
-    # Delta says neither that it skipped a commit nor which version one made: an id finds it in the history.
-    carried = json.dumps({**metadata, **slice_, "commit": uuid.uuid4().hex}, ensure_ascii=False)
+    carried = json.dumps({**metadata, **slice_, "commit": new_commit_id()}, ensure_ascii=False)
     settings = {USER_METADATA: carried, _MERGE_BY_PARTITION: "false"}
     if transaction is not None:  # MERGE takes it from the session alone
         settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
@@ -134,16 +173,25 @@ def merge_changes(
             merge.execute()
         except ConcurrentTransactionException:
             return None
-    row = delta_table.history(_RECENT_COMMITS).where(F.col("userMetadata") == carried).head()
-    return None if row is None else int(row["version"])
+    return find_version(spark, path, carried)
 
 
-def read_commits(spark: SparkSession, path: str, after_version: int) -> list[dict[str, str]]:
-    """What the commits of merge_changes after a version carried: their metadata and slice."""
-    is_later = (F.col("version") > after_version) & (F.col("operation") == "MERGE")
+class Commit(NamedTuple):
+    """A commit in a table's history."""
+
+    version: int
+    operation: str
+    """Delta's name of what was done: MERGE, OPTIMIZE, WRITE, DELETE, RESTORE, ..."""
+    carried: dict[str, str]
+    """Metadata and slice, as merge_changes wrote them; empty for commits of others."""
+
+
+def read_commits(spark: SparkSession, path: str, after_version: int) -> list[Commit]:
+    """The commits after a version that are in the table's history still, oldest first."""
     carried = F.from_json("userMetadata", "map<string,string>").alias("carried")
-    rows = DeltaTable.forPath(spark, path).history().where(is_later).select(carried).collect()
-    return [row["carried"] for row in rows if row["carried"]]
+    history_df = DeltaTable.forPath(spark, path).history().where(F.col("version") > after_version)
+    rows = history_df.select("version", "operation", carried).orderBy("version").collect()
+    return [Commit(row["version"], row["operation"], row["carried"] or {}) for row in rows]
 
 
 @contextmanager

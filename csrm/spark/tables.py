@@ -1,5 +1,6 @@
 """Tables on storage: created from their declaration, read at a version, written in one commit each."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from delta.tables import DeltaTable
@@ -10,6 +11,7 @@ from pyspark.sql.types import DataType, StructField, StructType
 
 from csrm.errors import InputError
 from csrm.schemas import Table
+from csrm.spark.commits import find_version, new_commit_id
 from csrm.spark.storage import absolute_path, require_one_place
 
 SCHEMA_VERSION_PROPERTY = "csrm.schemaVersion"
@@ -126,12 +128,6 @@ def read_changes(spark: SparkSession, table: Table, path: str, after_version: in
     return feed_df.load(path).select(*table.column_names, *names)
 
 
-def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
-    """As replace_rows; returns the table's version after the commit."""
-    replace_rows(df, table, path, where)
-    return table_version(df.sparkSession, path)
-
-
 def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[str]) -> int:
     """Replace the rows of some markets in one commit; returns the table's version after it.
 
@@ -141,10 +137,10 @@ def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[
         path: the table's folder.
         markets: the markets.
     """
-    return overwrite_table(df, table, path, where=f"market IN ({', '.join(map(sql_literal, markets))})")
+    return replace_rows(df, table, path, where=f"market IN ({', '.join(map(sql_literal, markets))})")
 
 
-def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> None:
+def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
     """Replace the table's rows in one commit, creating the table first.
 
     Args:
@@ -152,12 +148,26 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
         table: the declaration.
         path: the table's folder.
         where: SQL condition on its columns: only the rows that meet it are replaced, and every row of df must meet it.
+
+    Returns:
+        The version that the commit made.
     """
     create_table(df.sparkSession, table, path)
-    writer = df.select(*table.column_names).write.format("delta").mode("overwrite")
+    carried = json.dumps({"commit": new_commit_id()})
+    writer = df.select(*table.column_names).write.format("delta").mode("overwrite").option("userMetadata", carried)
     if where is not None:
         writer = writer.option("replaceWhere", where)
     writer.save(path)
+    version = find_version(df.sparkSession, path, carried)
+    assert version is not None  # Delta made the commit, or would have raised
+    return version
+
+
+def table_id(spark: SparkSession, path: str) -> str:
+    """Delta's id of the table at a path, which its versions belong to: a table that is made anew has another."""
+    detail = DeltaTable.forPath(spark, path).detail().select("id").head()
+    assert detail is not None
+    return str(detail["id"])
 
 
 def sql_path(path: str) -> str:

@@ -14,7 +14,7 @@ from csrm.config import load_config
 from csrm.errors import ConfigError, InputError
 from csrm.operations.evaluation import EvaluationConfig
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.tables import overwrite_table, spark_schema, table_path
+from csrm.spark.tables import replace_rows, spark_schema, table_path
 
 pytestmark = pytest.mark.spark
 
@@ -61,7 +61,7 @@ def folder(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
     scored_at = datetime(2026, 11, 1, tzinfo=UTC)
     rows = [(*key_and_score, "E", "digest-1", 1, scored_at, "run-1") for key_and_score in SCORES]
     scores_df = spark.createDataFrame(rows, spark_schema(RELEVANCE_SCORES))
-    overwrite_table(scores_df, RELEVANCE_SCORES, table_path(str(folder / "tables"), RELEVANCE_SCORES))
+    replace_rows(scores_df, RELEVANCE_SCORES, table_path(str(folder / "tables"), RELEVANCE_SCORES))
     return folder
 
 

@@ -12,7 +12,7 @@ from csrm.config import load_config
 from csrm.errors import ConfigError, InputError, LeaseError
 from csrm.night.leases import hold_leases
 from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, Table
-from csrm.spark.tables import overwrite_table, read_table, spark_schema, table_path, table_version
+from csrm.spark.tables import read_table, replace_rows, spark_schema, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, START, publish, record
 
 
@@ -48,7 +48,7 @@ def add_run(spark: SparkSession, tables_dir: str, run_id: str, verdict: str, day
     for table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
         row = tuple(values[name] for name in table.column_names)
         row_df = spark.createDataFrame([row], spark_schema(table))
-        overwrite_table(row_df, table, table_path(tables_dir, table), where=f"run_id = '{run_id}'")
+        replace_rows(row_df, table, table_path(tables_dir, table), where=f"run_id = '{run_id}'")
 
 
 def runs_in(spark: SparkSession, tables_dir: str, table: Table) -> list[str]:

@@ -16,11 +16,16 @@ import pandas as pd
 import pytest
 import yaml
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
-from csrm.commands import publish, score_catalog
-from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.cli import setting_arguments
+from csrm.commands import publish, rollback, score_catalog
+from csrm.errors import AuditError, ConfigError, InputError, LeaseError
+from csrm.night import run
 from csrm.night.leases import hold_leases
+from csrm.night.runs import read_run_rows, write_run_rows
+from csrm.schemas import RUN_PAIRS
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -266,6 +271,122 @@ def test_a_published_score_that_is_wrong_fails_the_canary(spark: SparkSession, s
 
     (failed,) = [result for result in json.loads(market.run("second")["audit"]) if not result["passed"]]
     assert (failed["market"], failed["name"]) == (KR, "canary")
+
+
+def test_what_a_run_staged_whose_canary_failed_is_scored_again(
+    spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market = scored_market
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    path, version = str(market.folder / "tables" / "relevance_scores"), market.version()
+    DeltaTable.forPath(spark, path).update(f"market = '{KR}'", {"relevance_score": "relevance_score * 0.5"})
+    with pytest.raises(AuditError, match="canary"):
+        market.score("second")
+    said()
+
+    with pytest.raises(AuditError, match="canary"):
+        market.score("second")
+    printed = said()
+    assert printed["distrusted"]["num_rows"] == 8
+    assert (printed["plan"]["num_reused"], printed["plan"]["num_to_score"]) == (0, 8)
+
+    DeltaTable.forPath(spark, path).restoreToVersion(version)
+    market.score("third")
+    assert (said()["plan"]["num_reused"], market.run("third")["num_scored"]) == (0, 8)
+
+
+def test_reused_scores_are_in_the_canary_and_are_discarded_with_the_run_that_would_publish_them(
+    spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market, strict = scored_market, {"product_coverage": {"limit": 1.1, "severity": "error"}}
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    with pytest.raises(AuditError, match="product_coverage"):
+        market.score("second", audit=strict)
+    staging = DeltaTable.forPath(spark, str(market.folder / "tables" / "scores_staging"))
+    staging.update("run_id = 'second'", {"relevance_score": "1 - relevance_score"})
+
+    with pytest.raises(AuditError, match=r"canary_reused: .* than that of the reused scores") as caught:
+        market.score("third")
+
+    assert "--run-id third --discard" in str(caught.value)
+    assert market.run("third")["num_reused"] == 8
+    said()
+    assert market.publish("--run-id", "third", "--discard", "--log-format", "json") == 0
+    assert said()["discarded"]["num_rows"] == 8
+    with pytest.raises(InputError, match="found 0 of the 8 scores that it had staged or reused"):
+        market.publish("--run-id", "second", "--discard")
+    market.score("fourth")
+    assert (said()["plan"]["num_reused"], market.run("fourth")["num_scored"]) == (0, 8)
+
+
+def test_a_run_id_that_was_published_before_is_published_again_where_its_state_is_gone(
+    spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market = scored_market
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    market.score("second")
+    after = market.scores()
+    said()
+    market.score("second")
+    assert "plan" not in said()
+    for name in (KR, TW):
+        rollback.main(["--market", name, "--to-run", "first", *setting_arguments(tables=str(market.folder / "tables"))])
+    assert set(market.scores()["run_id"]) == {"first"}
+
+    market.score("second")
+
+    assert said()["plan"]["num_to_score"] == 8
+    assert market.scores()[[*KEY, "pair_key", "run_id"]].equals(after[[*KEY, "pair_key", "run_id"]])
+
+
+def test_pairs_that_something_else_wrote_twice_are_named_with_the_way_out(
+    spark: SparkSession, scored_market: Market
+) -> None:
+    market = scored_market
+    path, version = str(market.folder / "tables" / "relevance_scores"), market.version()
+    spark.read.format("delta").load(path).limit(1).write.format("delta").mode("append").save(path)
+
+    with pytest.raises(InputError, match=rf"1 pairs are there more than once.*TO VERSION AS OF {version}, or delete"):
+        market.score("second")
+
+    spark.sql(f"RESTORE TABLE delta.`{path}` TO VERSION AS OF {version}")
+    market.score("second")
+
+
+def test_a_plan_that_a_sleeper_of_the_same_run_id_writes_meanwhile_is_not_used(
+    spark: SparkSession, scored_market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    market, stage_scores = scored_market, run.stage_scores
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    tables = str(market.folder / "tables")
+
+    def stage_after_the_sleeper_woke(*arguments: Any) -> int:
+        old_df = read_run_rows(spark, RUN_PAIRS, tables, "first").withColumn("run_id", F.lit("second"))
+        write_run_rows(old_df, RUN_PAIRS, tables, "second")
+        return stage_scores(*arguments)
+
+    monkeypatch.setattr(run, "stage_scores", stage_after_the_sleeper_woke)
+    market.score("second")
+
+    assert market.run("second")["changes"] == {"update": 8}
+
+
+def test_a_run_that_lost_a_lease_writes_no_plan(
+    spark: SparkSession, scored_market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    market, plan_pairs = scored_market, run.plan_pairs
+    folder = market.folder / "tables" / "_leases" / f"market={KR}"
+
+    def plan_while_another_run_takes_the_lease(*arguments: Any) -> DataFrame:
+        newest = max(int(path.stem) for path in folder.glob("*.lease"))
+        (folder / f"{newest + 1}.lease").write_text(json.dumps({"owner": "run other", "at": time.time()}))
+        return plan_pairs(*arguments)
+
+    monkeypatch.setattr(run, "plan_pairs", plan_while_another_run_takes_the_lease)
+    with pytest.raises(LeaseError, match="lost its lease"):
+        market.score("second")
+
+    assert market.table("run_pairs").query("run_id == 'second'").empty
 
 
 def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(

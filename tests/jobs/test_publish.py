@@ -15,6 +15,7 @@ from csrm.commands import publish as publish_job
 from csrm.errors import AuditError, ConfigError, LeaseError
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.runs import create_output_tables, read_newest, write_run_rows
+from csrm.operations import review as review_room
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
 from csrm.spark.commits import delete_rows
 from csrm.spark.tables import spark_schema, table_path
@@ -69,7 +70,7 @@ def test_a_run_that_was_published_before_its_markets_were_free_is_not_discarded(
         with hold_leases(*arguments) as leases:
             yield leases
 
-    monkeypatch.setattr(publish_job, "hold_leases", hold_later)
+    monkeypatch.setattr(review_room, "hold_leases", hold_later)
 
     with pytest.raises(ConfigError, match=r"run 'second': was published, which discarding would not undo"):
         review(tables_dir, "--discard")

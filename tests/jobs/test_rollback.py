@@ -15,7 +15,8 @@ from csrm.night.runs import require_run
 from csrm.operations.maintenance import remove_old_files, set_retention
 from csrm.operations.rollback import published_runs, read_published_state
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.tables import read_table, table_path, table_version
+from csrm.spark.storage import delete_table
+from csrm.spark.tables import read_table, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -28,10 +29,11 @@ def publish_nights(spark: SparkSession, tables_dir: str) -> None:
     first = {("q1", "p1"): 0.1, ("q1", "p2"): 0.2, ("q2", "p1"): 0.3}
     second = {("q1", "p1"): 0.9, ("q1", "p2"): None, ("q1", "p3"): 0.8}
     version = publish(spark, tables_dir, "r1", {HOSTILE_MARKET: first, "kr": {("q1", "p1"): 0.5}}, day=1)
-    record(spark, tables_dir, "r1", BOTH, "published", 1, published_version=version)
+    known = {"table_id": table_id(spark, table_path(tables_dir, RELEVANCE_SCORES))}
+    record(spark, tables_dir, "r1", BOTH, "published", 1, published_version=version, **known)
     version = publish(spark, tables_dir, "r2", {HOSTILE_MARKET: second, "kr": {("q1", "p1"): 0.75}}, day=2)
-    record(spark, tables_dir, "r2", BOTH, "published", 2, published_version=version)
-    record(spark, tables_dir, "r3", ["kr"], "already_published", 3, published_version=version)
+    record(spark, tables_dir, "r2", BOTH, "published", 2, published_version=version, **known)
+    record(spark, tables_dir, "r3", ["kr"], "already_published", 3, published_version=version, **known)
     record(spark, tables_dir, "r4", BOTH, "rejected", 4)
 
 
@@ -124,3 +126,19 @@ def test_what_cannot_be_rolled_back_to_is_said_with_the_way_out(spark: SparkSess
     with pytest.raises(InputError, match=gone + r"r2 \(version 4\)"):  # Delta would try, and the files are gone
         roll_back("kr", "r1")
     assert {row["run_id"] for row in market_rows(spark, path, "kr")} == {"r2"}
+
+
+def test_a_run_is_not_rolled_back_to_in_a_table_that_was_made_anew(spark: SparkSession, tmp_path: Path) -> None:
+    tables_dir = str(tmp_path)
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    publish_nights(spark, tables_dir)
+    record(spark, tables_dir, "before table_id was there", ["kr"], "published", 2, published_version=4)
+    delete_table(spark, path)
+    for day in range(1, 5):
+        publish(spark, tables_dir, f"n{day}", {"kr": {("q1", "p1"): day / 10}}, day=day)
+
+    for run_id in ("r1", "before table_id was there"):
+        with pytest.raises(InputError, match=r"is not the table that the run published to.*Nothing was changed"):
+            rollback.main(["--market", "kr", "--to-run", run_id, *setting_arguments(tables=tables_dir)])
+
+    assert {row["run_id"] for row in market_rows(spark, path, "kr")} == {"n4"}

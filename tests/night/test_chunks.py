@@ -1,6 +1,7 @@
 """Chunks of a night's work."""
 
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a_night_is_staged_in_chunks_of_the_measured_length(spark: SparkSession,
 @pytest.mark.spark
 def test_the_canary_is_a_sample_of_each_market_that_its_seed_chooses(spark: SparkSession) -> None:
     planned = [
-        (market, "q", f"p{n}", n, "unchanged" if n % 2 else "to_score", None, 0, "r")
+        (market, "q", f"p{n}", n, ("to_score", "unchanged", "staged")[n % 3], None, 0, "r")
         for market in ("kr", "tw")
         for n in range(40)
     ]
@@ -72,19 +73,26 @@ def test_the_canary_is_a_sample_of_each_market_that_its_seed_chooses(spark: Spar
     at = datetime(2026, 1, 2, tzinfo=UTC)
     scores = [(market, "q", product, n / 40, "E", "d", n, at, "r") for market, _, product, n, *_ in planned]
     published_df = spark.createDataFrame(scores, spark_schema(RELEVANCE_SCORES))
+    staged = [
+        (market, "q", product, score, "E", "d", n, scored_at, "r", None)
+        for market, _, product, n, *_ in planned
+        for score, scored_at in ((0.5, at.replace(year=2025)), (1 - n / 40, at))
+    ]
+    staged_df = spark.createDataFrame(staged, spark_schema(SCORES_STAGING))
 
     samples = [
         {
-            (row["market"], row["product_id"], row["published_score"])
-            for row in canary_pairs(planned_df, published_df, 5, seed).collect()
+            (row["market"], row["state"], row["product_id"], row["earlier_score"])
+            for row in canary_pairs(planned_df, published_df, staged_df, num_pairs=5, seed=seed).collect()
         }
         for seed in ("a", "a", "b")
     ]
 
     assert samples[0] == samples[1] != samples[2]
-    assert [market for market, *_ in samples[0]].count("kr") == 5
-    assert len(samples[0]) == 10
-    for _, product, score in samples[0]:
+    assert Counter((market, state) for market, state, *_ in samples[0]) == {
+        (market, state): 5 for market in ("kr", "tw") for state in ("unchanged", "staged")
+    }
+    for _, state, product, score in samples[0]:
         number = int(product[1:])
-        assert number % 2
-        assert score == pytest.approx(number / 40)
+        assert number % 3 == ["to_score", "unchanged", "staged"].index(state)
+        assert score == pytest.approx(number / 40 if state == "unchanged" else 1 - number / 40)

@@ -13,8 +13,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import ConfigError, LeaseError
 from csrm.night import leases
-from csrm.night.leases import hold_leases
+from csrm.night.leases import Lease, hold_leases
 from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark import storage
 from csrm.spark.commits import merge_changes
 from csrm.spark.migration import migrate_table
 from csrm.spark.storage import HadoopFolder, LocalFolder, open_folder
@@ -58,7 +59,7 @@ def test_a_holder_that_lives_keeps_its_lease_and_a_silent_one_loses_it(spark: Sp
         with pytest.raises(LeaseError), hold_leases(spark, tables, ["tw"], "run b", seconds=1.5):
             pass
 
-    asleep = leases._take(spark, tables, "tw", "run a", 1.0)  # no beats
+    asleep = take(spark, tables, "tw", "run a", 1.0)  # no beats
     time.sleep(1.2)
     lost = pytest.raises(LeaseError, match=r"was silent for over 1 s and lost its lease to run b \(process")
     with hold_leases(spark, tables, ["tw"], "run b", seconds=1.0), lost:
@@ -71,7 +72,7 @@ def test_who_slept_past_its_lease_cannot_publish_over_its_successor(
     tables, slice_ = str(tmp_path / "it's"), {"market": "tw"}
     path = table_path(tables, RELEVANCE_SCORES)
     create_table(spark, RELEVANCE_SCORES, path)
-    asleep = leases._take(spark, tables, "tw", "run a", 1.0)
+    asleep = take(spark, tables, "tw", "run a", 1.0)
     time.sleep(1.2)
 
     with caplog.at_level(logging.WARNING), hold_leases(spark, tables, ["tw"], "run b", seconds=30) as held:
@@ -105,6 +106,14 @@ def test_a_lost_folder_of_leases_does_not_block_the_table(spark: SparkSession, t
         for file in (tmp_path / "_leases" / "market=tw").iterdir():
             file.unlink()
         time.sleep(0.01)
+
+
+def take(spark: SparkSession, tables: str, market: str, owner: str, seconds: float) -> Lease:
+    """A lease that is not renewed, as of a process that sleeps."""
+    seen = leases._look(spark, tables, market)
+    lease = leases._create(seen, owner, seconds)
+    leases._settle(spark, tables, seen, lease)
+    return lease
 
 
 @pytest.mark.parametrize("empty", ["1.lease", "1.beat"])
@@ -152,7 +161,7 @@ def test_storage_through_hadoop_keeps_leases_too(spark: SparkSession, tmp_path: 
 def test_a_storage_that_cannot_keep_two_runs_apart_is_named(
     spark: SparkSession, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "_HadoopFolder", lambda spark, uri: uri)  # there is no bucket here
+    monkeypatch.setattr(storage, "HadoopFolder", lambda spark, uri: uri)  # there is no bucket here
 
     with caplog.at_level(logging.WARNING):
         open_folder(spark, "s3a://bucket/tables/_leases/market=tw")
@@ -200,3 +209,80 @@ def test_of_many_processes_that_take_a_lease_at_once_one_gets_it(tmp_path: Path)
     assert created.empty()
     assert LocalFolder(tmp_path).read("1.lease") == str(winner)
     assert [path.name for path in tmp_path.iterdir()] == ["1.lease"]
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "_SUCCESS", ".nfs0001", "1 (copy).lease", "lease", "9.lease.0f3a", "x.beat"]
+)
+def test_files_of_other_names_beside_the_leases_are_left_alone(spark: SparkSession, tmp_path: Path, name: str) -> None:
+    with hold_leases(spark, str(tmp_path), ["tw"], "run a"):
+        pass
+    (tmp_path / "_leases" / "market=tw" / name).write_bytes(b"\xff")
+
+    with hold_leases(spark, str(tmp_path), ["tw"], "run b") as held:
+        held["tw"].require()
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"null", b"[1]", b'{"at": "now", "seconds": "60", "fence": null}', b"\xff\xfe", b"[" * 9000]
+)
+@pytest.mark.parametrize("name", ["1.lease", "1.beat"])
+def test_a_damaged_file_of_a_lease_is_a_sign_of_life_of_when_it_was_written(
+    spark: SparkSession, tmp_path: Path, name: str, content: bytes
+) -> None:
+    market, hour_ago = tmp_path / "_leases" / "market=tw", time.time() - 3600
+    market.mkdir(parents=True)
+    lease = {"owner": "run a", "host": "h", "pid": 1, "at": hour_ago, "seconds": 60, "fence": 7}
+    (market / "1.lease").write_text(json.dumps(lease))
+    (market / name).write_bytes(content)
+    with pytest.raises(LeaseError, match="works on it"), hold_leases(spark, str(tmp_path), ["tw"], "run b"):
+        pass
+    os.utime(market / name, (hour_ago, hour_ago))
+    with hold_leases(spark, str(tmp_path), ["tw"], "run b") as held:
+        held["tw"].require()
+
+
+def test_the_clock_of_a_holder_that_ran_a_day_ahead_does_not_block_the_market(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    market, hour_ago = tmp_path / "_leases" / "market=tw", time.time() - 3600
+    market.mkdir(parents=True)
+    lease = {"owner": "run a", "host": "h", "pid": 1, "at": hour_ago, "seconds": 60, "fence": 7}
+    (market / "1.lease").write_text(json.dumps(lease))
+    (market / "1.beat").write_text(json.dumps({"at": time.time() + 86_400}))
+    with pytest.raises(LeaseError, match="works on it"), hold_leases(spark, str(tmp_path), ["tw"], "run b"):
+        pass  # the storage's own clock says that it was written just now
+    os.utime(market / "1.beat", (hour_ago, hour_ago))
+
+    with hold_leases(spark, str(tmp_path), ["tw"], "run b") as held:
+        held["tw"].require()
+
+
+def test_many_markets_on_a_slow_storage_are_held_while_others_are_taken(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlowFolder(LocalFolder):
+        def create(self, name: str, text: str) -> bool:
+            time.sleep(0.06)
+            return super().create(name, text)
+
+        def write(self, name: str, text: str) -> None:
+            time.sleep(0.06)
+            super().write(name, text)
+
+        def names(self) -> list[str]:
+            time.sleep(0.06)
+            return super().names()
+
+    def open_slow(spark: SparkSession, uri: str) -> LocalFolder:
+        return SlowFolder(Path(uri))
+
+    monkeypatch.setattr(leases, "open_folder", open_slow)
+    markets = [f"m{n:03}" for n in range(120)]
+    with hold_leases(spark, str(tmp_path), markets, "run a", seconds=5.0) as held:  # taking them takes longer
+        time.sleep(6)
+        for lease in held.values():
+            lease.require()
+        refused = pytest.raises(LeaseError, match="market 'm000': run a")
+        with refused, hold_leases(spark, str(tmp_path), markets[:1], "run b", seconds=5.0):
+            pass

@@ -61,7 +61,10 @@ def test_a_market_is_counted(spark: SparkSession, published_df: DataFrame, chang
         spark.createDataFrame(queries, "market string, query_id string, query string"),
         spark.createDataFrame(products, "market string, product_id string, title string"),
         "old",
-        measure_canaries(pd.DataFrame({"market": ["tw"], "published_score": [0.5], "relevance_score": [0.25]}), 1e-5),
+        measure_canaries(
+            pd.DataFrame({"market": ["tw"], "state": ["unchanged"], "earlier_score": [0.5], "relevance_score": [0.25]}),
+            1e-5,
+        ),
         {"tw": (0.5, 0.6)},
     )
 
@@ -127,10 +130,15 @@ def test_ndcg_of_both_scores_is_over_the_same_judged_pairs(spark: SparkSession) 
 
 def test_a_canary_without_a_score_is_no_agreement() -> None:
     scored = pd.DataFrame(
-        {"market": ["kr", "kr", "tw"], "published_score": [0.5, 0.5, 0.5], "relevance_score": [0.5, None, 0.5]}
+        {
+            "market": ["kr", "kr", "tw"],
+            "state": ["staged", "staged", "unchanged"],
+            "earlier_score": [0.5, 0.5, 0.5],
+            "relevance_score": [0.5, None, 0.5],
+        }
     )
 
     found = measure_canaries(scored, 1e-5)
 
-    assert np.isnan(found["kr"].largest_difference)
-    assert found["tw"].largest_difference == 0
+    assert np.isnan(found["kr", "staged"].largest_difference)
+    assert found["tw", "unchanged"].largest_difference == 0

@@ -1,6 +1,8 @@
 """From candidates to the rows that are scored."""
 
+import itertools
 import logging
+import string
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
@@ -203,6 +205,49 @@ def test_a_pair_key_follows_everything_that_the_prompt_says(spark: SparkSession)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 1 + len(other)
     assert not set(keys) & {row["other_bundle"] for row in rows}
+
+
+def colliding_titles() -> tuple[str, ...]:
+    """Two titles whose JSON objects have one XXH64, Spark's hash: what they differ in is made up for 32 bytes later."""
+    first, second, mask, letters = (
+        0x9E3779B185EBCA87,
+        0xC2B2AE3D27D4EB4F,
+        2**64 - 1,
+        string.ascii_letters + string.digits,
+    )
+
+    def lane(text: str) -> int:
+        return int.from_bytes(text.encode(), "little")
+
+    def mixed(state: int, text: str) -> int:
+        state = (state + lane(text) * second) & mask
+        return ((state << 31 | state >> 33) & mask) * first & mask
+
+    head, fill, end = '{"title":"', "tent for two people  ! ", "camping equipment, green"
+    start = (head + fill)[:32].ljust(32, "-")
+    state = mixed(42 + first + second, start[:8])
+    good, tail = "AAAAAAAA", "BBBBBBBB"
+    for number in itertools.count():
+        bad = "".join(letters[number // 62**place % 62] for place in range(8))
+        wanted = lane(tail) + (mixed(state, good) - mixed(state, bad)) * pow(second, -1, 2**64) & mask
+        made = (wanted & mask).to_bytes(8, "little")
+        if all(chr(byte) in letters for byte in made):
+            return tuple(start[10:] + a + end + b + end for a, b in ((good, tail), (bad, made.decode())))
+    raise AssertionError
+
+
+def test_a_title_that_was_made_to_have_the_hash_of_another_has_another_key(spark: SparkSession) -> None:
+    good, bad = colliding_titles()
+    rows = [("kr", "ko", "tent", [], title, None, None, None) for title in (good, bad)]
+    pairs_df = spark.createDataFrame(rows, FIELD_SCHEMA)
+
+    plain, keys = zip(
+        *pairs_df.select(F.xxhash64(F.to_json(F.struct("title"))), pair_key("digest")).collect(), strict=True
+    )
+
+    assert good != bad
+    assert plain[0] == plain[1]
+    assert keys[0] != keys[1]
 
 
 def test_a_query_stays_together_and_a_head_query_is_spread_over_partitions(spark: SparkSession) -> None:

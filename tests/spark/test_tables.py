@@ -16,8 +16,8 @@ from csrm.spark.migration import migrate_table
 from csrm.spark.tables import (
     create_table,
     open_table,
-    overwrite_table,
     read_table,
+    replace_rows,
     spark_schema,
     sql_literal,
     sql_path,
@@ -44,7 +44,7 @@ def scores_path(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
     """A published table with two markets; its folder's name has a space and a quote."""
     path = table_path(str(tmp_path_factory.mktemp("it's tables")), RELEVANCE_SCORES)
     rows = scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25))
-    assert overwrite_table(rows, RELEVANCE_SCORES, path) == 1
+    assert replace_rows(rows, RELEVANCE_SCORES, path) == 1
     return path
 
 
@@ -85,9 +85,9 @@ def test_a_row_that_breaks_a_constraint_is_refused(
 
 def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession, tmp_path: Path) -> None:
     path = str(tmp_path / "scores")
-    overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
+    replace_rows(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
 
-    version = overwrite_table(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
+    version = replace_rows(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
 
     assert version == 2
     rows = read_table(spark, RELEVANCE_SCORES, path).orderBy("market").collect()
@@ -103,7 +103,7 @@ def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp
     spark.range(3).write.format("delta").save(path)
 
     with pytest.raises(InputError, match=r"expected the columns market string.*it has id bigint.*name another folder"):
-        overwrite_table(scores(spark, ("kr", "q1", "p1", 0.5)), RELEVANCE_SCORES, path)
+        replace_rows(scores(spark, ("kr", "q1", "p1", 0.5)), RELEVANCE_SCORES, path)
 
     assert spark.read.format("delta").load(path).count() == 3
 
@@ -112,7 +112,7 @@ def test_a_table_of_an_older_version_is_refused_until_it_is_migrated(spark: Spar
     path = str(tmp_path / "it's" / "scores")
     older = replace(RELEVANCE_SCORES, columns=tuple(c for c in RELEVANCE_SCORES.columns if c.name != "predicted_grade"))
     row_df = scores(spark, ("kr", "q1", "p1", 0.5))
-    overwrite_table(row_df, older, path)
+    replace_rows(row_df, older, path)
     newer = replace(RELEVANCE_SCORES, columns=_nullable(), schema_version=2)
 
     with pytest.raises(InputError, match=r"expected version 2 of its columns, it has version 1. Migrate it: jobs/mig"):
