@@ -373,7 +373,7 @@ def report(cells: Sequence[Cell]) -> str:
         rows = foretold(demo, load_bundle(DEMO_BUNDLE))
         parts += [f"`csrm.capacity`, told of the night with {demo[len(demo) // 2]['pairs']:,} pairs:", markdown(rows)]
     if len(without_model) > 1:
-        parts += ["Constants of `csrm/capacity.py` from these nights:", _constants(without_model)]
+        parts += ["Constants of `csrm/capacity/formula.py` from these nights:", _constants(without_model)]
     return "\n\n".join(parts)
 
 

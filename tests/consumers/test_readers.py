@@ -1,6 +1,5 @@
-"""Each way to read relevance_scores, as README shows it: the same rows, and one whole state while a publish goes on."""
+"""Each way to use relevance_scores, as the pages show it: the same rows, one whole state while a publish runs."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +10,12 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+from csrm.bundle.loading import load_scorer
 from csrm.operations.maintenance import cluster_market, set_retention
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import table_path
 from tests.consumers.publishing import HOSTILE_MARKET, START, Changes, publish
+from tests.docs.pages import ROOT, python_blocks
 
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")
@@ -24,11 +25,9 @@ deltalake = pytest.importorskip("deltalake")
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
-README = Path(__file__).parents[2] / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("## Read the table\n")[2].partition("\n## ")[0]
-BLOCKS = re.findall(r"```python\n(.*?)```", SECTION.partition("\n## ")[0], flags=re.DOTALL)
-NAMES, PYSPARK, DELTALAKE, PANDAS, DUCKDB, POLARS, STREAM, FEED = BLOCKS
-READERS = {"PySpark": PYSPARK, "deltalake": DELTALAKE, "pandas": PANDAS, "DuckDB": DUCKDB, "Polars": POLARS}
+BLOCKS = python_blocks("docs/read-scores.md")
+NAMES, STREAM, FEED = BLOCKS["Reading scores"], BLOCKS["With Spark"], BLOCKS["Without Spark"]
+READERS = {name: BLOCKS[name] for name in ("PySpark", "deltalake", "pandas", "DuckDB", "Polars")}
 
 FIRST: dict[str, Changes] = {
     HOSTILE_MARKET: {("q1", "p1"): 0.25, ("q1", "p2"): 0.75, ("q'2", "p1"): 0.5},
@@ -37,7 +36,7 @@ FIRST: dict[str, Changes] = {
 
 
 def run(block: str, path: str, market: str, query_id: str, **names: Any) -> Any:
-    """What a block of the section calls rows, with the names of its first block replaced."""
+    """What a block of the page calls rows, with the names of its first block replaced."""
     scope: dict[str, Any] = {}
     exec(NAMES, scope)
     assert {"path", "market", "query_id"} <= scope.keys()
@@ -81,6 +80,36 @@ def test_each_reader_returns_the_same_rows(spark: SparkSession, path: str, reade
     ]
     assert list(rows[0]) == RELEVANCE_SCORES.column_names
     assert len(as_dicts(run(READERS[reader], path, HOSTILE_MARKET, "q'2", spark=spark))) == 1
+
+
+def test_the_readme_prints_the_best_products_of_a_query(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(spark, str(tmp_path), "r1", {"tw": {("q000001", "worse"): 0.25, ("q000001", "better"): 0.75}}, day=0)
+    block = python_blocks("README.md")["Use the scores"]
+
+    exec(block.replace("build/demo/tables/relevance_scores", table_path(str(tmp_path), RELEVANCE_SCORES)), {})
+
+    printed = capsys.readouterr().out
+    assert printed.index("better") < printed.index("worse")
+
+
+def test_the_udf_of_the_page_scores_each_pair(
+    spark: SparkSession, pairs_pdf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    pairs = pairs_pdf[["market", "language", "query", "retrieved_titles", "title"]]
+    schema = "market string, language string, query string, retrieved_titles array<string>, title string"
+    rows = [tuple(row) for row in pairs.itertuples(index=False)]
+    scope: dict[str, Any] = {"df": spark.createDataFrame(rows, schema)}
+
+    exec(BLOCKS["Score in your own Spark program"], scope)
+
+    found = scope["scored_df"].toPandas()
+    absent = {"brand": None, "category": None, "attributes": None}
+    expected = load_scorer("conf/demo_bundle", "cpu").score(pairs.assign(**absent))["relevance_score"]
+    assert found["title"].tolist() == pairs["title"].tolist()
+    assert found["relevance_score"].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
 
 
 def open_spark(spark: SparkSession, path: str) -> Callable[[], int]:

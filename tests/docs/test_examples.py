@@ -1,0 +1,92 @@
+"""The programs under docs/examples, and the first program of the README, with what they print."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, python_blocks, read_page
+
+pytest.importorskip("onnxruntime")
+
+
+def run_example(name: str, *arguments: str) -> list[str]:
+    """Lines that an example prints, started as a user starts it: from the root of a checkout."""
+    finished = subprocess.run(
+        [sys.executable, f"docs/examples/{name}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.splitlines()
+
+
+def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(python_blocks("README.md")["Quick start"], {})
+    printed = capsys.readouterr().out.split()
+
+    (shown,) = re.findall(r"^```text\n(.*?)^```", read_page("README.md"), re.DOTALL | re.MULTILINE)
+    assert len(printed) == len(shown.split())
+    for word, expected in zip(printed, shown.split(), strict=True):
+        assert word == expected or float(word) == pytest.approx(float(expected), abs=0.0011)
+
+
+def test_score_pairs_prints_the_best_products_of_each_query_first() -> None:
+    lines = run_example("score_pairs.py")
+
+    titles = {line.rpartition("  ")[2]: float(line.split()[0]) for line in lines if line.startswith("  ")}
+    assert [line for line in lines if not line.startswith("  ")] == ["us: frying pan", "kr: 프라이팬", "tw: 平底鍋"]
+    assert list(titles)[2] == "Wireless Mouse"
+    assert list(titles)[3] == "블랙 후라이팬 28cm"
+    assert list(titles)[8] == "無線滑鼠"
+    scores = list(titles.values())
+    assert all(scores[i : i + 3] == sorted(scores[i : i + 3], reverse=True) for i in (0, 3, 6))
+    assert titles["Stainless Steel Skillet"] == pytest.approx(0.537, abs=0.0011)
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_score_in_spark_prints_the_best_product_of_each_query() -> None:
+    lines = run_example("score_in_spark.py")
+
+    assert [line.rpartition("  ")[2] for line in lines] == [
+        "Creme Rinse for Damaged Hair, 350ml",
+        "Navy Nonstick Skillet, 9.5-Inch",
+    ]
+    assert all(0.4 < float(line.split("  ")[-2]) < 0.7 for line in lines)
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_read_changes_prints_each_change_once(spark: object, tmp_path: Path) -> None:
+    pytest.importorskip("deltalake")
+    from csrm.operations.maintenance import cluster_market
+    from csrm.schemas import RELEVANCE_SCORES
+    from csrm.spark.tables import table_path
+    from tests.consumers.publishing import publish
+
+    path = table_path(str(tmp_path), RELEVANCE_SCORES)
+    state = tmp_path / "last_version.txt"
+
+    def read() -> list[str]:
+        return [" ".join(line.split()) for line in run_example("read_changes.py", path, str(state))]
+
+    publish(spark, str(tmp_path), "r1", {"kr": {("q1", "p1"): 0.25, ("q1", "p2"): 0.5}}, day=0)  # version 1
+    assert sorted(read()) == ["2 changes up to version 1", "insert kr q1 p1 0.250", "insert kr q1 p2 0.500"]
+
+    publish(spark, str(tmp_path), "r2", {"kr": {("q1", "p1"): 0.75, ("q1", "p2"): None}}, day=1)  # version 2
+    publish(spark, str(tmp_path), "r3", {"kr": {("q1", "p1"): 1.0}, "tw": {("q2", "p9"): 0.125}}, day=2)  # 3 and 4
+    lines = read()
+    assert sorted(lines[:2]) == ["delete kr q1 p2 0.500", "update_postimage kr q1 p1 0.750"]
+    assert lines[2:] == ["update_postimage kr q1 p1 1.000", "insert tw q2 p9 0.125", "4 changes up to version 4"]
+
+    cluster_market(spark, path, "kr", file_mb=1)  # other files, the same rows
+    assert read() == ["0 changes up to version 5"]
+    assert read() == ["0 changes up to version 5"]
