@@ -1,30 +1,33 @@
 """The programs under docs/examples, and the first program of the README, with what they print."""
 
-import os
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.docs.pages import ROOT, python_blocks, read_page
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
 pytest.importorskip("onnxruntime")
 
 
-def run_example(name: str, *arguments: str) -> list[str]:
-    """Lines that an example prints, started as a user starts it: from the root of a checkout."""
-    finished = subprocess.run(
-        [sys.executable, f"docs/examples/{name}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
+@pytest.fixture
+def run_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Lines that an example prints, run as a program from the root of a checkout: run_example(name, *arguments)."""
+
+    def run(name: str, *arguments: str) -> list[str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        capsys.readouterr()
+        runpy.run_path(f"docs/examples/{name}", run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
 def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +41,7 @@ def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], monk
         assert word == expected or float(word) == pytest.approx(float(expected), abs=0.0011)
 
 
-def test_score_pairs_prints_the_best_products_of_each_query_first() -> None:
+def test_score_pairs_prints_the_best_products_of_each_query_first(run_example: Callable[..., list[str]]) -> None:
     lines = run_example("score_pairs.py")
 
     titles = {line.rpartition("  ")[2]: float(line.split()[0]) for line in lines if line.startswith("  ")}
@@ -53,7 +56,8 @@ def test_score_pairs_prints_the_best_products_of_each_query_first() -> None:
 
 @pytest.mark.spark
 @pytest.mark.slow
-def test_score_in_spark_prints_the_best_product_of_each_query() -> None:
+@pytest.mark.usefixtures("spark")
+def test_score_in_spark_prints_the_best_product_of_each_query(run_example: Callable[..., list[str]]) -> None:
     lines = run_example("score_in_spark.py")
 
     assert [line.rpartition("  ")[2] for line in lines] == [
@@ -65,7 +69,9 @@ def test_score_in_spark_prints_the_best_product_of_each_query() -> None:
 
 @pytest.mark.spark
 @pytest.mark.slow
-def test_read_changes_prints_each_change_once(spark: object, tmp_path: Path) -> None:
+def test_read_changes_prints_each_change_once(
+    spark: "SparkSession", tmp_path: Path, run_example: Callable[..., list[str]]
+) -> None:
     pytest.importorskip("deltalake")
     from csrm.operations.maintenance import cluster_market
     from csrm.schemas import RELEVANCE_SCORES
