@@ -1,16 +1,17 @@
 """Run `csrm train` on the executors of a Spark cluster, one process for each, as one training.
 
-Every path of the config, and CSRM's code, must be on storage that driver and executors share under the same name;
-their Python must have csrm with extra train. A stage's TensorBoard files are there too.
+Every path of the config must be on storage that driver and executors share under the same name; their Python must have
+csrm with extra train. A stage's TensorBoard files are there too.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
 
-from csrm import training
-from csrm.cli import job_parser
+from csrm.cli import job_parser, run_job
+from csrm.commands import train
 from csrm.config import load_config
 from csrm.spark.session import build_session
 from csrm.training.settings import TrainConfig
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_session("csrm-train")
     distributor = TorchDistributor(num_processes=args.num_processes, local_mode=args.local, use_gpu=args.use_gpu)
     overrides = [word for override in args.overrides for word in ("--set", override)]
-    train = Path(training.__path__[0]).resolve() / "__main__.py"
-    distributor.run(str(train), "--config", str(Path(args.config).resolve()), *overrides)
+    distributor.run(train_in_this_process, ["--config", str(Path(args.config).resolve()), *overrides])
     return 0
+
+
+def train_in_this_process(argv: Sequence[str]) -> None:
+    """Take part in a training as one of several processes; exits with the job's code where it fails."""
+    if exit_code := run_job(train.main, argv):
+        sys.exit(exit_code)

@@ -11,7 +11,7 @@ from sklearn.calibration import calibration_curve
 from csrm.pages.page import is_known, render, rows, seen
 from csrm.pages.plots import COLOURS, INK, new_figure, svg
 
-NUM_BINS = 10
+NUM_RELIABILITY_BINS = 10
 MOST_ROWS = 20
 """Most label issues shown; the rest is in their own file."""
 
@@ -82,8 +82,8 @@ def reliability(scores: np.ndarray, is_relevant: np.ndarray) -> Reliability:
         ValueError: a score is outside [0, 1] or not a number.
     """
     scores = scores.astype(np.float64)
-    relevant_shares, mean_scores = calibration_curve(is_relevant, scores, n_bins=NUM_BINS)
-    num_pairs = np.bincount(np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], scores))
+    relevant_shares, mean_scores = calibration_curve(is_relevant, scores, n_bins=NUM_RELIABILITY_BINS)
+    num_pairs = np.bincount(np.searchsorted(np.linspace(0, 1, NUM_RELIABILITY_BINS + 1)[1:-1], scores))
     return Reliability(mean_scores, relevant_shares, num_pairs[num_pairs > 0])
 
 
@@ -154,7 +154,7 @@ def _round_columns(rounds: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
         ("flips that were right", "flips_right", ".1%"),
         ("random flips that were right", "random_flips_right", ".1%"),
     ]
-    return [column for column in columns if any(is_known(getattr(one, column[1])) for one in rounds)]
+    return [column for column in columns if any(is_known(getattr(round_, column[1])) for round_ in rounds)]
 
 
 def _loss_plot(stage: StageRecord) -> Markup | None:
@@ -176,13 +176,13 @@ def _round_plot(rounds: Sequence[RoundRecord]) -> Markup | None:
         ("auc", "AUC", COLOURS[1], "-"),
         ("control_auc", "AUC, same flips on random pairs", COLOURS[1], ":"),
     ):
-        points = [(one.round_index, getattr(one, name)) for one in rounds if is_known(getattr(one, name))]
+        points = [(round_.round_index, getattr(round_, name)) for round_ in rounds if is_known(getattr(round_, name))]
         shown = max(shown, len(points))
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, linestyle=style, marker="o")
     if shown < 2:
         return None
-    axes.set_xticks([one.round_index for one in rounds])
+    axes.set_xticks([round_.round_index for round_ in rounds])
     axes.legend(frameon=False)
     return svg(figure, "nDCG@10 and AUC on the dev split by round")
 

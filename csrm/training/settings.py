@@ -1,5 +1,7 @@
 """Settings of a training."""
 
+from pathlib import Path
+
 from pydantic import Field, field_validator, model_validator
 
 from csrm.config import InputSpec, Settings
@@ -77,6 +79,12 @@ class TrainConfig(Settings):
     model_dir: str
     """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
     <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""
+
+    @property
+    def stages_dir(self) -> Path:
+        """Folder of the stages and rounds, beside model_dir."""
+        model_dir = Path(self.model_dir)
+        return model_dir.with_name(model_dir.name + ".stages")
 
     @model_validator(mode="after")
     def _a_prompt_fits_a_pack(self) -> "TrainConfig":

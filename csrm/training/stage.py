@@ -32,7 +32,7 @@ from csrm.training.trained import (
 from csrm.training.trainer import StagePaths, last_checkpoint, mean_loss, run_training
 from csrm.training.tuning import Tuning
 
-_IN_PACKS = ("pairs_per_prefix", "random_negatives", "drop_all_titles", "drop_title", "label_smoothing")
+_IN_PACKS = ("pairs_per_prefix", "random_negatives", "drop_all_titles", "label_smoothing")
 """Settings of tuning that change weights through the packs alone."""
 
 

@@ -1,4 +1,4 @@
-"""The result of a training for people: a report, and a table of rounds."""
+"""The result of a training for people: a page, and what is printed."""
 
 import json
 from collections.abc import Sequence
@@ -7,67 +7,84 @@ from pathlib import Path
 import pandas as pd
 
 from csrm.evaluation.metrics import PAIR_METRICS, QUERY_METRICS
-from csrm.scoring.scorer import PairScorer
+from csrm.evaluation.report import format_evaluation
+from csrm.training.dev_metrics import SCORE
 from csrm.training.distillation.label_quality import Calibration
-from csrm.training.distillation.rounds import (
-    Round,
-    best_round,
-)
+from csrm.training.distillation.rounds import Round
 from csrm.training.model.relevance import TASKS
 from csrm.training.report import RoundRecord, StageRecord, largest_moves, reliability, report_html
+from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
 from csrm.training.settings import TrainConfig, grade_gains
 from csrm.training.trained import trained_scorer
+
+NUM_SHOWN_ISSUES = 3
+"""Label issues that are printed; the rest is in their own file."""
 
 
 def write_report(
     config: TrainConfig,
-    scorer: PairScorer,
-    dev_pairs: pd.DataFrame,
-    rounds: Sequence[Round],
-    issues: pd.DataFrame | None,
-    stages_dir: Path,
+    scored: pd.DataFrame | None,
+    translation: TranslationResult | None,
+    distillation: DistillationResult | None,
 ) -> Path:
-    """Write the one-page report of the run; returns where it is."""
+    """Write the one-page report of a training; returns where it is.
+
+    Args:
+        scored: pairs of the dev split with their scores; None where it has none.
+    """
     model_dir = Path(config.model_dir)
-    best = best_round(rounds, config.distillation.min_gain) if config.distillation is not None else None
-    trained = [one.model_dir for one in rounds if one is best or one.dev_auc is not None]  # others: teachers alone
-    folders = [stages_dir / "translation"] if config.translation is not None else []
-    folders += trained or [model_dir]
+    rounds = distillation.rounds if distillation is not None else []
+    best = distillation.best if distillation is not None else None
+    trained = _trained_rounds(distillation)
+    folders = [translation.model_dir] if translation is not None else []
+    folders += [round_.model_dir for round_ in trained] or [model_dir]
     calibration = moves = None
-    if not dev_pairs.empty:
-        scores = scorer.score(dev_pairs)["relevance_score"].to_numpy()
+    if scored is not None:
         _, relevant, _ = grade_gains(config)
-        calibration = reliability(scores, dev_pairs["grade"].isin(relevant).to_numpy())
-        if best is not None and best.round_index and rounds[0].model_dir in trained:
-            first_scorer = trained_scorer(rounds[0].model_dir, config.tuning.precision)
-            before = first_scorer.score(dev_pairs)["relevance_score"].to_numpy()
-            moves = largest_moves(dev_pairs, before, scores)
+        calibration = reliability(scored[SCORE].to_numpy(), scored["grade"].isin(relevant).to_numpy())
+        if best is not None and best.round_index and rounds[0] in trained:
+            moves = _moves_since(rounds[0], scored, config)
     page = report_html(
         f"Training of {model_dir.name}",
         stages=[_stage_record(folder) for folder in folders],
-        rounds=[
-            RoundRecord(
-                one.round_index,
-                is_kept=one is best,
-                ndcg=one.dev_ndcg,
-                auc=one.dev_auc,
-                agreement=one.agreement,
-                control_auc=one.control_auc,
-                gain_error=one.gain_error,
-                flipped_share=one.flips.share if one.flips else None,
-                flips_right=one.flips.precision if one.flips else None,
-                random_flips_right=one.flips.wrong_share if one.flips else None,
-            )
-            for one in rounds
-        ],
+        rounds=[_round_record(round_, is_kept=round_ is best) for round_ in rounds],
         reliability=calibration,
-        label_issues=issues,
+        label_issues=distillation.label_issues if distillation is not None else None,
         moves=moves,
     )
-    stages_dir.mkdir(parents=True, exist_ok=True)
-    path = stages_dir / "report.html"
+    config.stages_dir.mkdir(parents=True, exist_ok=True)
+    path = config.stages_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _trained_rounds(distillation: DistillationResult | None) -> list[Round]:
+    """The rounds that have a model; others have teachers alone."""
+    if distillation is None:
+        return []
+    return [round_ for round_ in distillation.rounds if round_ is distillation.best or round_.dev_auc is not None]
+
+
+def _moves_since(first: Round, scored: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
+    """Pairs whose score moved most since the first round."""
+    scorer = trained_scorer(first.model_dir, config.tuning.precision)
+    return largest_moves(scored, scorer.score(scored)[SCORE].to_numpy(), scored[SCORE].to_numpy())
+
+
+def _round_record(round_: Round, is_kept: bool) -> RoundRecord:
+    flips = round_.flips
+    return RoundRecord(
+        round_.round_index,
+        is_kept=is_kept,
+        ndcg=round_.dev_ndcg,
+        auc=round_.dev_auc,
+        agreement=round_.agreement,
+        control_auc=round_.control_auc,
+        gain_error=round_.gain_error,
+        flipped_share=flips.share if flips else None,
+        flips_right=flips.precision if flips else None,
+        random_flips_right=flips.wrong_share if flips else None,
+    )
 
 
 def _stage_record(folder: Path) -> StageRecord:
@@ -81,23 +98,64 @@ def _stage_record(folder: Path) -> StageRecord:
     return StageRecord(folder.name, num_packs=card["num_packs"], settings=card["tuning"], losses=losses)
 
 
+def format_training(result: TrainingResult) -> str:
+    """The result as plain text, one block a step."""
+    blocks = []
+    if result.translation is not None:
+        blocks.append(format_translation(result.translation))
+    if result.distillation is not None:
+        blocks.append(format_distillation(result.distillation))
+    blocks.append(f"trained on {result.num_pairs} pairs: {result.model_dir}")
+    if result.evaluation is not None:
+        blocks.append(format_evaluation(result.evaluation))
+    blocks.append(f"report: {result.report_path}")
+    return "\n".join(blocks)
+
+
+def format_translation(result: TranslationResult) -> str:
+    """One line: the texts that were trained on, those left out, and how well held-out ones are translated."""
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.num_left_out.items())) or "none"
+    texts = f"translation: {result.num_texts:,} pairs of texts to learn from, left out: {left_out}"
+    quality = result.quality
+    if quality is None:
+        return f"{texts}; not measured, for no text is of split {result.held_out_split} alone"
+    return (
+        f"{texts}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "
+        f"({quality.loss_without_source:.2f} without the source), chrF {quality.chrf:.1f}"
+    )
+
+
+def format_distillation(result: DistillationResult) -> str:
+    """The table of rounds, and the clearest of the given labels that look wrong."""
+    issues = result.label_issues
+    lines = [format_rounds(result.rounds, result.best)]
+    lines.append(f"{len(issues):,} given labels look wrong, the clearest first: {result.issues_path}")
+    if result.teachers_saw_labels:
+        lines.append(
+            "  (to a model that has learnt them: with num_folds 2 or more, models judge labels that they never saw)"
+        )
+    for row in issues.head(NUM_SHOWN_ISSUES).itertuples():
+        lines.append(f"  {row.market}  {row.query}  |  {row.title}: given {row.grade}, rather {row.suggested_label}")
+    return "\n".join(lines)
+
+
 def format_rounds(rounds: Sequence[Round], best: Round) -> str:
     """A table: one line a round. Columns that no round has are left out."""
     columns = {
-        "round": [str(one.round_index) for one in rounds],
-        f"dev {QUERY_METRICS[0]}": [_number(one.dev_ndcg, ".4f") for one in rounds],
-        f"dev {PAIR_METRICS[0]}": [_number(one.dev_auc, ".4f") for one in rounds],
-        "control": [_number(one.control_auc, ".4f") for one in rounds],
-        "agreement": [_number(one.agreement, ".4f") for one in rounds],
-        "error of gain": [_number(one.gain_error, ".4f") for one in rounds],
-        "doubted": [_number(one.doubts.share if one.doubts else None, ".1%") for one in rounds],
-        "of these wrong": [_number(one.doubts.precision if one.doubts else None, ".1%") for one in rounds],
-        "of all wrong": [_number(one.doubts.wrong_share if one.doubts else None, ".1%") for one in rounds],
-        "flipped": [_number(one.flips.share if one.flips else None, ".1%") for one in rounds],
-        "repaired": [_number(one.flips.repaired if one.flips else None, ".1%") for one in rounds],
-        "calibration error": [_calibration_error(one.calibration) for one in rounds],
-        "on dev": [_calibration_error(one.dev_calibration) for one in rounds],
-        "pseudo-labels": [_number(one.num_unlabelled or None, ",") for one in rounds],
+        "round": [str(round_.round_index) for round_ in rounds],
+        f"dev {QUERY_METRICS[0]}": [_number(round_.dev_ndcg, ".4f") for round_ in rounds],
+        f"dev {PAIR_METRICS[0]}": [_number(round_.dev_auc, ".4f") for round_ in rounds],
+        "control": [_number(round_.control_auc, ".4f") for round_ in rounds],
+        "agreement": [_number(round_.agreement, ".4f") for round_ in rounds],
+        "error of gain": [_number(round_.gain_error, ".4f") for round_ in rounds],
+        "doubted": [_number(round_.doubts.share if round_.doubts else None, ".1%") for round_ in rounds],
+        "of these wrong": [_number(round_.doubts.precision if round_.doubts else None, ".1%") for round_ in rounds],
+        "of all wrong": [_number(round_.doubts.wrong_share if round_.doubts else None, ".1%") for round_ in rounds],
+        "flipped": [_number(round_.flips.share if round_.flips else None, ".1%") for round_ in rounds],
+        "repaired": [_number(round_.flips.repaired if round_.flips else None, ".1%") for round_ in rounds],
+        "calibration error": [_calibration_error(round_.calibration) for round_ in rounds],
+        "on dev": [_calibration_error(round_.dev_calibration) for round_ in rounds],
+        "pseudo-labels": [_number(round_.num_unlabelled or None, ",") for round_ in rounds],
     }
     shown = {name: texts for name, texts in columns.items() if any(texts)}
     widths = [max(map(len, (name, *texts))) for name, texts in shown.items()]

@@ -46,9 +46,8 @@ class Tuning(Settings):
     products were all found by a search for their query, so few labels teach little about what a match is; a random
     product differs from one plainly."""
     drop_all_titles: float = Field(default=0.1, ge=0, le=1)
-    """Share of prefixes that are learnt without their retrieved titles, so that a query that has none still works."""
-    drop_title: float = Field(default=0.1, ge=0, le=1)
-    """Probability of each retrieved title of the other prefixes to be left out."""
+    """Share of prefixes that are learnt without their retrieved titles, so that a query that has none still works.
+    Other prefixes lose each of their titles with TITLE_DROP_PROBABILITY of csrm.training.relevance."""
     precision: TrainingPrecision = "fp32"
     """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
     translation_weight: float = Field(default=0.25, gt=0)

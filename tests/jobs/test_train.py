@@ -15,35 +15,24 @@ from safetensors.torch import load_file
 
 from csrm.bundle.loading import load_scorer
 from csrm.cli import run_job, setting_arguments
-from csrm.commands import export_bundle, generate_market, train
+from csrm.commands import export_bundle, train
 from csrm.manifest import verify_manifest
 from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.training.settings import TranslationSettings
 from csrm.training.tuning import Tuning
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def settings(market_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a small training on a generated market."""
-    folder = tmp_path_factory.mktemp("train")
-    generate_market.main(
-        setting_arguments(output=str(folder / "inputs"), products_per_market=80, queries_per_market=12)
-    )
-    inputs = {
-        name: {"path": str(folder / "inputs" / f"{name}.parquet"), "format": "parquet"}
-        for name in ("catalog", "queries", "judgments")
-    }
-    titles = pd.read_parquet(folder / "inputs" / "catalog.parquet")["title"].dropna()
-    base_model = write_tiny_base_model(folder / "base", train_byte_tokenizer(titles, 800))
     return {
-        "markets": {"kr": "ko", "tw": "zh-TW", "us": "en"},
-        "inputs": inputs,
-        "base_model": {"folder": str(base_model)},
+        **market_settings,
         "translation": None,
         "tuning": {"method": "full", "max_steps": 3, "learning_rate": 1e-3},
         "distillation": None,
-        "model_dir": str(folder / "model"),
+        "model_dir": str(tmp_path_factory.mktemp("train") / "model"),
     }
 
 
@@ -147,7 +136,7 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     judged = pd.read_parquet(settings["inputs"]["judgments"]["path"])
     learnt = judged[(judged["market"] == "us") & (judged["split"] == "train")]["query_id"].nunique()
     assert 0 < rounds[1]["num_unlabelled"] == 4 * learnt < 4 * 12
-    assert all(0 < one["dev_auc"] < 1 for one in rounds)
+    assert all(0 < round_["dev_auc"] < 1 for round_ in rounds)
     assert rounds[1]["flips"]["num_pairs"] == rounds[1]["calibration"]["num_pairs"]
     assert rounds[1]["control_auc"] is not None
     assert verify_manifest(tmp_path / "model", "model") == verify_manifest(best["model_dir"], "model")
@@ -219,7 +208,7 @@ def test_a_distillation_that_was_killed_goes_on_at_its_teacher(
             other = stages / path.relative_to(tmp_path / "whole.stages")
             assert path.read_bytes() == other.read_bytes(), path
     rounds = [json.loads((folder / "rounds.json").read_text()) for folder in (tmp_path / "whole.stages", stages)]
-    assert [one["agreement"] for one in rounds[0]] == [one["agreement"] for one in rounds[1]]
+    assert [round_["agreement"] for round_ in rounds[0]] == [round_["agreement"] for round_ in rounds[1]]
 
 
 @pytest.mark.slow
@@ -252,7 +241,7 @@ def test_parallel_text_without_splits_whose_languages_have_other_names(
 def test_epochs_of_the_translation_replace_every_number_of_steps(
     given: dict[str, Any], max_steps: int | None, epochs: float
 ) -> None:
-    translation = train.TranslationSettings.model_validate({"parallel_text": {"path": "x"}, **given})
+    translation = TranslationSettings.model_validate({"parallel_text": {"path": "x"}, **given})
     tuning = translation.tuning(Tuning(max_steps=5))
     assert (tuning.max_steps, tuning.epochs) == (max_steps, epochs)
 

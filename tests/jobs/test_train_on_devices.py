@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from csrm.cli import run_job, setting_arguments
-from csrm.commands import generate_market, train
-from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
+from csrm.commands import train
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -24,29 +23,18 @@ STAGES = ("model", "model.stages/translation")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """A small market; translation first, then mixed into the relevance stage."""
-    folder = tmp_path_factory.mktemp("devices")
-    generate_market.main(
-        setting_arguments(output=str(folder / "inputs"), products_per_market=60, queries_per_market=10)
-    )
-    inputs = {
-        name: {"path": str(folder / "inputs" / f"{name}.parquet"), "format": "parquet"}
-        for name in ("catalog", "queries", "judgments")
-    }
+def settings(market_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Translation first, then mixed into the relevance stage."""
+    path = tmp_path_factory.mktemp("devices") / "parallel.parquet"
     texts = [
         ("ko", "en", f"수건 {number}", "big " * (number % 7) + f"towel {number}x", "train") for number in range(90)
     ]
     texts.append(("ko", "en", "담요", "blanket", "dev"))
     names = ["source_language", "target_language", "source_text", "target_text", "split"]
-    pd.DataFrame(texts, columns=names).to_parquet(folder / "parallel.parquet")
-    titles = pd.read_parquet(folder / "inputs" / "catalog.parquet")["title"].dropna()
-    base_model = write_tiny_base_model(folder / "base", train_byte_tokenizer(titles, 800))
-    parallel_text = {"path": str(folder / "parallel.parquet"), "format": "parquet"}
+    pd.DataFrame(texts, columns=names).to_parquet(path)
+    parallel_text = {"path": str(path), "format": "parquet"}
     return {
-        "markets": {"kr": "ko", "tw": "zh-TW", "us": "en"},
-        "inputs": inputs,
-        "base_model": {"folder": str(base_model)},
+        **market_settings,
         "tuning": {"method": "lora", "max_steps": 6, "packs_per_step": 4, "learning_rate": 1e-4},
         "translation": {"parallel_text": parallel_text, "max_steps": 3, "mixed_share": 0.5},
         "distillation": None,
@@ -54,7 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def alone(settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one process trained."""
     folder = tmp_path_factory.mktemp("alone")
     assert run_job(train.main, setting_arguments(**settings, model_dir=str(folder / "model"))) == 0
@@ -81,9 +69,7 @@ def in_two_processes(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_model_that_one_trains(
-    settings: dict[str, object], alone: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_the_model_that_one_trains(settings: dict[str, Any], alone: Path, tmp_path: Path) -> None:
     arguments = setting_arguments(**settings, model_dir=str(tmp_path / "model"))
     ended = in_two_processes(arguments)
     assert ended.returncode == 0, ended.stderr
@@ -96,7 +82,7 @@ def test_two_processes_train_the_model_that_one_trains(
 
 
 @pytest.mark.slow
-def test_what_is_wrong_ends_all_processes(settings: dict[str, object], tmp_path: Path) -> None:
+def test_what_is_wrong_ends_all_processes(settings: dict[str, Any], tmp_path: Path) -> None:
     tuning = {"packs_per_step": 3}
     ended = in_two_processes(setting_arguments(**{**settings, "tuning": tuning}, model_dir=str(tmp_path / "model")))
     assert ended.returncode != 0
@@ -110,7 +96,7 @@ def test_what_is_wrong_ends_all_processes(settings: dict[str, object], tmp_path:
 @pytest.mark.slow
 @pytest.mark.spark
 def test_processes_that_spark_starts_train_the_same_model(
-    settings: dict[str, object], alone: Path, tmp_path: Path, spark: "SparkSession"
+    settings: dict[str, Any], alone: Path, tmp_path: Path, spark: "SparkSession"
 ) -> None:
     from csrm.commands import train_on_spark
 

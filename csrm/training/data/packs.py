@@ -137,10 +137,10 @@ def write_packs(packs: Iterable[TrainingPack], path: Path) -> int:
     num_packs = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         while block := list(islice(packs, _PACKS_PER_BLOCK)):
-            columns = [[getattr(one.pack, name)[0] for one in block] for name in _ARRAYS]
-            columns.append([one.targets.tolist() for one in block])
-            columns.append([one.is_translation for one in block])
-            columns.append([list(one.keys) for one in block])
+            columns = [[getattr(pack.pack, name)[0] for pack in block] for name in _ARRAYS]
+            columns.append([pack.targets.tolist() for pack in block])
+            columns.append([pack.is_translation for pack in block])
+            columns.append([list(pack.keys) for pack in block])
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             num_packs += len(block)
     return num_packs
@@ -181,12 +181,12 @@ class PackFile(torch.utils.data.Dataset[TrainingPack]):
 
 def collate(packs: Sequence[TrainingPack], num_labels: int) -> dict[str, Any]:
     """One batch: inputs of PackedRelevanceModel.forward, and the keys of what it holds."""
-    batch = merge_packs([one.pack for one in packs])
+    batch = merge_packs([pack.pack for pack in packs])
     targets = np.zeros((*batch.pair_index.shape, num_labels), dtype=np.float32)
-    for row, one in enumerate(packs):
-        if len(one.targets):
-            targets[row, : len(one.targets)] = one.targets
-    is_translation = np.array([[one.is_translation] for one in packs]) & (batch.segment_ids > 0)
+    for row, pack in enumerate(packs):
+        if len(pack.targets):
+            targets[row, : len(pack.targets)] = pack.targets
+    is_translation = np.array([[pack.is_translation] for pack in packs]) & (batch.segment_ids > 0)
     arrays = {**batch.model_inputs(), "targets": targets, "is_translation": is_translation}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {**tensors, "keys": [key for one in packs for key in one.keys]}
+    return {**tensors, "keys": [key for pack in packs for key in pack.keys]}

@@ -31,8 +31,10 @@ class Phrasebook:
     """Phrases of parallel text with their translations, in memory."""
 
     def __init__(self, texts: Iterable[Sequence[Translation]]) -> None:
-        """Args:
-        texts: batches. A phrase may have several translations.
+        """Collect the phrases of parallel text.
+
+        Args:
+            texts: batches. A phrase may have several translations.
         """
         self._phrases: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(
             lambda: defaultdict(lambda: defaultdict(list))

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
-from csrm.schemas import QUERIES, RETRIEVAL_TABLE
+from csrm.schemas import PAIR_KEY, QUERIES, RETRIEVAL_TABLE
 from csrm.scoring.labels import Label
 from csrm.text import search_terms
 from csrm.training.data.database import (
@@ -126,7 +126,7 @@ def title_pairs(
             told = (query.language, query.query, titles)
             for other, soft_label in ((title, relevant), *((other, irrelevant) for other in others)):
                 rows.append((*key, other.product_id, *told, other.said, soft_label, settings.weight, num_groups))
-        names = ["market", "query_id", "product_id", "language", "query", "retrieved_titles", "title"]
+        names = [*PAIR_KEY, "language", "query", "retrieved_titles", "title"]
         frame = pd.DataFrame(rows, columns=[*names, "soft_label", "weight", "group_number"])
         yield frame.assign(grade=None, split="train", brand=None, category=None, attributes=None)
         if num_groups == most:

@@ -48,7 +48,7 @@ def calibration(probabilities: np.ndarray, given: np.ndarray) -> Calibration:
     places = np.minimum(confidence * NUM_CALIBRATION_BINS, NUM_CALIBRATION_BINS - 1).astype(np.int64)
     inside = [places == place for place in np.unique(places)]
     bins = tuple(Bin(int(rows.sum()), float(confidence[rows].mean()), float(is_given[rows].mean())) for rows in inside)
-    error = sum(one.num_pairs * abs(one.confidence - one.accuracy) for one in bins) / len(confidence)
+    error = sum(bin_.num_pairs * abs(bin_.confidence - bin_.accuracy) for bin_ in bins) / len(confidence)
     return Calibration(len(confidence), error, bins)
 
 

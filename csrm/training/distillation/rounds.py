@@ -27,13 +27,13 @@ from scipy.special import softmax
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
+from csrm.schemas import PAIR_KEY
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.training.data.judged import Fold, JudgedPairs
 from csrm.training.distillation.label_quality import Calibration, Flips, calibration, count_flips, fold_agreement
 from csrm.training.distillation.pseudo_labels import UnlabelledPairs
 from csrm.training.distillation.soft_labels import (
-    KEY,
     TRAIN,
     UNLABELLED,
     TargetsOf,
@@ -74,8 +74,6 @@ class Distillation(Settings):
     teacher_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the teachers in a soft label; the rest is the given label. Up to 0.5, a doubted label is made
     softer, but remains the most probable one; above, they can outvote it."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the teachers' logits; above 1 they are less sure."""
     teacher_scores: InputSpec | None = None
     """Table with the columns of relevance_scores, of one bundle: scores of all training and unlabelled pairs replace
     the teachers of the only round. It should come from a bundle that was not trained on these labels."""
@@ -162,7 +160,9 @@ class TrainStudent(Protocol):
         without: Fold | None = None,
         epochs: float | None = None,
     ) -> PairScorer:
-        """Args:
+        """Train one model.
+
+        Args:
             soft_labels: what to learn; None: the given labels.
             without: leave out the queries of this fold.
             epochs: replaces the configured length.
@@ -206,22 +206,22 @@ def self_distill(setup: RoundSetup) -> list[Round]:
     """
     settings = setup.settings
     digest = setup.pairs.digest()
-    one = Round(0, setup.work_dir / "round-0", None)
+    round_ = Round(0, setup.work_dir / "round-0", None)
     rounds: list[Round] = []
     while True:
         if setup.dev_metrics is not None:
-            one = _measured(one, setup, setup.dev_metrics)
-            rounds = _with(rounds, one, setup.work_dir, settings.min_gain)
+            round_ = _measured(round_, setup, setup.dev_metrics)
+            rounds = _with(rounds, round_, setup.work_dir, settings.min_gain)
             if not _goes_on(rounds, settings):
                 return rounds
-        beliefs = _beliefs(one, setup, digest)
-        one = _with_agreement(one, beliefs, setup)
-        rounds = _with(rounds, one, setup.work_dir, settings.min_gain)
+        beliefs = _beliefs(round_, setup, digest)
+        round_ = _with_agreement(round_, beliefs, setup)
+        rounds = _with(rounds, round_, setup.work_dir, settings.min_gain)
         if setup.dev_metrics is None and not _goes_on(rounds, settings):
             best = best_round(rounds, settings.min_gain)
             setup.train(best.model_dir, best.soft_labels)
             return rounds
-        one = _next_round(one, beliefs, setup)
+        round_ = _next_round(round_, beliefs, setup)
 
 
 def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
@@ -244,15 +244,15 @@ def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
 def best_round(rounds: Sequence[Round], min_gain: float) -> Round:
     """The last of those that gained more than `min_gain` and their error over the one kept before: first the first."""
     best = rounds[0]
-    for one in rounds[1:]:
-        if one.metric - best.metric > max(min_gain, gain_error(one, best)):
-            best = one
+    for round_ in rounds[1:]:
+        if round_.metric - best.metric > max(min_gain, gain_error(round_, best)):
+            best = round_
     return best
 
 
-def gain_error(one: Round, best: Round) -> float:
+def gain_error(round_: Round, best: Round) -> float:
     """Standard error over queries of what a round gains over an earlier one."""
-    return float(np.nanstd(one.resampled - best.resampled))
+    return float(np.nanstd(round_.resampled - best.resampled))
 
 
 def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
@@ -271,12 +271,12 @@ def _goes_on(rounds: Sequence[Round], settings: Distillation) -> bool:
     return best is last and last.round_index < settings.rounds
 
 
-def _with(rounds: Sequence[Round], one: Round, work_dir: Path, min_gain: float) -> list[Round]:
+def _with(rounds: Sequence[Round], round_: Round, work_dir: Path, min_gain: float) -> list[Round]:
     """The rounds with this one in its place, on disk too."""
-    before = rounds[: one.round_index]
+    before = rounds[: round_.round_index]
     if before:
-        one = dataclasses.replace(one, gain_error=gain_error(one, best_round(before, min_gain)))
-    changed = [*before, one]
+        round_ = dataclasses.replace(round_, gain_error=gain_error(round_, best_round(before, min_gain)))
+    changed = [*before, round_]
     partial = work_dir / "rounds.json.partial"
     written = [{name: value for name, value in asdict(each).items() if name != "resampled"} for each in changed]
     text = json.dumps(written, indent=2, default=str) + "\n"
@@ -285,24 +285,24 @@ def _with(rounds: Sequence[Round], one: Round, work_dir: Path, min_gain: float) 
     return changed
 
 
-def _measured(one: Round, setup: RoundSetup, dev_metrics: Callable[[PairScorer], DevMetrics]) -> Round:
+def _measured(round_: Round, setup: RoundSetup, dev_metrics: Callable[[PairScorer], DevMetrics]) -> Round:
     """The round with its student's dev metrics, and its control's."""
-    metrics = dev_metrics(setup.train(one.model_dir, one.soft_labels))
+    metrics = dev_metrics(setup.train(round_.model_dir, round_.soft_labels))
     if math.isnan(metrics.aucs[0]):
         raise InputError(
             f"judgments: all or no pairs of split {setup.dev_split!r} are of the most relevant label, so it cannot "
             "choose a round. Judge more pairs of it, or set distillation.choose_by to agreement."
         )
-    logger.info("round %d: dev ROC-AUC %.4f, nDCG@10 %.4f", one.round_index, metrics.aucs[0], metrics.ndcg)
+    logger.info("round %d: dev ROC-AUC %.4f, nDCG@10 %.4f", round_.round_index, metrics.aucs[0], metrics.ndcg)
     control_auc = None
-    if setup.settings.control and one.soft_labels is not None:
-        control_dir = setup.work_dir / f"round-{one.round_index}-control"
-        shuffled = setup.work_dir / f"round-{one.round_index}-control_labels.parquet"
-        write_shuffled_labels(shuffled, one.soft_labels, setup.seed)
+    if setup.settings.control and round_.soft_labels is not None:
+        control_dir = setup.work_dir / f"round-{round_.round_index}-control"
+        shuffled = setup.work_dir / f"round-{round_.round_index}-control_labels.parquet"
+        write_shuffled_labels(shuffled, round_.soft_labels, setup.seed)
         control_auc = float(dev_metrics(setup.train(control_dir, shuffled)).aucs[0])
-        logger.info("round %d: dev ROC-AUC %.4f with the same flips on random pairs", one.round_index, control_auc)
+        logger.info("round %d: dev ROC-AUC %.4f with the same flips on random pairs", round_.round_index, control_auc)
     return dataclasses.replace(
-        one,
+        round_,
         dev_auc=float(metrics.aucs[0]),
         dev_ndcg=metrics.ndcg,
         control_auc=control_auc,
@@ -310,9 +310,9 @@ def _measured(one: Round, setup: RoundSetup, dev_metrics: Callable[[PairScorer],
     )
 
 
-def _beliefs(one: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
+def _beliefs(round_: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
     """What teachers that learnt this round's labels think of the pairs that they did not see: one file for each."""
-    settings, index = setup.settings, one.round_index + 1
+    settings, index = setup.settings, round_.round_index + 1
     paths = []
     splits = [TRAIN, UNLABELLED, *([setup.dev_split] if setup.dev_split is not None else [])]
     if settings.teacher_scores is not None:
@@ -325,10 +325,13 @@ def _beliefs(one: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
         name = f"round-{index}-teacher-{number}"
         is_round_before = fold is None and settings.teacher_epochs is None
         teacher = setup.train(
-            one.model_dir if is_round_before else setup.work_dir / name, one.soft_labels, fold, settings.teacher_epochs
+            round_.model_dir if is_round_before else setup.work_dir / name,
+            round_.soft_labels,
+            fold,
+            settings.teacher_epochs,
         )
         paths.append(setup.work_dir / f"{name}-beliefs.parquet")
-        follows_from = [teacher.digest, pairs_digest, fold, settings.temperature, splits] if teacher.digest else None
+        follows_from = [teacher.digest, pairs_digest, fold, splits] if teacher.digest else None
         write_beliefs(paths[-1], _judge(teacher, setup, fold, splits), follows_from)
     return paths
 
@@ -339,13 +342,13 @@ def _judge(
     """Label probabilities of the fold, and of all pairs of the other splits."""
     for split in splits:
         for batch in setup.pairs.batches(split, fold if split == TRAIN else None):
-            yield batch, softmax(teacher.logits(batch) / setup.settings.temperature, axis=1)
+            yield batch, softmax(teacher.logits(batch), axis=1)
 
 
-def _with_agreement(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
+def _with_agreement(round_: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
     """The round with its teachers' agreement, where there are teachers that did not see a fold."""
     if len(beliefs) == 1:
-        return one
+        return round_
     gains = np.array([label.gain for label in setup.labels])
     folds = [(read_queries(path, TRAIN), *read_beliefs(path, TRAIN, setup.targets_of)) for path in beliefs]
     agreements = fold_agreement(
@@ -354,24 +357,24 @@ def _with_agreement(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> R
         [queries for queries, *_ in folds],
     )
     if not math.isnan(agreements[0]):
-        resampled = agreements[1:] if setup.dev_metrics is None else one.resampled
-        return dataclasses.replace(one, agreement=float(agreements[0]), resampled=resampled)
+        resampled = agreements[1:] if setup.dev_metrics is None else round_.resampled
+        return dataclasses.replace(round_, agreement=float(agreements[0]), resampled=resampled)
     if setup.dev_metrics is None:
         raise InputError(
             "judgments: in no fold are some of the given labels the most relevant one and some not, so agreement "
             "cannot choose a round. Bring more judged pairs."
         )
-    return one
+    return round_
 
 
-def _next_round(one: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
+def _next_round(round_: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Round:
     """The round that learns what these teachers think, with all that is known before it is trained."""
-    settings, index = setup.settings, one.round_index + 1
+    settings, index = setup.settings, round_.round_index + 1
     soft_labels = setup.work_dir / f"round-{index}-soft_labels.parquet"
     write_soft_labels(soft_labels, beliefs, setup.targets_of, settings.teacher_share, settings.unlabelled)
     table = read_labelled(soft_labels)
     given, teacher, soft = (rows_of(table, name) for name in ("given", "teacher", "soft_label"))
-    true_labels = _true_labels(table.select(KEY).to_pandas(), setup)
+    true_labels = _true_labels(table.select([*PAIR_KEY]).to_pandas(), setup)
     doubts, flips = (count_flips(given, others, true_labels) for others in (teacher, soft))
     logger.info("round %d: %.1f%% of labels doubted, %.1f%% flipped", index, 100 * doubts.share, 100 * flips.share)
     dev_calibration = None

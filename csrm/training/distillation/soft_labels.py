@@ -10,15 +10,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csrm.schemas import PAIR_KEY
 from csrm.training.distillation.pseudo_labels import UnlabelledPairs, pseudo_label_weights
-
-KEY = ["market", "query_id", "product_id"]
-
 
 TRAIN, UNLABELLED = "train", "unlabelled"
 
 
-_KEY_FIELDS = [*((name, pa.string()) for name in KEY), ("grade", pa.string())]
+_KEY_FIELDS = [*((name, pa.string()) for name in PAIR_KEY), ("grade", pa.string())]
 
 
 BELIEFS_SCHEMA = pa.schema([*_KEY_FIELDS, ("split", pa.string()), ("teacher", pa.list_(pa.float32()))])
@@ -54,7 +52,7 @@ def write_beliefs(path: Path, beliefs: Iterator[tuple[pd.DataFrame, np.ndarray]]
         return
     tables = (
         pa.table(
-            [*(pairs[name].to_list() for name in (*KEY, "grade", "split")), probabilities.tolist()],
+            [*(pairs[name].to_list() for name in (*PAIR_KEY, "grade", "split")), probabilities.tolist()],
             schema=BELIEFS_SCHEMA,
         )
         for pairs, probabilities in beliefs
@@ -118,7 +116,7 @@ def _soft_labels(
 def _labelled(
     table: pa.Table, given: list[list[float] | None], teacher: np.ndarray, soft_label: np.ndarray, weight: np.ndarray
 ) -> pa.Table:
-    columns = [table[name] for name in (*KEY, "grade")]
+    columns = [table[name] for name in (*PAIR_KEY, "grade")]
     return pa.table([*columns, given, teacher.tolist(), soft_label.tolist(), weight], schema=SOFT_LABELS_SCHEMA)
 
 
@@ -156,12 +154,12 @@ def label_issues(soft_labels: Path, label_names: Sequence[str]) -> pd.DataFrame:
     table = read_labelled(soft_labels)
     teacher, given = rows_of(table, "teacher"), rows_of(table, "given")
     suggested = teacher.argmax(axis=1)
-    issues = table.select([*KEY, "grade"]).to_pandas()
+    issues = table.select([*PAIR_KEY, "grade"]).to_pandas()
     issues["suggested_label"] = np.array(label_names, dtype=object)[suggested]
     issues["given_probability"] = (teacher * given).sum(axis=1)
     issues["suggested_probability"] = teacher.max(axis=1)
     issues = issues[suggested != given.argmax(axis=1)]
-    return issues.sort_values(["given_probability", *KEY], ignore_index=True)
+    return issues.sort_values(["given_probability", *PAIR_KEY], ignore_index=True)
 
 
 def read_labelled(soft_labels: Path) -> pa.Table:

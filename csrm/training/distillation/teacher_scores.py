@@ -9,12 +9,12 @@ import pyarrow as pa
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import RELEVANCE_SCORES, Table
+from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES, Table
 from csrm.scoring.labels import Label
 from csrm.training.data.database import add_table, open_database
 from csrm.training.data.judged import JudgedPairs
 
-_COLUMNS = ("market", "query_id", "product_id", "relevance_score", "bundle_digest")
+_COLUMNS = (*PAIR_KEY, "relevance_score", "bundle_digest")
 
 
 _SCORES = Table(
@@ -25,7 +25,7 @@ _SCORES = Table(
 )
 
 
-_PAIRS = pa.schema([(name, pa.string()) for name in ("market", "query_id", "product_id", "grade", "split")])
+_PAIRS = pa.schema([(name, pa.string()) for name in (*PAIR_KEY, "grade", "split")])
 
 
 def label_probabilities(scores: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
@@ -82,7 +82,7 @@ def teacher_scores(
             if len(missing):
                 raise InputError(
                     f"teacher_scores {spec.path!r}: pairs have no score, for example "
-                    f"{' '.join(missing.iloc[0][['market', 'query_id', 'product_id']])}. Score them with "
+                    f"{' '.join(missing.iloc[0][[*PAIR_KEY]])}. Score them with "
                     "jobs/score_catalog.py: name the judged and unlabelled pairs as its candidates."
                 )
             yield frame, label_probabilities(frame["relevance_score"].to_numpy(), labels)

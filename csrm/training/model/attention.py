@@ -43,7 +43,7 @@ def by_blocks(bias: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, Any]:
     key_index = visible_keys(widest)
     if isinstance(bias, dict):
         return {
-            "attention_mask": {kind: block_bias(one, key_index) for kind, one in bias.items()},
+            "attention_mask": {kind: block_bias(kind_bias, key_index) for kind, kind_bias in bias.items()},
             "key_index": key_index,
         }
     return {"attention_mask": block_bias(bias, key_index), "key_index": key_index}

@@ -28,10 +28,12 @@ class PackedRelevanceModel(nn.Module):
     def __init__(
         self, language_model: PreTrainedModel, label_ids: Sequence[int], translation_weight: float = 1.0
     ) -> None:
-        """Args:
-        language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
-        label_ids: token id of each label; relevance uses only these rows of the output embeddings.
-        translation_weight: factor of the translation loss where a batch also has a relevance loss.
+        """Wrap a language model.
+
+        Args:
+            language_model: its decoder and output embeddings are used, not copied; adapters in them stay active.
+            label_ids: token id of each label; relevance uses only these rows of the output embeddings.
+            translation_weight: factor of the translation loss where a batch also has a relevance loss.
         """
         super().__init__()
         self.translation_weight = translation_weight

@@ -6,8 +6,8 @@ import pytest
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.training.data import judged as data
-from csrm.training.data.judged import JudgedInputs, JudgedPairs, MeasuredQueries, UnlabelledInputs
+from csrm.training.data import database
+from csrm.training.data.judged import Fold, JudgedInputs, JudgedPairs, MeasuredQueries, UnlabelledInputs
 
 MARKETS = {"us": "en", "kr": "ko"}
 
@@ -206,7 +206,7 @@ def test_groups_depend_neither_on_the_order_of_rows_nor_on_threads(
     expected = groups()
     for path in tmp_path.glob("*.parquet"):
         pd.read_parquet(path).sample(frac=1, random_state=1).to_parquet(path)
-    monkeypatch.setattr(data, "_NUM_THREADS", 1)
+    monkeypatch.setattr(database, "_NUM_THREADS", 1)
     pd.testing.assert_frame_equal(groups(), expected)
 
 
@@ -249,7 +249,7 @@ def test_texts_that_look_alike_are_one_text(tables: dict[str, pd.DataFrame], tmp
     tables["queries"]["query"] = [unicodedata.normalize("NFD", "무선  마우스"), "무선\u3000마우스 "]
     tables["judgments"]["split"] = ["train", "dev"]
     with JudgedPairs(written(tables, tmp_path), MARKETS) as pairs:
-        assert pairs.num_queries("train", data.Fold(0, 2)) == pairs.num_queries("dev", data.Fold(0, 2))
+        assert pairs.num_queries("train", Fold(0, 2)) == pairs.num_queries("dev", Fold(0, 2))
         with pytest.raises(InputError, match=r"1 query texts are in split train and in split dev"):
             pairs.check_apart("train", "dev")
 

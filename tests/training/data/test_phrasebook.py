@@ -35,14 +35,14 @@ def test_known_phrases_are_said_in_the_other_language(
 
 
 def test_a_phrase_has_all_its_translations_in_turn() -> None:
-    texts = [Translation("ko", "zh-TW", "신발", one) for one in ("鞋子", "鞋")]
+    texts = [Translation("ko", "zh-TW", "신발", shoes) for shoes in ("鞋子", "鞋")]
     phrasebook = Phrasebook([texts[:1], texts[1:]])
     assert [phrasebook.translate("신발", "ko", "zh-TW", choice) for choice in range(3)] == ["鞋子", "鞋", "鞋子"]
     assert phrasebook.translate("신발", "ko", "zh-TW") == "鞋子"
 
 
 def test_half_of_the_titles_take_the_words_of_their_query_the_others_any() -> None:
-    texts = [Translation("ko", "zh-TW", "신발", one) for one in ("鞋子", "鞋", "鞋")]
+    texts = [Translation("ko", "zh-TW", "신발", shoes) for shoes in ("鞋子", "鞋", "鞋")]
     titles = [f"신발 {number}" for number in range(400)]
     batch = _batch(200).assign(query="신발", title=titles, retrieved_titles=[("신발 1", "신발 2")] * 400)
     (switched,) = with_switched_languages([batch], Phrasebook([texts]), share=1.0, seed=1)

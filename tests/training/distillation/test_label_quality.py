@@ -9,8 +9,8 @@ def test_calibration_by_hand() -> None:
     given = np.array([[1, 0], [0, 1], [0, 1], [0, 1]])
     found = calibration(probabilities, given)
     assert found.num_pairs == 4
-    assert [(one.num_pairs, one.accuracy) for one in found.bins] == [(1, 1.0), (3, pytest.approx(2 / 3))]
-    assert [one.confidence for one in found.bins] == pytest.approx([0.6, (0.95 + 0.93 + 0.96) / 3])
+    assert [(bin_.num_pairs, bin_.accuracy) for bin_ in found.bins] == [(1, 1.0), (3, pytest.approx(2 / 3))]
+    assert [bin_.confidence for bin_ in found.bins] == pytest.approx([0.6, (0.95 + 0.93 + 0.96) / 3])
     assert found.expected_error == pytest.approx((0.4 + 3 * (0.94667 - 2 / 3)) / 4, abs=1e-4)
 
 

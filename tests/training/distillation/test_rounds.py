@@ -171,7 +171,7 @@ def test_no_teacher_saw_the_queries_that_it_judges(run: Run, inputs: JudgedInput
 
 def test_rounds_stop_when_dev_stops_gaining_and_the_best_is_kept(run: Run) -> None:
     rounds = run([0.5, 0.7, 0.7]).rounds
-    assert [(one.round_index, one.dev_auc) for one in rounds] == [(0, 0.5), (1, 0.7), (2, 0.7)]
+    assert [(round_.round_index, round_.dev_auc) for round_ in rounds] == [(0, 0.5), (1, 0.7), (2, 0.7)]
     assert best_round(rounds, 0.0).round_index == 1
     assert best_round(run([0.5, 0.4]).rounds, 0.0).round_index == 0
 
@@ -272,8 +272,8 @@ def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_r
 ) -> None:
     # A title alone tells the truth, so no round can order better than round 0 but by chance.
     done = run(None, choose_by="agreement", min_gain=0.03)
-    assert [one.round_index for one in done.rounds] == [0, 1]
-    assert best_round([dataclasses.replace(one, agreement=0.8) for one in done.rounds], 0.03).round_index == 0
+    assert [round_.round_index for round_ in done.rounds] == [0, 1]
+    assert best_round([dataclasses.replace(round_, agreement=0.8) for round_ in done.rounds], 0.03).round_index == 0
     # Teachers of both rounds measured them, and only the round that is kept has a student.
     teachers = [f"round-{index}-teacher-{number}" for index in (1, 2) for number in range(3)]
     assert names(done) == [*teachers, best_round(done.rounds, 0.03).model_dir.name]
@@ -286,11 +286,11 @@ def test_without_a_dev_split_teachers_that_agree_with_unseen_labels_choose_the_r
 
 def test_rounds_go_on_while_agreement_gains(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gained = iter([0.6, 0.7, 0.65])
-    monkeypatch.setattr("csrm.training.distillation.fold_agreement", lambda *_: np.full(201, next(gained)))
+    monkeypatch.setattr("csrm.training.distillation.rounds.fold_agreement", lambda *_: np.full(201, next(gained)))
     done = run(None, choose_by="agreement")
-    assert [one.agreement for one in done.rounds] == [0.6, 0.7, 0.65]
+    assert [round_.agreement for round_ in done.rounds] == [0.6, 0.7, 0.65]
     assert names(done)[-1] == "round-1"
-    assert [one["agreement"] for one in json.loads((tmp_path / "rounds.json").read_text())] == [0.6, 0.7, 0.65]
+    assert [round_["agreement"] for round_ in json.loads((tmp_path / "rounds.json").read_text())] == [0.6, 0.7, 0.65]
 
 
 def test_the_control_has_as_many_flips_on_pairs_that_were_not_chosen(run: Run, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_unlabelled_pairs_are_learnt_as_the_mean_of_all_teachers(run: Run, unlab
     teachers = [done.models[f"round-1-teacher-{number}"] for number in range(3)]
     mean_yes = np.mean([teacher.share_of_yes["p0"] for teacher in teachers])
     for row in pseudo.itertuples():
-        wanted = mean_yes if row.product_id == "t0" else np.mean([one.share_of_yes["p1"] for one in teachers])
+        wanted = mean_yes if row.product_id == "t0" else np.mean([teacher.share_of_yes["p1"] for teacher in teachers])
         np.testing.assert_allclose(row.soft_label, [1 - wanted, wanted], atol=1e-5)
         assert row.grade is None
     assert pseudo["weight"].between(0.1, 0.5).all()

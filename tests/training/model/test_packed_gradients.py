@@ -1,12 +1,13 @@
 """Adapters learn from packs what they would learn from single prompts: in sliding layers, and across padded packs."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM
 
 from csrm.scoring.packing import Group, build_packs
 from csrm.training.model.attention import block_bias, use_block_attention, uses_block_attention, visible_keys
@@ -15,34 +16,22 @@ from csrm.training.model.relevance import PackedRelevanceModel
 LABEL_IDS = [3, 4, 5, 6]
 
 
-def adapted_gemma(sliding_window: int) -> PackedRelevanceModel:
-    """Gemma 3 with adapters on every linear layer; half of the layers slide."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=200,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=64,
-        sliding_window=sliding_window,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        initializer_range=0.25,
-        query_pre_attn_scalar=8,
-    )
+def with_loud_adapters(language_model: Gemma3ForCausalLM) -> PackedRelevanceModel:
+    """The model with random adapters on every linear layer."""
     adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    return PackedRelevanceModel(get_peft_model(Gemma3ForCausalLM(config), adapters), LABEL_IDS)
+    return PackedRelevanceModel(get_peft_model(language_model, adapters), LABEL_IDS)
 
 
 @pytest.mark.parametrize("sliding_window", [16, 64])
 @pytest.mark.parametrize("by_blocks", [False, True])
-def test_gradients_of_packs_are_those_of_single_prompts(by_blocks: bool, sliding_window: int) -> None:
+def test_gradients_of_packs_are_those_of_single_prompts(
+    gemma: Callable[[int], Gemma3ForCausalLM], by_blocks: bool, sliding_window: int
+) -> None:
     ids = np.random.default_rng(0).integers(7, 199, size=(3, 5, 20)).tolist()
     groups = [Group(prefix, [part[: 3 + 4 * n] for n, part in enumerate(parts)]) for prefix, *parts in ids]
     prompts = [torch.tensor([[*prefix, *suffix]]) for prefix, suffixes in groups for suffix in suffixes]
     labels = torch.arange(len(prompts)) % len(LABEL_IDS)
-    in_packs = adapted_gemma(sliding_window)
+    in_packs = with_loud_adapters(gemma(sliding_window))
     alone = copy.deepcopy(in_packs)
     if by_blocks:
         use_block_attention(in_packs.language_model)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM
 
 from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Group, PackBatch, build_packs
@@ -187,25 +188,11 @@ def test_a_translation_is_learnt_as_in_plain_text(
 
 
 @pytest.mark.parametrize("window", [64, 12])
-def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(window: int) -> None:
-    """Gemma 3: two rotary bases, sliding and full layers, one key and value head; short and long prompts."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=200,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=128,
-        sliding_window=window,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        initializer_range=0.25,
-        query_pre_attn_scalar=16,
-    )
-    model = PackedRelevanceModel(Gemma3ForCausalLM(config), [3, 4, 5, 6]).eval()
+def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(
+    gemma: Callable[[int], Gemma3ForCausalLM], window: int
+) -> None:
+    """Short and long prompts."""
+    model = PackedRelevanceModel(gemma(window), [3, 4, 5, 6]).eval()
     ids = np.random.default_rng(0).integers(7, 199, size=(3, 5, 20)).tolist()
     groups = [Group(prefix, [part[: 3 + 4 * n] for n, part in enumerate(parts)]) for prefix, *parts in ids]
     expected = one_at_a_time(model, groups)
