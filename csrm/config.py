@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from csrm.errors import ConfigError
 
@@ -13,7 +13,23 @@ from csrm.errors import ConfigError
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys refused, every field described by its docstring."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def _market_name(name: str) -> str:
+    if name in ("", "__HIVE_DEFAULT_PARTITION__"):
+        raise ValueError("is no name for a market: a partition of a table cannot be called so")
+    return name
+
+
+MarketName = Annotated[str, AfterValidator(_market_name)]
+"""Name of a market, which is also the name of its partition in the published table."""
+Markets = Annotated[dict[MarketName, str], Field(min_length=1)]
+"""Market to the language of its text (BCP 47)."""
+TablesDir = Annotated[str, Field(min_length=1)]
+"""Folder that holds the tables that CSRM writes, any URI."""
 
 
 class InputSpec(Settings):
@@ -29,6 +45,8 @@ class InputSpec(Settings):
     """Options of the data source, such as header and sep for csv."""
 
 
+MOST_VALUES = 100_000
+"""Values of one configuration file; aliases of aliases could stand for more than a machine holds."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -44,13 +62,13 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
         ConfigError: no such file, not YAML, or any problem with its values; all problems in one message.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"config {str(path)!r}: cannot be read ({error.strerror}). Is the path right? `csrm init conf` writes the "
             "configuration files of all commands into a folder conf."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"config {str(path)!r}: is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r}: expected a mapping of settings, got {type(values).__name__}.")
@@ -65,6 +83,53 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
         ) from error
 
 
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, names a key twice, or stands for more than MOST_VALUES values.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count_values(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("too many brackets, one inside the other") from None
+    except (yaml.YAMLError, AttributeError, OverflowError) as error:  # AttributeError: !!timestamp of what is none
+        raise ValueError(str(error)) from error
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Values that a node stands for, each alias counted as what it repeats.
+
+    Raises:
+        ValueError: too many, a key twice, or a value that contains itself.
+    """
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise ValueError("a value contains itself")
+        return counted[id(node)]
+    counted[id(node)] = 0  # until its parts are counted
+    total = 1
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := sorted({key for key in keys if keys.count(key) > 1 and key != "<<"}):
+            raise ValueError(f"the keys {repeated} are there twice, near line {node.start_mark.line + 1}")
+        total += sum(_count_values(part, counted) for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_count_values(part, counted) for part in node.value)
+    if total > MOST_VALUES:
+        raise ValueError(f"it stands for more than {MOST_VALUES:,} values, near line {node.start_mark.line + 1}")
+    counted[id(node)] = total
+    return total
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     dotted_key, equals, text = override.partition("=")
     if not equals or not dotted_key:
@@ -75,8 +140,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a single value and has no keys inside.")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values[last] = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 

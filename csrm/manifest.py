@@ -110,7 +110,7 @@ def parse_manifest(text: str, where: str, kind: str) -> Manifest:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: {MANIFEST_NAME} is not JSON ({error}). Make the {kind} again.") from error
     if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
         raise BundleError(f"{where}: {MANIFEST_NAME} has no list of files. Make the {kind} again.")

@@ -1,10 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from csrm.cli import setting_arguments
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.errors import ConfigError
 
 
@@ -76,3 +77,49 @@ def test_setting_arguments_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert arguments[::2] == ["--set", "--set"]
     config = load_config(written(tmp_path, "market: kr"), ExampleConfig, arguments[1::2])
     assert config == ExampleConfig(market="no", inputs={"catalog": InputSpec(**inputs["catalog"])})
+
+
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("market: 2026-02-30", "is not YAML: day "),
+        ("market: 0x_", "is not YAML: invalid literal"),
+        ("market: !!int abc", "is not YAML: invalid literal"),
+        ("market: !!timestamp x", "is not YAML: "),
+        ("market: " + "[" * 3_000, "is not YAML: too many brackets"),
+        (ALIAS_BOMB, "is not YAML: it stands for more than 100,000 values"),
+        ("market: &m [*m]", "is not YAML: a value contains itself"),
+        ("market: kr\nlearning_rate: 1.0\nmarket: tw", r"is not YAML: the keys \['market'\] are there twice"),
+        ("market: kr\nlearning_rate: .nan", "learning_rate: Input should be a finite number"),
+        ("market: kr\nlearning_rate: -.inf", "learning_rate: Input should be a finite number"),
+    ],
+)
+def test_odd_values_are_refused_with_their_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"config '.*example\.yaml'.*") as error:
+        load_config(written(tmp_path, text), ExampleConfig)
+    assert re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize("value", ["2026-02-30", "0x_", "!!int abc", "!!timestamp x", "[" * 3_000, "9" * 5_000])
+def test_odd_values_on_the_command_line_are_refused_too(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set 'market=.*the value is not YAML"):
+        load_config(written(tmp_path, "market: kr"), ExampleConfig, [f"market={value}"])
+
+
+@pytest.mark.parametrize("name", ["", "__HIVE_DEFAULT_PARTITION__"])
+def test_a_market_that_no_partition_can_be_called_is_refused(tmp_path: Path, name: str) -> None:
+    class MarketsConfig(Settings):
+        markets: Markets
+        """Markets."""
+        tables: TablesDir
+        """Folder."""
+
+    with pytest.raises(
+        ConfigError, match=r"(?s)markets.*is no name for a market.*tables: String should have at least 1"
+    ):
+        load_config(written(tmp_path, f"markets: {{'{name}': ko}}\ntables: ''"), MarketsConfig)

@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given_pairs
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import CANDIDATES, CATALOG, QUERIES, UNCOVERED_PRODUCTS
@@ -30,10 +30,10 @@ class CandidateInputs(Settings):
 class CandidateConfig(Settings):
     """Settings of this job."""
 
-    markets: Annotated[dict[str, str], Field(min_length=1)]
+    markets: Markets
     """Market to its language; only these markets' rows are read and replaced."""
     inputs: CandidateInputs
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
     products_per_query: Annotated[int, Field(ge=0)] = 50
     """Best products of each query."""

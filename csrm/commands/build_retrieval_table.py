@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.retrieval.lexical import product_terms, query_terms
 from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
@@ -32,10 +32,10 @@ class RetrievalInputs(Settings):
 class RetrievalConfig(Settings):
     """Settings of this job."""
 
-    markets: Annotated[dict[str, str], Field(min_length=1)]
+    markets: Markets
     """Market to its language; only these markets' rows are read and replaced."""
     inputs: RetrievalInputs
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
     num_titles: Annotated[int, Field(ge=1)] = 5
     """Titles a query at most."""

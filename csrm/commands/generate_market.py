@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from csrm.cli import job_parser
-from csrm.config import Settings, load_config
+from csrm.config import Markets, Settings, load_config
 from csrm.market.files import write_tables
 from csrm.market.generator import Market, generate_market
 from csrm.market.lexicon import builtin_lexicon
@@ -23,7 +23,7 @@ class MarketConfig(Settings):
 
     seed: int = Field(default=7, ge=0)
     """The same seed and settings give the same tables."""
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to its language: en, ko or zh-TW; with a taxonomy also ja or es."""
     products_per_market: int = Field(default=1200, ge=1)
     """Products of each market."""

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Markets, Settings, load_config
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
 from csrm.spark.inputs import read_inputs
@@ -36,7 +36,7 @@ class ImportConfig(Settings):
     data: str
     """Folder that holds the files."""
     inputs: EsciFiles
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to language."""
     locales: dict[str, str]
     """Locale in the files to market; rows of other locales are left out."""

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field
 
 from csrm.cli import job_parser
-from csrm.config import Settings, load_config
+from csrm.config import Markets, Settings, load_config
 from csrm.market.categories import Storefront, category_markets
 from csrm.market.files import write_tables
 from csrm.schemas import CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
@@ -22,7 +22,7 @@ class TaxonomyConfig(Settings):
 
     taxonomy: str
     """Folder with categories, values, attributes and category_attributes (.tsv.gz); each has a column split."""
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to the language of its queries and products: en, ko, zh-TW, ja or es."""
     listed: dict[str, str] = Field(default_factory=dict)
     """Market to the language of products that are listed there from abroad, untranslated; they are judged too."""

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from csrm.cli import job_parser
-from csrm.config import Settings, load_config
+from csrm.config import Settings, TablesDir, load_config
 from csrm.schemas import OUTPUTS
 from csrm.spark.migration import migrate_table
 from csrm.spark.session import build_session
@@ -14,7 +14,7 @@ from csrm.spark.tables import table_exists, table_path
 class MigrationConfig(Settings):
     """Settings of the job."""
 
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
 
 

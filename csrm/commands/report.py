@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pydantic import Field
 
 from csrm.cli import job_parser
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.extras import import_eval
 from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
@@ -27,10 +27,10 @@ class ReportInputs(Settings):
 class ReportConfig(Settings):
     """Settings of the page."""
 
-    markets: dict[str, str]
+    markets: Markets
     """Market to the language of its texts, by which a browser draws them. All markets of a run are shown."""
     inputs: ReportInputs
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
     output: str
     """Local folder for the pages; the page of run R is R.html."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from csrm.config import Settings
+from csrm.config import Markets, Settings
 from csrm.training.data.judged import JudgedInputs
 
 
@@ -15,7 +15,7 @@ class ExportConfig(Settings):
     """Folder that jobs/train.py wrote."""
     bundle_dir: str
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to language: whose pairs the proof runs over."""
     inputs: JudgedInputs
     """Real prompts for the proof, and labelled pairs for the quality gate."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from csrm.config import InputSpec, Settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.night.audit import AuditLimits
 
 LEASE_SECONDS = 60.0
@@ -28,7 +28,7 @@ BYTES_PER_TITLE = 64
 class NightSettings(Settings):
     """The settings that a check of a night needs: its tables, its bundle, its device."""
 
-    tables: str
+    tables: TablesDir
     """Folder that holds the tables that CSRM writes, any URI."""
     bundle: str
     """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
@@ -63,7 +63,7 @@ class ScoringInputs(Settings):
 class ScoringConfig(NightSettings):
     """Settings of the scoring job."""
 
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to the language of its queries that name none (BCP 47)."""
     inputs: ScoringInputs
     use_retrieved_titles: bool = True

@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import csrm
-from csrm.config import InputSpec, Settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.errors import InputError
 from csrm.evaluation.metrics import Evaluation, evaluate_scores
 from csrm.evaluation.report import BM25, SCORE
@@ -32,10 +32,10 @@ class EvaluationInputs(Settings):
 class EvaluationConfig(Settings):
     """Settings of the evaluation."""
 
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Market to language; other markets' judgments are not looked at."""
     inputs: EvaluationInputs
-    tables: str
+    tables: TablesDir
     """Folder with the published relevance_scores table."""
     output: str
     """Local folder for metrics.json and metrics.png."""

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from csrm.config import Settings
+from csrm.config import Settings, TablesDir
 from csrm.errors import InputError
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
@@ -165,7 +165,7 @@ LOG_DAYS = 30
 class MaintenanceConfig(Settings):
     """Settings of the job."""
 
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
     file_mb: float = Field(default=1.0, gt=0)
     """Size of a file of relevance_scores, MiB; a reader of one query opens about so much."""

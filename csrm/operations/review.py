@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import Console
-from csrm.config import Settings
+from csrm.config import Settings, TablesDir
 from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night.audit import accept, failures
 from csrm.night.leases import Lease, hold_leases
@@ -35,7 +35,7 @@ from csrm.spark.tables import table_path
 class PublishConfig(Settings):
     """Settings of the job."""
 
-    tables: str
+    tables: TablesDir
     """Folder of the tables that CSRM writes."""
     lease_seconds: LeaseSeconds = LEASE_SECONDS
     """As in score_catalog.yaml."""

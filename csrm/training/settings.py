@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from csrm.config import InputSpec, Settings
+from csrm.config import InputSpec, Markets, Settings
 from csrm.scoring.labels import ESCI_LABELS, Label
 from csrm.scoring.tokenization import Budgets
 from csrm.training.data.judged import JudgedInputs
@@ -56,7 +56,7 @@ class TranslationSettings(Settings):
 class TrainConfig(Settings):
     """Settings of a training."""
 
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Source markets, each with the language of its text."""
     inputs: JudgedInputs
     base_model: BaseModel

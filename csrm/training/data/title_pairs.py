@@ -18,7 +18,7 @@ import pyarrow as pa
 import regex
 from pydantic import Field
 
-from csrm.config import InputSpec, Settings
+from csrm.config import InputSpec, Markets, Settings
 from csrm.errors import InputError
 from csrm.schemas import PAIR_KEY, QUERIES, RETRIEVAL_TABLE
 from csrm.scoring.labels import Label
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class TitlePairs(Settings):
     """Titles of the retrieval table as pairs to learn, beside the judged ones."""
 
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Markets to take, each with the language of its text: those without labels, and those with labels that err."""
     queries: InputSpec
     retrieval_table: InputSpec

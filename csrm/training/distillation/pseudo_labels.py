@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import entropy
 
-from csrm.config import Settings
+from csrm.config import Markets, Settings
 from csrm.training.data.judged import UnlabelledInputs
 
 
@@ -14,7 +14,7 @@ class UnlabelledPairs(Settings):
     """Pairs that nobody judged, usually of the target market: its queries with the best products by BM25."""
 
     inputs: UnlabelledInputs
-    markets: dict[str, str] = Field(min_length=1)
+    markets: Markets
     """Markets to take, each with the language of its text."""
     pairs_per_query: int = Field(default=8, ge=1)
     """Candidates of each query that are judged, drawn at random; neighbouring ranks teach the same."""
