@@ -41,6 +41,7 @@ GROUPS = {
     "Look after the scores": {
         "evaluate": "measure the published scores against human judgments",
         "rollback": "bring a market back to what an earlier run published",
+        "retire": "take a market that is scored no more out of the published table",
         "maintain": "compact the tables, and delete old rows and files",
         "migrate": "bring tables of an older CSRM to this version's columns",
     },

@@ -1,7 +1,7 @@
 """What a run says to the person who started it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from csrm.bundle.loading import Bundle
 from csrm.cli import Console
@@ -40,6 +40,16 @@ def warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Conso
         if language not in known:
             text = f"market {market!r} is in {language}; the bundle was proven on pairs in {names} only."
             console.say("warning", f"warning: {text}", market=market, sentence=text)
+
+
+def warn_of_left_markets(published: Iterable[str], markets: Collection[str], console: Console) -> None:
+    """Name the published markets that the configuration lacks: no run of it updates or deletes their rows."""
+    if left := sorted(set(published) - set(markets)):
+        text = (
+            f"relevance_scores has the markets {left}, which are not among 'markets': this run leaves them as they are. "
+            "Where no other configuration scores them: jobs/retire.py."
+        )
+        console.say("warning", f"warning: {text}", markets=left, sentence=text)
 
 
 def say_plan(context: RunContext, counts: PlanCounts, pairs_per_s: float) -> None:

@@ -6,13 +6,19 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 
 from csrm.errors import InputError
-from csrm.night.runs import PUBLISHED
+from csrm.night.runs import PUBLISHED, read_newest
 from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import read_commits
 from csrm.spark.tables import table_exists, table_id, table_path, table_version
 
 _CARE = ("CREATE TABLE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD COLUMNS", "CHANGE COLUMN")
 """Operations in Delta's history that change no row."""
+
+
+def published_markets(spark: SparkSession, tables_dir: str) -> list[str]:
+    """Markets with rows in relevance_scores, sorted."""
+    markets_df = read_newest(spark, RELEVANCE_SCORES, tables_dir).select("market").distinct()
+    return sorted(row["market"] for row in markets_df.collect())
 
 
 def is_still_published(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from csrm.night.messages import (
     say_scored,
     say_warnings,
     warn_of_languages,
+    warn_of_left_markets,
 )
 from csrm.night.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.night.plan import (
@@ -42,7 +43,7 @@ from csrm.night.plan import (
     with_texts,
 )
 from csrm.night.publish import Publication, publish_changes, run_changes
-from csrm.night.published import is_still_published, require_unique_pairs
+from csrm.night.published import is_still_published, published_markets, require_unique_pairs
 from csrm.night.runs import (
     check_same_run,
     create_output_tables,
@@ -177,6 +178,7 @@ def plan_run(context: RunContext) -> RunPlan:
     """
     spark, config, run_id = context.spark, context.config, context.run_id
     record_run(spark, config.tables, context.first_row())
+    warn_of_left_markets(published_markets(spark, config.tables), config.markets, context.console)
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
     planned_df = plan_pairs(

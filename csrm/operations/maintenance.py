@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from csrm.config import Settings, TablesDir
 from csrm.errors import InputError
+from csrm.night.published import published_markets
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.schemas import OUTPUTS, REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
@@ -44,12 +45,6 @@ def table_size(spark: SparkSession, path: str) -> TableSize:
     detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
     assert detail is not None
     return TableSize(detail["numFiles"], detail["sizeInBytes"], *folder_size(spark, path))
-
-
-def published_markets(spark: SparkSession, tables_dir: str) -> list[str]:
-    """Markets with rows in relevance_scores, sorted."""
-    markets_df = read_newest(spark, RELEVANCE_SCORES, tables_dir).select("market").distinct()
-    return sorted(row["market"] for row in markets_df.collect())
 
 
 def market_files(spark: SparkSession, path: str, market: str, version: int | None = None) -> frozenset[str]:

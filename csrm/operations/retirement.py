@@ -1,0 +1,50 @@
+"""A market that is scored no more: its rows leave the published table, as one commit."""
+
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from csrm.config import Settings, TablesDir
+from csrm.errors import ConfigError
+from csrm.night.leases import hold_leases
+from csrm.night.publish import Publication, publish_changes
+from csrm.night.published import published_markets
+from csrm.night.runs import read_newest
+from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
+from csrm.operations.rollback import exact_changes
+from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark.session import persisted
+
+
+class RetirementConfig(Settings):
+    """Settings of the job."""
+
+    tables: TablesDir
+    """Folder of the tables that CSRM writes."""
+    lease_seconds: LeaseSeconds = LEASE_SECONDS
+    """As in score_catalog.yaml."""
+
+
+def retire_market(spark: SparkSession, config: RetirementConfig, market: str, *, reason: str) -> Publication:
+    """Delete a market's rows from relevance_scores in one commit, which readers of the change feed follow.
+
+    Args:
+        spark: the session.
+        config: settings of the job.
+        market: the market.
+        reason: why; it stays in the commit.
+
+    Raises:
+        ConfigError: no reason, or nothing is published of the market.
+        LeaseError: a run holds the market.
+    """
+    if not reason.strip():
+        raise ConfigError("--reason: expected why the market is retired, got nothing.")
+    with hold_leases(spark, config.tables, [market], "jobs/retire.py", config.lease_seconds) as leases:
+        markets = published_markets(spark, config.tables)
+        if market not in markets:
+            raise ConfigError(f"market {market!r}: nothing of it is published; relevance_scores has {markets}.")
+        published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
+        with persisted(exact_changes(published_df.limit(0), published_df)) as changes_df:
+            num_changes = {market: {"delete": changes_df.count()}}
+            metadata = {"retired": market, "reason": reason}
+            return publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)

@@ -1,0 +1,44 @@
+"""Markets that are scored no more."""
+
+from pathlib import Path
+
+import pytest
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+
+from csrm.cli import setting_arguments
+from csrm.commands import retire, rollback
+from csrm.errors import ConfigError
+from csrm.night.published import published_markets
+from csrm.schemas import RELEVANCE_SCORES
+from csrm.spark.tables import read_table, table_id, table_path
+from tests.consumers.publishing import HOSTILE_MARKET, publish, record
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+
+
+def test_a_retired_market_leaves_in_one_commit_and_can_be_brought_back(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = str(tmp_path)
+    path = table_path(tables, RELEVANCE_SCORES)
+    scores = {("q1", "p1"): 0.1, ("q1", "p2"): 0.2}
+    version = publish(spark, tables, "r1", {HOSTILE_MARKET: scores, "kr": {("q1", "p1"): 0.5}}, day=1)
+    known = {"published_version": version, "table_id": table_id(spark, path)}
+    record(spark, tables, "r1", [HOSTILE_MARKET, "kr"], "published", 1, **known)
+    arguments = ["--market", HOSTILE_MARKET, *setting_arguments(tables=tables)]
+
+    with pytest.raises(ConfigError, match="--reason: expected why"):
+        retire.main([*arguments, "--reason", " "])
+    assert retire.main([*arguments, "--reason", "closed"]) == 0
+
+    assert f"2 rows deleted from relevance_scores, in version {version + 1}" in capsys.readouterr().out
+    assert published_markets(spark, tables) == ["kr"]
+    commit = DeltaTable.forPath(spark, path).history(1).head()
+    assert (commit["version"], "closed" in commit["userMetadata"]) == (version + 1, True)
+    with pytest.raises(ConfigError, match=r"nothing of it is published; relevance_scores has \['kr'\]"):
+        retire.main([*arguments, "--reason", "closed"])
+
+    assert rollback.main([*arguments, "--to-run", "r1"]) == 0
+    rows = read_table(spark, RELEVANCE_SCORES, path).where("market != 'kr'").collect()
+    assert {row["product_id"]: round(row["relevance_score"], 3) for row in rows} == {"p1": 0.1, "p2": 0.2}
