@@ -7,15 +7,11 @@ the page forbids its reader's browser to run or to fetch anything.
 import math
 from collections.abc import Hashable
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import regex
 
 from csrm.extras import import_eval
-
-if TYPE_CHECKING:
-    pass
 
 # Zero-width joiner and non-joiner and the two variation selectors of emoji stay: texts are spelled with them.
 _UNSEEN = regex.compile(
@@ -26,10 +22,10 @@ _UNSEEN = regex.compile(
 
 
 def render(template: str, **values: object) -> str:
-    """A page from a template that extends page.html.
+    """A page from a template that extends pages/page.html.
 
     Args:
-        template: its file, from the folder of this package.
+        template: its file, from the folder csrm, such as operations/report.html.
         values: what the template names; a name that it lacks is an error, None is written as nothing.
 
     Returns:
