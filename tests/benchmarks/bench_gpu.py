@@ -81,7 +81,7 @@ MATMUL_SECONDS = 1.0
 TARGETS = (("ours-fp16", "torch-padded", 2.0),)
 LEAST_SHARE = 0.5
 """Of the limit, for ours-fp16."""
-CODE = ("csrm/*.py", "csrm/training/*.py", "export/*.py", "tests/benchmarks/bench_gpu.py")
+CODE = ("csrm/**/*.py", "tests/benchmarks/bench_gpu.py")
 
 Run = Callable[[], tuple[np.ndarray, int]]
 """Scores of the workload's pairs, shape (num_pairs,), and the tokens that had to be computed, without padding."""

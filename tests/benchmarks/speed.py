@@ -48,7 +48,7 @@ SPARK_CONTENDERS = ("ours-fp32", "spark-udf", "spark-ours")
 PACKAGES = ("torch", "onnxruntime", "transformers", "sentence-transformers", "optimum-onnx", "tokenizers", "pyspark")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 """Of the processor, on which the speed of some precision depends."""
-CODE = ("csrm/**/*.py", "export/*.py", "tests/benchmarks/speed.py", "tests/benchmarks/speed_[ci]*.py")
+CODE = ("csrm/**/*.py", "tests/benchmarks/speed.py", "tests/benchmarks/speed_[ci]*.py")
 MIN_SPREAD = 10
 """Least standard deviation of the scores, in tolerances: where all scores are alike, agreement says nothing."""
 
