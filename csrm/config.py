@@ -39,10 +39,12 @@ class InputSpec(Settings):
     """Folder or file, any URI that Spark reads; relative paths start at the working directory."""
     format: str = "delta"
     """Spark data source: delta, parquet, csv, json, ..."""
-    columns: dict[str, str] = {}
-    """CSRM's column name to the name used there; columns of the same name need no entry."""
+    columns: dict[str, str | None] = {}
+    """CSRM's column name to the name used there; columns of the same name need no entry. null leaves an optional column
+    out, whatever is there."""
     options: dict[str, str] = {}
-    """Options of the data source, such as header and sep for csv."""
+    """Options of the data source, such as header and sep for csv. `binaryAsString: "true"` of parquet reads bytes that
+    nothing marks as text as text."""
 
 
 MOST_VALUES = 100_000

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any
 
@@ -26,7 +26,8 @@ from csrm.operations.findings import (
     Texts,
 )
 from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
-from csrm.spark.tables import open_table, read_table, spark_schema, table_exists, table_path
+from csrm.spark.inputs import read_rows
+from csrm.spark.tables import read_table, spark_schema, table_exists, table_path
 
 _KEY = list(PAIR_KEY)
 _VALUES = ["relevance_score", "predicted_grade"]
@@ -428,23 +429,19 @@ def _try_texts(
 
 def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], place: str) -> dict[Key, Text]:
     """Texts from a path, or from a path with @v and the version of a Delta table."""
-    spec = source.spec
     versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
-    if versioned:
-        source_df, _ = open_table(spark, versioned[1], int(versioned[2]))
-    elif spec.format == "delta":
-        source_df, _ = open_table(spark, place)
-    else:
-        source_df = spark.read.format(spec.format).options(**spec.options).load(place)
-
-    def column(name: str) -> Column:
-        return F.col("`" + spec.columns.get(name, name).replace("`", "``") + "`").cast("string").alias(name)
-
+    path, version = (versioned[1], int(versioned[2])) if versioned else (place, None)
+    names = ("market", source.id_column, source.text_column)
+    columns = {name: there for name, there in source.spec.columns.items() if name in names}
+    spec = source.spec.model_copy(
+        update={"path": path, "columns": columns, **({"format": "delta"} if versioned else {})}
+    )
+    wanted = tuple(replace(column, required=True) for column in source.table.columns if column.name in names)
+    source_df = read_rows(spark, replace(source.table, columns=wanted), spec, version)
     keys_df = spark.createDataFrame(sorted(keys), f"market string, {source.id_column} string")
     text = F.min(source.text_column)
     texts_df = (
-        source_df.select(*map(column, ("market", source.id_column, source.text_column)))
-        .join(F.broadcast(keys_df), on=["market", source.id_column], how="inner")
+        source_df.join(F.broadcast(keys_df), on=["market", source.id_column], how="inner")
         .groupBy("market", source.id_column)
         .agg(F.substring(text, 1, MOST_CHARACTERS).alias("beginning"), F.length(text).alias("num_characters"))
         .where("beginning IS NOT NULL")

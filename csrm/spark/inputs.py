@@ -1,35 +1,37 @@
 """Input tables: read in any format, columns mapped to CSRM's names, everything checked before use."""
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import (
-    ByteType,
-    DataType,
-    DoubleType,
-    FloatType,
-    IntegerType,
-    LongType,
-    MapType,
-    ShortType,
-    StringType,
-    StructType,
-)
 
 from csrm.config import InputSpec
+from csrm.conversions import (
+    BLANK_TEXT,
+    REPLACEMENT,
+    Found,
+    Kind,
+    is_kept,
+    problem_of_values,
+    problems_of_columns,
+    warning_of_replaced,
+)
 from csrm.errors import InputError
-from csrm.schemas import Column as TableColumn
 from csrm.schemas import Table
+from csrm.spark.conversions import converted, json_example
+from csrm.spark.sources import Source, open_sources, reason
 from csrm.spark.storage import FileState, file_states
-from csrm.spark.tables import open_table
 
-_INTEGRAL = (ByteType, ShortType, IntegerType, LongType)
+logger = logging.getLogger(__name__)
+
+
 _NUM_EXAMPLES = 3
 
 
@@ -49,50 +51,49 @@ class Input:
 def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Collection[str] | None = None) -> Input:
     """Read and check one input table.
 
-    Required columns must exist and hold no null; the key must be unique. An optional column that is absent becomes
-    null. Types must match, or convert without loss: integers to wider integers and to string (ids), text to numbers
-    (csv; a value that is no number is a problem), a struct or JSON text to a map. Bytes that are no UTF-8, which
-    Parquet and Spark let pass and Arrow does not, become U+FFFD; not those of a market, by which files are found. The
-    checks take one scan.
+    Only its declared columns are read. Required columns must exist and hold no null; the key must be unique. An
+    optional column that is absent becomes null. No type is inferred from values; types that are not the declared ones
+    convert as the table of csrm.conversions says. Files whose columns differ are read together. Of CSV and JSON, every
+    row and line must be one. Bytes that are no UTF-8 become U+FFFD and are counted in a warning; not those of a market,
+    by which files are found.
 
     Args:
         spark: the session.
         table: what is expected.
         spec: where it is and how its columns are called there.
-        markets: keep only rows of these; the checks look at nothing else.
+        markets: keep only rows of these; the checks of values look at nothing else.
 
     Raises:
         InputError: cannot be read, or has problems; all of them in one message.
     """
     where = f"input {table.name} at {spec.path!r} ({spec.format})"
-    source_df, version = _load(spark, spec, where)
-    files = file_states(spark, source_df.inputFiles()) if version is None else {}
-    problems = [
-        f"'columns' maps {name!r}, which is no column of {table.name}; it has {table.column_names}"
-        for name in spec.columns
-        if name not in table.column_names
-    ]
-    values: list[Column] = []
-    failures: dict[str, Column] = {}
-    for column in table.columns:
-        value, failed, problem = _converted(source_df, column, spec)
-        if problem:
-            problems.append(problem)
-        values.append((value if column.name == "market" else _valid_text(value, column.type)).alias(column.name))
-        if failed is not None:
-            failures[column.name] = failed
-    if problems:
-        raise InputError(_message(where, problems))
-    checked_df = source_df.select(*values, *(failed.alias(f"_failed_{name}") for name, failed in failures.items()))
+    rows_df, version = _open_rows(spark, table, spec, where)
+    files = file_states(spark, rows_df.inputFiles()) if version is None else {}
     if markets is not None and "market" in table.column_names:
-        checked_df = checked_df.where(F.col("market").isNull() | F.col("market").isin(*sorted(markets)))
+        rows_df = rows_df.where(F.col("market").isNull() | F.col("market").isin(*sorted(markets)))
     try:
-        problems = _value_problems(checked_df, table, list(failures))
+        problems = _problems_of_values(rows_df, table, spec, where)
     except (PySparkException, Py4JJavaError) as error:
-        raise InputError(f"{where}: cannot be read: {_reason(error)}. Are its files complete?") from error
+        raise InputError(f"{where}: cannot be read: {reason(error)}. Are its files complete?") from error
     if problems:
         raise InputError(_message(where, problems))
-    return Input(checked_df.select(*table.column_names), spec.path, version, files)
+    return Input(rows_df.select(*table.column_names), spec.path, version, files)
+
+
+def read_rows(spark: SparkSession, table: Table, spec: InputSpec, version: int | None = None) -> DataFrame:
+    """The declared columns of an input table as read_input gives them, without checks of their values.
+
+    Args:
+        spark: the session.
+        table: what is expected.
+        spec: where it is and how its columns are called there.
+        version: of a Delta table; None: the newest.
+
+    Raises:
+        InputError: cannot be read, or its columns have problems.
+    """
+    rows_df, _ = _open_rows(spark, table, spec, f"input {table.name} at {spec.path!r} ({spec.format})", version)
+    return rows_df.select(*table.column_names)
 
 
 def read_inputs(
@@ -165,66 +166,56 @@ def errors_of_inputs(spark: SparkSession, inputs: Mapping[str, Input]) -> Iterat
         raise
 
 
-def _load(spark: SparkSession, spec: InputSpec, where: str) -> tuple[DataFrame, int | None]:
-    if spec.format == "delta":
-        return open_table(spark, spec.path)
-    try:
-        return spark.read.format(spec.format).options(**spec.options).load(spec.path), None
-    except (PySparkException, Py4JJavaError) as error:
-        raise InputError(f"{where}: cannot be read: {_reason(error)}. Are the path and the format right?") from error
+def _open_rows(
+    spark: SparkSession, table: Table, spec: InputSpec, where: str, version: int | None = None
+) -> tuple[DataFrame, int | None]:
+    """The declared columns, and `_failed_<name>` with the source's text where a value did not convert; the version."""
+    names = _source_names(table, spec)
+    needed = [name for name in names.values() if name is not None]
+    sources, version, problems = open_sources(spark, spec, needed, where, version)
+    problems += _problems_of_columns(table, spec, sources)
+    if problems:
+        raise InputError(_message(where, problems))
+    rows_dfs = [_converted_rows(table, names, source) for source in sources]
+    return reduce(DataFrame.unionByName, rows_dfs), version
 
 
-def _converted(source_df: DataFrame, column: TableColumn, spec: InputSpec) -> tuple[Column, Column | None, str | None]:
-    """The column's value; whether a row's value could not be converted (None: cannot happen); a problem, if any."""
-    wanted = DataType.fromDDL(column.type)
-    nothing = F.lit(None).cast(wanted)
-    source = spec.columns.get(column.name, column.name)
-    if source not in source_df.columns:
-        if not column.required and column.name not in spec.columns:
-            return nothing, None, None
-        return (
-            nothing,
-            None,
-            (
-                f"missing column {source!r} for {column.name}; it has {source_df.columns}. "
-                f"Name the right one under columns: {{{column.name}: ...}}"
-            ),
-        )
-    value = F.col(f"`{source.replace('`', '``')}`")
-    found = source_df.schema[source].dataType
-    if _converts_always(found, wanted):
-        return value.cast(wanted), None, None
-    converted = _try_convert(value, found, wanted)
-    if converted is None:
-        return (
-            nothing,
-            None,
-            (f"column {source!r} for {column.name}: expected {wanted.simpleString()}, got {found.simpleString()}"),
-        )
-    return converted, value.isNotNull() & converted.isNull(), None
+def _source_names(table: Table, spec: InputSpec) -> dict[str, str | None]:
+    return {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
 
 
-def _converts_always(found: DataType, wanted: DataType) -> bool:
-    if isinstance(wanted, MapType) and isinstance(found, MapType):
-        return _converts_always(found.keyType, wanted.keyType) and _converts_always(found.valueType, wanted.valueType)
-    if found == wanted or (isinstance(wanted, StringType) and isinstance(found, StringType)):
-        return True
-    if isinstance(found, _INTEGRAL):
-        if isinstance(wanted, _INTEGRAL):
-            return _INTEGRAL.index(type(found)) < _INTEGRAL.index(type(wanted))
-        return isinstance(wanted, StringType) or (isinstance(wanted, DoubleType) and not isinstance(found, LongType))
-    return isinstance(found, FloatType) and isinstance(wanted, DoubleType)
+def _problems_of_columns(table: Table, spec: InputSpec, sources: list[Source]) -> list[str]:
+    present = list(dict.fromkeys(name for source in sources for name in source.names))
+    return problems_of_columns(table, spec, present, [source.columns for source in sources])
 
 
-def _try_convert(value: Column, found: DataType, wanted: DataType) -> Column | None:
-    """The value where it converts, null where it does not; None where the types never fit."""
-    if isinstance(wanted, MapType):
-        if isinstance(found, StructType):
-            return F.from_json(F.to_json(value), wanted.simpleString())
-        return F.from_json(value, wanted.simpleString()) if isinstance(found, StringType) else None
-    if isinstance(wanted, (*_INTEGRAL, FloatType, DoubleType)) and isinstance(found, (*_INTEGRAL, StringType)):
-        return value.try_cast(wanted)
-    return None
+def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source) -> DataFrame:
+    values, failures = [], []
+    for column in table.columns:
+        name = names[column.name]
+        found = None if name is None else source.columns.get(name)
+        failed: Column = F.lit(None).cast("string")
+        if name is None or found is None or found.kind == Kind.NOTHING:
+            value = F.lit(None).cast(column.type)
+        else:
+            there = source.value(name)
+            value = converted(there, found, column.type)
+            if column.name != "market":
+                value = _valid_text(value, column.type)
+            if not is_kept(found, column.type):
+                is_failed = value.isNull() & ~_is_nothing(there, found, column.type)
+                failed = F.when(is_failed, json_example(there) if found.kind == Kind.JSON else there.cast("string"))
+        values.append(value.alias(column.name))
+        failures.append(failed.alias(f"_failed_{column.name}"))
+    return source.df.select(*values, *failures)
+
+
+def _is_nothing(value: Column, found: Found, wanted: str) -> Column:
+    """Whether a value stands for null, so that it need not convert."""
+    if wanted != "map<string,string>" or found.kind not in (Kind.TEXT, Kind.JSON):
+        return value.isNull()
+    text = value if found.kind == Kind.TEXT else F.try_variant_get(value, "$", "string")
+    return value.isNull() | F.coalesce(text, F.lit("-")).rlike(BLANK_TEXT)
 
 
 def _valid_text(value: Column, wanted: str) -> Column:
@@ -237,42 +228,58 @@ def _valid_text(value: Column, wanted: str) -> Column:
     return value
 
 
-def _value_problems(checked_df: DataFrame, table: Table, converted: list[str]) -> list[str]:
-    """Nulls, failed conversions and duplicate keys, counted in one scan."""
+def _has_replacement(value: Column, wanted: str) -> Column:
+    """Whether text has characters in place of bytes that were no UTF-8."""
+    if wanted == "string":
+        return F.contains(value, F.lit(REPLACEMENT))
+    return F.exists(F.map_values(value), lambda text: F.contains(text, F.lit(REPLACEMENT)))
+
+
+def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where: str) -> list[str]:
+    """Nulls, failed conversions and duplicate keys, counted in one scan; replaced bytes are counted in a warning."""
     null_key = F.lit(False)
     for name in table.key:
         null_key = null_key | F.col(name).isNull()
-    required = [column.name for column in table.columns if column.required]
-    counters = {f"null_{name}": F.col(name).isNull() for name in required}
-    counters |= {f"failed_{name}": F.col(f"_failed_{name}") for name in converted}
-    by_key_df = checked_df.groupBy(*table.key).agg(
-        F.count("*").alias("num_rows"), *(F.count_if(condition).alias(name) for name, condition in counters.items())
+    texts = [column for column in table.columns if column.type in ("string", "map<string,string>")]
+    counters = {f"null_{column.name}": F.col(column.name).isNull() for column in table.columns if column.required}
+    counters |= {f"failed_{name}": F.col(f"_failed_{name}").isNotNull() for name in table.column_names}
+    counters |= {f"replaced_{column.name}": _has_replacement(F.col(column.name), column.type) for column in texts}
+    examples = {f"example_{name}": F.min(f"_failed_{name}") for name in table.column_names}
+    by_key_df = rows_df.groupBy(*table.key).agg(
+        F.count("*").alias("num_rows"),
+        *(F.count_if(condition).alias(name) for name, condition in counters.items()),
+        *(example.alias(name) for name, example in examples.items()),
     )
     duplicate = ~null_key & (F.col("num_rows") > 1)
     row = by_key_df.agg(
         F.coalesce(F.sum("num_rows"), F.lit(0)).alias("num_rows"),
         F.count_if(duplicate).alias("duplicate_keys"),
         *(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in counters),
+        *(F.min(name).alias(name) for name in examples),
     ).head()
     assert row is not None
-    problems = []
-    for name in required:
+    problems, names = [], _source_names(table, spec)
+    for column in table.columns:
         # a value that failed to convert is reported as that, not as null as well
-        num_nulls = row[f"null_{name}"] - (row[f"failed_{name}"] if name in converted else 0)
+        num_nulls = row[f"null_{column.name}"] - row[f"failed_{column.name}"] if column.required else 0
         if num_nulls:
-            kind = "key column" if name in table.key else "required column"
-            problems.append(f"{kind} {name} is null in {num_nulls} of {row['num_rows']} rows")
-    for name in converted:
-        if row[f"failed_{name}"]:
-            wanted = next(column.type for column in table.columns if column.name == name)
-            problems.append(f"column {name}: {row[f'failed_{name}']} of {row['num_rows']} values are no {wanted}")
+            kind = "key column" if column.name in table.key else "required column"
+            problems.append(f"{kind} {column.name} is null in {num_nulls} of {row['num_rows']} rows")
+    for column in table.columns:
+        num_failed, name = row[f"failed_{column.name}"], names[column.name] or ""
+        if num_failed:
+            example = row[f"example_{column.name}"]
+            problems.append(problem_of_values(name, column.name, column.type, num_failed, row["num_rows"], example))
     if row["duplicate_keys"]:
-        examples = by_key_df.where(duplicate).orderBy(*table.key).limit(_NUM_EXAMPLES).collect()
+        repeated = by_key_df.where(duplicate).orderBy(*table.key).limit(_NUM_EXAMPLES).collect()
         listed = "; ".join(
             ", ".join(f"{name}={example[name]!r}" for name in table.key) + f" ({example['num_rows']} rows)"
-            for example in examples
+            for example in repeated
         )
         problems.append(f"{row['duplicate_keys']} keys ({', '.join(table.key)}) are not unique, for example {listed}")
+    warning = warning_of_replaced({column.name: row[f"replaced_{column.name}"] for column in texts})
+    if warning is not None:
+        logger.warning("%s: %s", where, warning)
     return problems
 
 
@@ -280,8 +287,3 @@ def _message(where: str, problems: list[str]) -> str:
     return f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(
         f"  - {problem}" for problem in problems
     )
-
-
-def _reason(error: Exception) -> str:
-    cause = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else str(error)
-    return str(cause).strip().splitlines()[0].rstrip(".")

@@ -191,19 +191,42 @@ class FileState(NamedTuple):
 
 def file_states(spark: SparkSession, files: Collection[str]) -> dict[str, FileState | None]:
     """Each file's state; None where it is gone. One listing for each folder."""
+    return {
+        file: None if status is None else FileState(status.getLen(), status.getModificationTime())
+        for file, status in _file_statuses(spark, files).items()
+    }
+
+
+def parquet_schemas(spark: SparkSession, files: Collection[str]) -> dict[str, Any]:
+    """What the footer of each Parquet file says of its columns, as Parquet's MessageType.
+
+    Raises:
+        Py4JJavaError: a file is no Parquet file.
+    """
+    statuses = {file: status for file, status in _file_statuses(spark, files).items() if status is not None}
+    listed = _jvm(spark).java.util.ArrayList()
+    for status in statuses.values():
+        listed.add(status)
+    reader = _jvm(spark).org.apache.parquet.hadoop.ParquetFileReader
+    footers = reader.readAllFootersInParallel(_hadoop_configuration(spark), listed, True)
+    schemas = {str(one.getFile()): one.getParquetMetadata().getFileMetaData().getSchema() for one in footers}
+    return {file: schemas[str(status.getPath())] for file, status in statuses.items()}
+
+
+def _file_statuses(spark: SparkSession, files: Collection[str]) -> dict[str, Any]:
+    """Hadoop's status of each file; None where it is gone. One listing for each folder."""
     jvm = _jvm(spark)
     paths = {file: jvm.org.apache.hadoop.fs.Path(jvm.java.net.URI(file)) for file in files}
     folders = {path.getParent().toString(): path for path in paths.values()}
-    states = {}
+    statuses = {}
     for path in folders.values():
         try:
             listed = path.getFileSystem(_hadoop_configuration(spark)).listStatus(path.getParent())
         except Py4JJavaError:  # the folder is gone, and with it its files
             continue
         for status in listed:
-            name = (path.getParent().toString(), status.getPath().getName())
-            states[name] = FileState(status.getLen(), status.getModificationTime())
-    return {file: states.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}
+            statuses[path.getParent().toString(), status.getPath().getName()] = status
+    return {file: statuses.get((path.getParent().toString(), path.getName())) for file, path in paths.items()}
 
 
 def _jvm(spark: SparkSession) -> Any:

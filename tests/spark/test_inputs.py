@@ -1,7 +1,12 @@
 """Input tables: mapping, conversion, and every problem in one message."""
 
+import datetime
+import json
+import logging
 import random
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, QUERIES
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES
 from csrm.spark.inputs import read_input
 
 pytestmark = pytest.mark.spark
@@ -59,7 +64,8 @@ def test_text_becomes_numbers_and_values_that_are_none_are_counted(spark: SparkS
         read_input(spark, BEHAVIOUR, csv_spec(bad))
 
     assert str(caught.value) == (
-        f"input behaviour at {bad!r} (csv): 1 problem:\n  - column count: 2 of 3 values are no bigint"
+        f"input behaviour at {bad!r} (csv): 1 problem:\n  - column 'count' for count: 2 of 3 values are no bigint, for "
+        "example '1.5'. Whole numbers are expected, or text that is one."
     )
 
 
@@ -123,7 +129,8 @@ def test_all_problems_of_the_columns_come_in_one_message(spark: SparkSession, tm
         "'category', 'attributes', 'language']",
         "  - missing column 'product_id' for product_id; it has ['market', 'title', 'brand']. "
         "Name the right one under columns: {product_id: ...}",
-        "  - column 'title' for title: expected string, got array<int>",
+        "  - column 'title' for title: expected string, got array<int>. Cast it to text where it is written, or leave "
+        "the column out: columns: {title: null}.",
         "  - missing column 'kind' for category; it has ['market', 'title', 'brand']. "
         "Name the right one under columns: {category: ...}",
     ]
@@ -180,3 +187,263 @@ def test_an_empty_table_passes(spark: SparkSession, tmp_path: Path) -> None:
     path = write_text(tmp_path / "candidates.csv", "market,query_id,product_id\n")
 
     assert read_input(spark, CANDIDATES, csv_spec(path)).df.count() == 0
+
+
+def parquet(folder: Path, **columns: Any) -> InputSpec:
+    """A Parquet folder with one more file."""
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f"{len(list(folder.iterdir()))}.parquet")
+    return InputSpec(path=str(folder), format="parquet")
+
+
+def catalog_rows(spark: SparkSession, spec: InputSpec) -> list[tuple[Any, ...]]:
+    """product_id, title, brand and attributes."""
+    read_df = read_input(spark, CATALOG, spec).df
+    return [
+        tuple(row)
+        for row in read_df.select("product_id", "title", "brand", "attributes").orderBy("product_id").collect()
+    ]
+
+
+def test_csv_may_have_line_breaks_and_doubled_quotes_in_quotes(spark: SparkSession, tmp_path: Path) -> None:
+    text = (
+        "\ufeffmarket,product_id,title,brand\r\n"
+        'us,1,"Red tea\nloose leaf, 100 g",Acme\r\n'
+        'us,2,"TV 55"" 4K, black",Acme\r\n'
+        "\r\n"
+        'us,3,TV 55" wide,\r\n'
+    )
+    spec = csv_spec(write_text(tmp_path / "catalog.csv", text))
+
+    assert catalog_rows(spark, spec) == [
+        ("1", "Red tea\nloose leaf, 100 g", "Acme", None),
+        ("2", 'TV 55" 4K, black', "Acme", None),
+        ("3", 'TV 55" wide', None, None),
+    ]
+
+
+def test_csv_rows_with_another_number_of_fields_are_a_problem_whatever_their_market(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    text = 'market,product_id,title,brand\nus,1,"a\nb",Acme\nus,2,tea, Earl Grey,Acme\nxx,3\n'
+    path = write_text(tmp_path / "catalog.csv", text)
+
+    with pytest.raises(InputError) as caught:
+        read_input(spark, CATALOG, csv_spec(path), ["us"])
+
+    assert str(caught.value).splitlines()[1:] == [
+        f"  - 2 rows have another number of fields than the header, which has 4, for example file://{path}, line 4: "
+        "'us,2,tea, Earl Grey,Acme'. Put fields that hold a separator, a quote or a line break in quotes, and double "
+        "the quotes inside."
+    ]
+
+
+def test_csv_files_with_other_headers_are_an_error(spark: SparkSession, tmp_path: Path) -> None:
+    write_text(tmp_path / "1.csv", "market,product_id,title\nus,1,tea\n")
+    write_text(tmp_path / "2.csv", "product_id,market,title\n2,us,tea\n")
+
+    with pytest.raises(InputError, match="CSV header does not conform to the schema"):
+        read_input(spark, CATALOG, csv_spec(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "hint"),
+    [
+        ("market,product_id\nus,1\n", {}, r"no names were read.*\{header: 'true'\}"),
+        ("market;product_id\nus;1\n", {"header": "true"}, r"only column is full of separators.*sep: \";\""),
+        ("market\tproduct_id\nus\t1\n", {"header": "true"}, r"full of separators.*sep: \"\\t\""),
+    ],
+)
+def test_csv_that_was_read_wrong_says_which_option_is_missing(
+    spark: SparkSession, tmp_path: Path, text: str, options: dict[str, str], hint: str
+) -> None:
+    spec = InputSpec(path=write_text(tmp_path / "catalog.csv", text), format="csv", options=options)
+
+    with pytest.raises(InputError, match=hint):
+        read_input(spark, CATALOG, spec)
+
+
+@pytest.mark.parametrize("format_", ["csv", "parquet"])
+def test_replaced_bytes_are_counted_in_a_warning(
+    spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture, format_: str
+) -> None:
+    if format_ == "csv":
+        (tmp_path / "catalog.csv").write_bytes("market,product_id,title\nus,1,caf\xe9\nus,2,tea\n".encode("latin-1"))
+        spec = csv_spec(str(tmp_path / "catalog.csv"))
+    else:
+        spec = parquet(tmp_path / "catalog", market=["us"] * 2, product_id=["1", "2"], title=[b"caf\xe9", b"tea"])
+        spec = spec.model_copy(update={"options": {"binaryAsString": "true"}})
+
+    with caplog.at_level(logging.WARNING):
+        assert catalog_rows(spark, spec) == [("1", "caf\ufffd", None, None), ("2", "tea", None, None)]
+
+    assert "were replaced by U+FFFD (column: values) in title: 1." in caplog.text
+
+
+def test_parquet_files_with_other_columns_and_types_are_read_together(spark: SparkSession, tmp_path: Path) -> None:
+    parquet(tmp_path / "catalog", market=["us"], product_id=["a1"], title=["tea"])
+    parquet(tmp_path / "catalog", product_id=[2], market=["us"], brand=["Acme"], title=["tea"])
+    spec = parquet(tmp_path / "catalog", market=["us"], product_id=[3.0], title=pa.nulls(1), brand=["Acme"])
+
+    assert catalog_rows(spark, spec) == [
+        ("2", "tea", "Acme", None),
+        ("3", None, "Acme", None),
+        ("a1", "tea", None, None),
+    ]
+
+
+def test_files_below_folders_that_name_a_column_are_read_together(spark: SparkSession, tmp_path: Path) -> None:
+    """Folders keep their text: 01 is no number."""
+    for market, columns in (("01", {"title": ["tea"]}), ("kr", {"brand": ["Acme"], "title": ["tea"]})):
+        (tmp_path / "a b" / f"market={market}").mkdir(parents=True)
+        pq.write_table(pa.table({"product_id": [1], **columns}), tmp_path / "a b" / f"market={market}" / "x y.parquet")
+    spec = InputSpec(path=str(tmp_path / "a b"), format="parquet")
+
+    read = read_input(spark, CATALOG, spec, ["01", "kr"])
+
+    rows = read.df.select("market", "product_id", "title", "brand").orderBy("market").collect()
+    assert rows == [("01", "1", "tea", None), ("kr", "1", "tea", "Acme")]
+    assert len(read.files) == 2
+    assert None not in read.files.values()
+
+
+def test_columns_that_are_not_needed_are_not_read(spark: SparkSession, tmp_path: Path) -> None:
+    spec = parquet(
+        tmp_path / "catalog",
+        market=["us"],
+        product_id=["1"],
+        title=["tea"],
+        updated_at=pa.array([1], pa.timestamp("ns")),
+        opens_at=pa.array([1], pa.time64("ns")),
+        row_id=pa.array([b"a" * 16], pa.uuid()),
+        score=pa.array([1], pa.float16()),
+        price=pa.array([Decimal(1)], pa.decimal256(50, 2)),
+        Size=["x"],
+        size=["x"],
+    )
+
+    assert catalog_rows(spark, spec) == [("1", "tea", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (pa.array([b"a" * 16], pa.uuid()), r"column 'product_id' for product_id: expected string, got UUID\. Cast it"),
+        (pa.array([b"a"]), r"expected string, got binary\. Cast it to text .*options: \{binaryAsString: 'true'\}\.$"),
+        (pa.array([1], pa.timestamp("ns")), r"expected string, got TIMESTAMP\(NANOS,false\)\. Cast it to text"),
+        (pa.array([datetime.date(2024, 1, 5)]), r"expected string, got date\. Cast it to text"),
+        (pa.array([True]), r"expected string, got boolean\. Write it as text"),
+        (
+            pa.array([1.5]),
+            r"1 of 1 values are no string, for example '1\.5'\. Numbers become text where they are whole",
+        ),
+    ],
+    ids=["uuid", "binary", "time", "date", "boolean", "fraction"],
+)
+def test_ids_that_are_no_text_are_refused_by_column_with_a_way_out(
+    spark: SparkSession, tmp_path: Path, ids: pa.Array, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_input(spark, CATALOG, parquet(tmp_path / "catalog", market=["us"], product_id=ids))
+
+
+def test_text_that_parquet_does_not_mark_is_read_as_text_where_the_options_say_so(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    attributes = pa.array([[(b"color", b"red")]], pa.map_(pa.binary(), pa.binary()))
+    columns = {"market": [b"us"], "product_id": [b"1"], "title": [b"tea"], "attributes": attributes}
+    spec = parquet(tmp_path / "catalog", **columns).model_copy(update={"options": {"binaryAsString": "true"}})
+
+    assert catalog_rows(spark, spec) == [("1", "tea", None, {"color": "red"})]
+
+
+def test_ids_counts_and_grades_of_other_number_types_convert(spark: SparkSession, tmp_path: Path) -> None:
+    ids = pa.array([Decimal(1234567)], pa.decimal128(38, 0))
+    behaviour = parquet(tmp_path / "behaviour", market=["us"], query=["tea"], product_id=ids, count=[3.0])
+    judgments = parquet(
+        tmp_path / "judgments",
+        market=["us"],
+        query_id=pa.array([2**64 - 1], pa.uint64()),
+        product_id=[1234567.0],
+        grade=[1.0],
+    )
+
+    assert read_input(spark, BEHAVIOUR, behaviour).df.collect() == [("us", "tea", "1234567", 3)]
+    (row,) = read_input(spark, JUDGMENTS, judgments).df.collect()
+    assert row[:4] == ("us", "18446744073709551615", "1234567", "1")
+
+
+def test_json_keeps_the_text_and_the_names_that_it_has(spark: SparkSession, tmp_path: Path) -> None:
+    lines = [
+        '{"market": "us", "product_id": "2024-01-05", "title": "2025-02-05T10:00:00Z"}',
+        *(json.dumps({"market": "us", "product_id": str(n), "title": "x"}) for n in range(30_000, 30_003)),
+        '{"market": "us", "product_id": "a", "attributes": {"Color": "red", "Assembly Required": "no"}}',
+        '{"market": "us", "product_id": 7.0, "attributes": {"color": "blue"}, "brand": "Acme", "unused": {"x": 1}}',
+        '{"market": "us", "product_id": 8, "attributes": "{\\"n\\": 1.50}", "title": null}',
+    ]
+    spec = InputSpec(path=write_text(tmp_path / "catalog.json", "\n".join(lines)), format="json")
+
+    rows = catalog_rows(spark, spec)
+
+    assert rows[0] == ("2024-01-05", "2025-02-05T10:00:00Z", None, None)
+    assert rows[-3:] == [
+        ("7", None, "Acme", {"color": "blue"}),
+        ("8", None, None, {"n": "1.5"}),
+        ("a", None, None, {"Color": "red", "Assembly Required": "no"}),
+    ]
+
+
+def test_lines_that_are_no_json_are_a_problem_with_an_example(spark: SparkSession, tmp_path: Path) -> None:
+    text = (
+        '{"market": "us", "product_id": "1"}\n\n{"market": "us", "product_id": \n{"market": "a", "market": "b"}\n[1]\n'
+    )
+    path = write_text(tmp_path / "catalog.json", text)
+
+    with pytest.raises(
+        InputError, match=r"3 records are no JSON objects, for example .*/catalog\.json, line \d: '.*multiLine"
+    ):
+        read_input(spark, CATALOG, InputSpec(path=path, format="json"))
+
+
+def test_a_json_array_is_read_where_the_options_say_so(spark: SparkSession, tmp_path: Path) -> None:
+    text = '[\n {"market": "us", "product_id": "1"},\n {"market": "us",\n "product_id": "2"}\n]\n'
+    spec = InputSpec(path=write_text(tmp_path / "catalog.json", text), format="json", options={"multiLine": "true"})
+
+    assert [row[0] for row in catalog_rows(spark, spec)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("format_", ["parquet", "json", "csv", "delta"])
+def test_a_column_of_another_case_is_named(spark: SparkSession, tmp_path: Path, format_: str) -> None:
+    path = str(tmp_path / "catalog")
+    rows_df = spark.sql("SELECT 'us' AS market, '1' AS product_id, 'tea' AS TITLE, 'x' AS Brand")
+    rows_df.write.format(format_).option("header", "true").save(path)
+    spec = InputSpec(path=path, format=format_, options={"header": "true"} if format_ == "csv" else {})
+
+    with pytest.raises(InputError) as caught:
+        read_input(spark, CATALOG, spec)
+
+    assert str(caught.value).splitlines()[1:] == [
+        "  - missing column 'title' for title, but there is 'TITLE'. Map it: columns: {title: TITLE}, or leave the "
+        "column out: columns: {title: null}.",
+        "  - missing column 'brand' for brand, but there is 'Brand'. Map it: columns: {brand: Brand}, or leave the "
+        "column out: columns: {brand: null}.",
+    ]
+    mapped = spec.model_copy(update={"columns": {"title": "TITLE", "brand": None}})
+    assert catalog_rows(spark, mapped) == [("1", "tea", None, None)]
+
+
+def test_columns_that_differ_in_case_alone_are_refused_where_they_are_needed(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    parquet(tmp_path / "catalog", market=["us"], product_id=["1"], title=["tea"])
+    spec = parquet(tmp_path / "catalog", market=["us"], product_id=["2"], Title=["tea"])
+
+    with pytest.raises(InputError, match=r"columns \['title', 'Title'\] differ in case alone\. Rename or drop"):
+        read_input(spark, CATALOG, spec)
+
+
+def test_a_required_column_cannot_be_left_out(spark: SparkSession, tmp_path: Path) -> None:
+    spec = parquet(tmp_path / "catalog", market=["us"], product_id=["1"])
+
+    with pytest.raises(InputError, match="'columns' leaves product_id out, which is required"):
+        read_input(spark, CATALOG, spec.model_copy(update={"columns": {"product_id": None}}))

@@ -1,18 +1,22 @@
 """A DuckDB database of input tables: any size, any format, no Spark."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
-import pyarrow.dataset as pa_dataset
-import pyarrow.fs as pa_fs
 
 from csrm.config import InputSpec
-from csrm.errors import InputError, MissingDependencyError
-from csrm.schemas import Column, Table
+from csrm.conversions import REPLACEMENT, Kind, problem_of_values, problems_of_columns, warning_of_replaced
+from csrm.errors import InputError
+from csrm.schemas import Table
+from csrm.training.data.conversions import MACROS, converted, sql_type, text_with_replacements
+from csrm.training.data.sources import Source, open_sources
+
+logger = logging.getLogger(__name__)
+
 
 MEMORY_LIMIT = "256MB"
 """Of the joins and sorts; what does not fit goes to a temporary folder."""
@@ -36,6 +40,8 @@ def open_database(folder: str) -> duckdb.DuckDBPyConnection:
         SET threads = {min(_NUM_THREADS, os.cpu_count() or 1)}; SET preserve_insertion_order = false;
         SET disabled_optimizers = 'join_order,build_side_probe_side'"""
     )
+    database.create_function("text_with_replacements", text_with_replacements, ["BLOB"], "VARCHAR")
+    database.execute(MACROS)
     return database
 
 
@@ -58,55 +64,100 @@ def add_table(
     """Make a table that Spark is not needed for known to a database, under its name, after its checks.
 
     Args:
-        table: its columns are there, with their types; optional ones that are absent are null.
+        table: its columns are there, with their types, as the table of csrm.conversions has it; optional ones that are
+            absent are null.
         spec: Delta, Parquet or JSON lines; other formats are imported with Spark first.
         markets: only rows of these are there and checked; those of others are in `<name>_of_all_markets`.
 
     Raises:
-        InputError: the table cannot be read, or lacks columns, or has wrong types, null or repeated keys; all problems
-            of the table are in one message.
+        InputError: the table cannot be read, or lacks columns, or has wrong types, values that do not convert, null or
+            repeated keys; all problems of the table are in one message.
     """
     where = f"{table.name} {spec.path!r}"
-    dataset = _open(spec, where)
-    there = {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
-    missing = [
-        there[column.name]
-        for column in table.columns
-        if there[column.name] not in dataset.schema.names and (column.required or column.name in spec.columns)
-    ]
-    if missing:
-        raise InputError(
-            f"{where}: missing columns {missing}; it has {dataset.schema.names}. Map them in the config under columns."
-        )
-    database.register(f"{table.name}_source", dataset)
-    values, tests = [], []
-    for column in table.columns:
-        type_ = _sql_type(column)
-        if there[column.name] not in dataset.schema.names:
-            values.append(f"NULL::{type_} AS {column.name}")
-            continue
-        source = _name(there[column.name])
-        values.append(f"TRY_CAST({source} AS {type_}) AS {column.name}")
-        tests.append(f"count_if({source} IS NOT NULL AND TRY_CAST({source} AS {type_}) IS NULL)")
-        tests.append(f"count_if({source} IS NULL)" if column.required else "0")
-    market = _name(there["market"]) if "market" in there else ""
-    kept = f"{market} IS NULL OR {market} IN ({', '.join(map(literal, markets))})" if markets and market else "true"
-    source = f"(SELECT * FROM {table.name}_source WHERE {kept})"
-    database.execute(f"CREATE TEMP VIEW {table.name} AS SELECT {', '.join(values)} FROM {source}")
-    everything = f"SELECT {', '.join(values)} FROM {table.name}_source"
-    database.execute(f"CREATE TEMP VIEW {table.name}_of_all_markets AS {everything}")
-    problems = []
+    names = {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
+    market = names.get("market")
+    sources = open_sources(database, spec, [name for name in names.values() if name is not None], market, where)
+    problems = [problem for source in sources for problem in source.problems]
+    present = list(dict.fromkeys(name for source in sources for name in source.names))
+    problems += problems_of_columns(table, spec, present, [source.columns for source in sources])
+    if problems:
+        raise InputError(problem_list(where, problems))
+    rows = [_rows(table, names, source) for source in sources]
+    every = " UNION ALL ".join(f"SELECT {values} FROM {relation}" for values, _, relation, _ in rows)
+    kept = " UNION ALL ".join(
+        f"SELECT {values} FROM {relation}{_only(market, markets)}" for values, _, relation, market in rows
+    )
+    checks = " UNION ALL ".join(
+        f"SELECT {tests} FROM {relation}{_only(market, markets)}" for _, tests, relation, market in rows
+    )
     try:
-        num_rows, *counts = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {source}").fetchall()[0]
+        database.execute(f"CREATE TEMP VIEW {table.name} AS {kept}")
+        database.execute(f"CREATE TEMP VIEW {table.name}_of_all_markets AS {every}")
+        problems = _problems_of_values(database, table, names, checks, where)
     except duckdb.Error as error:
         raise InputError(f"{where}: cannot be read: {error}. Are its files complete?") from error
-    present = [column for column in table.columns if there[column.name] in dataset.schema.names]
-    for column, failed, null in zip(present, counts[::2], counts[1::2], strict=True):
-        found = dataset.schema.field(there[column.name]).type
-        if failed:
-            problems.append(f"column {there[column.name]!r}: expected {column.type}, got {found} ({failed} rows)")
-        if null:
-            problems.append(f"column {there[column.name]!r} is null in {null} of {num_rows} rows")
+    if problems:
+        raise InputError(problem_list(where, problems))
+
+
+def _rows(table: Table, names: Mapping[str, str | None], source: Source) -> tuple[str, str, str, str]:
+    """SQL of the columns; of what is counted; where they are from; of the market."""
+    values, tests, market = [], ["count(*)"], ""
+    for column in table.columns:
+        name = names[column.name]
+        if name is None or name not in source.columns:
+            values.append(f"NULL::{sql_type(column.type)} AS {column.name}")
+            tests += ["0", "NULL", "count(*)" if column.required else "0", "0"]
+            continue
+        found, there = source.columns[name], source.sql[name]
+        if column.name == "market" and found.kind == Kind.TEXT:
+            value = market = there  # as it is, so that files are found by it
+            failed, example = "false", "NULL"
+        else:
+            value, example = converted(there, found, column.type), source.example(name)
+            failed = f"{there} IS NOT NULL AND ({value}) IS NULL AND NOT {source.is_nothing(name, column.type)}"
+            market = value if column.name == "market" else market
+        values.append(f"{value} AS {column.name}")
+        tests.append(f"count(*) FILTER ({failed})")
+        tests.append(f"min({example}) FILTER ({failed})")
+        tests.append(f"count(*) FILTER (({value}) IS NULL AND NOT ({failed}))" if column.required else "0")
+        tests.append(f"count(*) FILTER ({_has_replacement(value, column.type)})")
+    return ", ".join(values), ", ".join(tests), source.relation, market
+
+
+def _has_replacement(value: str, wanted: str) -> str:
+    """SQL: text has characters in place of bytes that were no UTF-8."""
+    if wanted == "string":
+        return f"contains({value}, {literal(REPLACEMENT)})"
+    if wanted == "map<string,string>":
+        texts = f"list_filter(map_values({value}), lambda text: contains(text, {literal(REPLACEMENT)}))"
+        return f"len({texts}) > 0"
+    return "false"
+
+
+def _only(market: str, markets: Mapping[str, str] | None) -> str:
+    if not markets or not market:
+        return ""
+    return f" WHERE {market} IS NULL OR {market} IN ({', '.join(map(literal, markets))})"
+
+
+def _problems_of_values(
+    database: duckdb.DuckDBPyConnection, table: Table, names: Mapping[str, str | None], checks: str, where: str
+) -> list[str]:
+    """Nulls, failed conversions and duplicate keys; replaced bytes are counted in a warning."""
+    parts = database.execute(checks).fetchall()
+    num_rows = sum(part[0] for part in parts)
+    problems, replaced = [], {}
+    for place, column in enumerate(table.columns):
+        counts = (part[1 + 4 * place : 5 + 4 * place] for part in parts)
+        failed, examples, nulls, replacements = zip(*counts, strict=True)
+        name = names[column.name] or ""
+        replaced[column.name] = sum(replacements)
+        if sum(failed):
+            example = next(example for example in examples if example is not None)
+            problems.append(problem_of_values(name, column.name, column.type, sum(failed), num_rows, example))
+        if sum(nulls):
+            problems.append(f"column {name!r} is null in {sum(nulls)} of {num_rows} rows")
     if not problems and table.key:
         key = ", ".join(table.key)
         repeated = database.execute(
@@ -114,43 +165,11 @@ def add_table(
                 SELECT {key}, count(*) AS copies FROM {table.name} GROUP BY ALL HAVING copies > 1
             ) ORDER BY {key} LIMIT 1"""
         ).fetchall()
-        for num_rows, *example in repeated:
-            problems.append(f"{num_rows} rows share their key ({key}), for example {', '.join(map(str, example))}")
-    if problems:
-        raise InputError(problem_list(where, problems))
-
-
-def _open(spec: InputSpec, where: str) -> pa_dataset.Dataset:
-    """A table as Spark wrote it; columns that name folders (market=kr), as of partitionBy, are text."""
-    if spec.format == "delta":
-        try:
-            from deltalake import DeltaTable
-            from deltalake.exceptions import DeltaError
-        except ImportError as error:
-            raise MissingDependencyError(
-                "reading Delta without Spark needs deltalake: pip install csrm[train]"
-            ) from error
-        try:
-            return DeltaTable(spec.path).to_pyarrow_dataset()
-        except DeltaError as error:
-            raise InputError(f"{where}: cannot be read as Delta: {error}") from error
-    if spec.format not in ("parquet", "json") or spec.options:
-        raise InputError(
-            f"{where}: training reads delta, parquet and json without options, got format {spec.format!r} with options "
-            f"{spec.options}. Write it as one of these, for example with jobs/import_esci.py."
-        )
-    try:
-        filesystem, path = pa_fs.FileSystem.from_uri(spec.path) if "://" in spec.path else (None, spec.path)
-        dataset = pa_dataset.dataset(path, filesystem=filesystem, format=spec.format)
-        folders = {folder for file in dataset.files for folder in file.removeprefix(path).split("/")[:-1]}
-        names = {folder.partition("=")[0] for folder in folders if "=" in folder} - {*dataset.schema.names}
-        if not names:
-            return dataset
-        columns = pa.schema([(name, pa.string()) for name in sorted(names)])
-        hive = pa_dataset.partitioning(columns, flavor="hive")
-        return pa_dataset.dataset(path, filesystem=filesystem, format=spec.format, partitioning=hive)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{where}: cannot be read: {error}. Is the path right?") from error
+        for num_copies, *example in repeated:
+            problems.append(f"{num_copies} rows share their key ({key}), for example {', '.join(map(str, example))}")
+    if (warning := warning_of_replaced(replaced)) is not None:
+        logger.warning("%s: %s", where, warning)
+    return problems
 
 
 def language_of_query(markets: Mapping[str, str]) -> str:
@@ -172,14 +191,6 @@ def has_text(column: str) -> str:
 def random_number(seed: int, *values: str) -> str:
     """SQL of a random number in [0, 2^64) for these values, always the same for a seed."""
     return f"md5_number_lower(concat_ws(' ', {seed}, {', '.join(values)}))"
-
-
-def _sql_type(column: Column) -> str:
-    return {"string": "VARCHAR", "map<string,string>": "MAP(VARCHAR, VARCHAR)"}.get(column.type, column.type.upper())
-
-
-def _name(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"'
 
 
 def literal(text: Any) -> str:

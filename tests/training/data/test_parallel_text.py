@@ -81,7 +81,7 @@ def test_held_out_texts_are_not_learnt_in_either_direction(spec: InputSpec) -> N
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     pd.DataFrame({"source_language": ["ko"], "text": ["수건"]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(InputError, match=r"missing columns \['target_language'\]"):
+    with pytest.raises(InputError, match=r"missing column 'target_language' for target_language"):
         list(ParallelText(InputSpec(path=str(tmp_path / "x.parquet"), format="parquet")).translations("train", 0))
 
 

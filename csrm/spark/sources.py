@@ -1,0 +1,284 @@
+"""Files and tables as Spark reads them: their columns with their types, of all files, before any is converted."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import BinaryType, DataType, MapType, StringType, StructField, StructType, VariantType
+
+from csrm.config import InputSpec
+from csrm.conversions import JSON, TEXT, Found, Kind, problem_of_records
+from csrm.errors import InputError
+from csrm.spark.conversions import found_in_spark, is_json_null
+from csrm.spark.storage import parquet_schemas
+from csrm.spark.tables import open_table
+
+_BAD = "_csrm_bad_record"
+
+
+_MOST_EXAMPLE = 500
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one layout: a table, or the files whose columns have one type."""
+
+    df: DataFrame
+    names: Sequence[str]
+    """All columns."""
+    columns: Mapping[str, Found]
+    """Types of those that are needed."""
+
+    def value(self, name: str) -> Column:
+        """A column that is needed; null where JSON has null."""
+        value = F.col(f"`{name.replace('`', '``')}`")
+        return F.when(~is_json_null(value), value) if self.columns[name].kind == Kind.JSON else value
+
+
+def open_sources(
+    spark: SparkSession, spec: InputSpec, needed: Sequence[str], where: str, version: int | None = None
+) -> tuple[list[Source], int | None, list[str]]:
+    """Open an input; only the columns that are needed will be read.
+
+    Args:
+        spark: the session.
+        spec: where it is, its format and options.
+        needed: names of columns there.
+        where: what messages begin with.
+        version: of a Delta table; None: the newest.
+
+    Returns:
+        Its rows; the version of a Delta table; problems of rows that are not what the format says.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if spec.format == "delta":
+        table_df, version = open_table(spark, spec.path, version)
+        return [_source(table_df, needed)], version, []
+    try:
+        if spec.format == "parquet":
+            return _parquet_sources(spark, spec, needed), None, []
+        if spec.format in ("csv", "json"):
+            read = _csv_source if spec.format == "csv" else _json_source
+            source, problems = read(spark, spec, needed)
+            return [source], None, problems
+        options = {"mergeSchema": "true", **spec.options} if spec.format == "orc" else spec.options
+        return [_source(spark.read.format(spec.format).options(**options).load(spec.path), needed)], None, []
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(
+            f"{where}: cannot be read: {reason(error)}. Are the path and the format right, and its files complete?"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of Spark says, in one line: its own first line, and that of its first cause."""
+    java = error.java_exception if isinstance(error, Py4JJavaError) else getattr(error, "_origin", None)
+    lines = [] if isinstance(error, Py4JJavaError) else [_first_line(error)]
+    while java is not None:
+        if message := java.getMessage():
+            lines.append(_first_line(message))
+        java = java.getCause()
+    shown = list(dict.fromkeys(line for line in (lines[0], lines[-1]) if line)) if lines else [_first_line(error)]
+    return ": ".join(shown)
+
+
+def _first_line(text: object) -> str:
+    return (str(text).strip().splitlines() or [""])[0].rstrip(". ")
+
+
+def _source(df: DataFrame, needed: Sequence[str]) -> Source:
+    columns = {field.name: found_in_spark(field.dataType) for field in df.schema if field.name in needed}
+    return Source(df, df.columns, columns)
+
+
+def _folders(spark: SparkSession, spec: InputSpec) -> tuple[list[str], list[str]]:
+    """Columns that name folders (market=kr), whose values stay text, and the files; nothing of them is read."""
+    listed_df = spark.read.format(spec.format).options(**spec.options).schema(f"{_BAD} string").load(spec.path)
+    return listed_df.columns[1:], listed_df.inputFiles()
+
+
+def _text_fields(names: Sequence[str]) -> list[StructField]:
+    return [StructField(name, StringType()) for name in names]
+
+
+def _parquet_sources(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> list[Source]:
+    """Files by the types of the columns that are needed, from their footers: Spark reads no other column's type."""
+    folders, files = _folders(spark, spec)
+    is_binary_text = {key.lower(): value for key, value in spec.options.items()}.get("binaryasstring") == "true"
+    footers = _parquet_footers(spark, files)
+    names = [
+        name for name in dict.fromkeys(name for footer in footers.values() for name in footer) if name not in folders
+    ]
+    layouts: dict[tuple[tuple[str, Found, DataType | None], ...], list[str]] = {}
+    for file, footer in footers.items():
+        wanted = ((name, *footer[name]) for name in names if name in needed and name in footer)
+        if is_binary_text:
+            wanted = ((name, *_as_text(found, type_)) for name, found, type_ in wanted)
+        layouts.setdefault(tuple(wanted), []).append(file)
+    sources = []
+    for layout, chosen in layouts.items():
+        columns = {name: found for name, found, _ in layout} | {name: TEXT for name in folders if name in needed}
+        fields = [StructField(name, type_) for name, _, type_ in layout if type_ is not None]
+        schema = StructType([*fields, *_text_fields([name for name in folders if name in needed])])
+        reader = spark.read.options(**spec.options).schema(schema)
+        if len(layouts) == 1:
+            df = reader.parquet(spec.path)
+        else:
+            df = reader.option("basePath", _base_path(spec)).parquet(*map(unquote, chosen))
+        sources.append(Source(df, [*names, *folders], columns))
+    return sources or [Source(spark.createDataFrame([], StructType([])), folders, {})]
+
+
+def _base_path(spec: InputSpec) -> str:
+    """The folder below which names of folders are columns: the path up to its first pattern."""
+    if "basePath" in spec.options:
+        return spec.options["basePath"]
+    parts = spec.path.split("/")
+    fixed = next((place for place, part in enumerate(parts) if set(part) & set("*?{[")), len(parts))
+    return "/".join(parts[:fixed])
+
+
+def _as_text(found: Found, type_: DataType | None) -> tuple[Found, DataType | None]:
+    """Bytes that nothing marks as text, as text."""
+    if isinstance(type_, BinaryType):
+        return TEXT, StringType()
+    if isinstance(type_, MapType):
+        key, value = (
+            StringType() if isinstance(part, BinaryType) else part for part in (type_.keyType, type_.valueType)
+        )
+        return found_in_spark(MapType(key, value)), MapType(key, value)
+    return found, type_
+
+
+def _parquet_footers(spark: SparkSession, files: Sequence[str]) -> dict[str, dict[str, tuple[Found, DataType | None]]]:
+    """Each file's columns with their types; no type of Spark for those that it cannot read."""
+    known: dict[str, dict[str, tuple[Found, DataType | None]]] = {}
+    footers = {}
+    for file, schema in parquet_schemas(spark, files).items():
+        text = schema.toString()
+        if text not in known:
+            known[text] = _parquet_columns(spark, schema)
+        footers[file] = known[text]
+    return footers
+
+
+def _parquet_columns(spark: SparkSession, schema: Any) -> dict[str, tuple[Found, DataType | None]]:
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    parquet = jvm.org.apache.spark.sql.execution.datasources.parquet
+    converter = parquet.ParquetToSparkSchemaConverter(spark._jsparkSession.sessionState().conf())
+    columns: dict[str, tuple[Found, DataType | None]] = {}
+    for place in range(schema.getFieldCount()):
+        field = schema.getType(place)
+        alone = jvm.java.util.ArrayList()
+        alone.add(field)
+        annotation = str(field.getLogicalTypeAnnotation() or "")
+        try:
+            converted = converter.convert(jvm.org.apache.parquet.schema.MessageType("column", alone))
+        except PySparkException:
+            kind = Kind.UUID if annotation == "UUID" else Kind.TIME if "TIME" in annotation else Kind.OTHER
+            name = str(field.toString()).partition(f" {field.getName()}")[0].partition(" ")[2]
+            columns[field.getName()] = Found(kind, annotation or name), None
+            continue
+        type_ = StructType.fromJson(json.loads(converted.json()))[0].dataType
+        is_nothing = annotation == "UNKNOWN"  # as Arrow writes a column without any value
+        found = Found(Kind.NOTHING, "null") if is_nothing else found_in_spark(type_)
+        columns[field.getName()] = found, None if is_nothing else type_
+    return columns
+
+
+def _csv_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> tuple[Source, list[str]]:
+    """CSV as RFC 4180 has it, all of it text: line breaks may stand in quotes, and quotes in quotes are doubled."""
+    given = {key.lower(): value for key, value in spec.options.items()}
+    quote = given.get("quote", '"')
+    defaults = {"multiLine": str(bool(quote)).lower(), "quote": quote, "escape": quote}
+    reader = spark.read.options(**defaults).options(**spec.options).option("inferSchema", "false")
+    folders, _ = _folders(spark, spec)
+    names = [name for name in reader.csv(spec.path).columns if name not in folders]
+    fields = [*_text_fields([*names, _BAD]), *_text_fields([name for name in folders if name in needed])]
+    reader = reader.option("columnNameOfCorruptRecord", _BAD).option("enforceSchema", "false")
+    df = reader.schema(StructType(fields)).csv(spec.path)
+    problems = []
+    if names:
+        counted = df.select(
+            F.col(_BAD).alias("bad"), F.input_file_name().alias("file"), _column(names[0]).alias("first")
+        )
+        problems = _problems_of_records(
+            counted,
+            f"rows have another number of fields than the header, which has {len(names)}",
+            "Put fields that hold a separator, a quote or a line break in quotes, and double the quotes inside.",
+        )
+    columns = {name: TEXT for name in (*names, *folders) if name in needed}
+    return Source(df, [*names, *folders], columns), problems
+
+
+def _json_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> tuple[Source, list[str]]:
+    """JSON, whose values keep the type that JSON gives them: the columns are the names in all records."""
+    folders, _ = _folders(spark, spec)
+    reader = spark.read.options(**spec.options).option("columnNameOfCorruptRecord", _BAD)
+    reader = reader.schema(f"record variant, {_BAD} string").option("singleVariantColumn", "record")
+    is_whole = {key.lower(): value.lower() for key, value in spec.options.items()}.get("multiline") == "true"
+    records_df = reader.json(spec.path).select("record", _BAD, F.input_file_name().alias("file"))
+    if is_whole:  # a file may be an array of records
+        items = F.try_variant_get("record", "$", "array<variant>")
+        records_df = records_df.withColumn("record", F.explode(F.coalesce(items, F.array("record"))))
+    names_in = F.map_keys(F.try_variant_get("record", "$", "map<string,variant>"))
+    bad = F.when(names_in.isNull(), F.coalesce(_BAD, F.to_json("record")))
+    kinds_df = records_df.select(names_in.alias("first"), bad.alias("bad"), "file")
+    found = kinds_df.groupBy("first").agg(F.lit(1)).select(F.explode("first").alias("name")).distinct().collect()
+    names = sorted(row["name"] for row in found if row["name"] not in folders)
+    problems = _problems_of_records(
+        kinds_df,
+        "records are no JSON objects",
+        "Write one object a line, each name once. One array, or objects over several lines, need options: "
+        "{multiLine: 'true'}.",
+    )
+    fields = [StructField(name, VariantType()) for name in names if name in needed]
+    fields += _text_fields([name for name in folders if name in needed])
+    df = spark.read.options(**spec.options).schema(StructType(fields)).json(spec.path)
+    columns = {name: JSON for name in names if name in needed} | {name: TEXT for name in folders if name in needed}
+    return Source(df, [*names, *folders], columns), problems
+
+
+def _problems_of_records(records_df: DataFrame, what: str, way_out: str) -> list[str]:
+    """Records that are not what the format says.
+
+    Args:
+        records_df: bad, their text, null for others; file; first, some value of all records, which Spark wants.
+        what: what they are.
+        way_out: what to do.
+    """
+    example = F.struct("file", F.left("bad", F.lit(_MOST_EXAMPLE)).alias("text"))
+    row = records_df.agg(
+        F.count("bad").alias("num_bad"),
+        F.min(F.when(F.col("bad").isNotNull(), example)).alias("example"),
+        F.count("first"),
+    ).head()
+    assert row is not None
+    if not row["num_bad"]:
+        return []
+    file, text = row["example"]
+    place = _place(records_df.sparkSession, file, text)
+    return [problem_of_records(what, row["num_bad"], text, place, way_out)]
+
+
+def _place(spark: SparkSession, file: str, text: str) -> str | None:
+    """File and line of a record of text; None where it is not found."""
+    first = text.splitlines()[0] if text else ""
+    try:
+        lines = spark.read.text(unquote(file)).rdd.zipWithIndex()
+        found = lines.filter(lambda line: line[0]["value"][:_MOST_EXAMPLE] == first).take(1)
+    except (AnalysisException, Py4JJavaError):
+        return None
+    return f"{file}, line {found[0][1] + 1}" if found else None
+
+
+def _column(name: str) -> Column:
+    return F.col(f"`{name.replace('`', '``')}`")
