@@ -15,15 +15,19 @@ csrm/training/data/conversions.py as SQL of DuckDB. tests/test_conversions.py ho
 Everything else says how to cast it. Values of JSON have the type that JSON gives them.
 """
 
+import datetime
 import json
 import math
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from enum import StrEnum
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from csrm.config import InputSpec
@@ -98,7 +102,7 @@ TEXT = Found(Kind.TEXT, "string")
 
 
 JSON = Found(Kind.JSON, "JSON")
-"""A value of JSON, which says its own type."""
+"""Values of JSON, or of Python, each of which says its own type."""
 
 
 NUMBERS = (Kind.WHOLE, Kind.DECIMAL, Kind.FLOAT, Kind.DOUBLE)
@@ -334,9 +338,12 @@ def converted(value: Any, found: Found, wanted: str) -> Any:
     if (why := refusal(found, wanted)) is not None:
         raise NotConvertibleError(why)
     if found.kind == Kind.JSON:
-        found = found_in_json(value)
-        is_object = wanted == "map<string,string>" and found.kind == Kind.OBJECT
-        return _attributes(value, found) if is_object else converted(value, found, wanted)
+        found = found_in_python(value)
+        if wanted == "map<string,string>" and found.kind == Kind.OBJECT:
+            return _attributes(value, found)
+        if wanted == "array<string>" and found.kind == Kind.LIST:
+            return [converted(item, JSON, "string") for item in value]
+        return converted(value, found, wanted)
     if wanted == "string":
         return value if found.kind == Kind.TEXT else str(_whole(value, found.kind))
     if wanted in RANGES:
@@ -368,23 +375,38 @@ def attributes_of_json(text: str) -> dict[str, str] | None:
         return None
     if not isinstance(value, dict):
         raise NotConvertibleError(f"{_shortened(text)!r} is no JSON object")
-    return _attributes(value, found_in_json(value))
+    return _attributes(value, found_in_python(value))
 
 
-def found_in_json(value: Any) -> Found:
-    """The type that JSON gives to a value."""
+def found_in_python(value: Any) -> Found:
+    """The type that a value of Python has, which may come from JSON, NumPy or pandas.
+
+    >>> found_in_python(7.0).kind, found_in_python(["x"]).kind
+    (<Kind.DOUBLE: 'double'>, <Kind.LIST: 'list'>)
+    """
+    name = type(value).__name__
     if value is None:
-        return Found(Kind.NOTHING, "null")
-    if isinstance(value, bool):
-        return Found(Kind.BOOLEAN, "boolean")
-    if isinstance(value, str):
-        return TEXT
+        return Found(Kind.NOTHING, name)
     if isinstance(value, Mapping):
-        return Found(Kind.OBJECT, "object", tuple((name, found_in_json(part)) for name, part in value.items()))
-    if isinstance(value, list):
-        return Found(Kind.LIST, "array")  # whose items have types of their own
-    kind = {int: Kind.WHOLE, float: Kind.DOUBLE}.get(type(value), Kind.DECIMAL)
-    return Found(kind, "number")
+        return Found(Kind.OBJECT, name, tuple((str(key), found_in_python(part)) for key, part in value.items()))
+    for types, kind in _PYTHON_KINDS:
+        if isinstance(value, types):
+            return Found(kind, name)
+    return Found(Kind.OTHER, name)
+
+
+_PYTHON_KINDS: tuple[tuple[Any, Kind], ...] = (
+    (str, Kind.TEXT),
+    ((bool, np.bool_), Kind.BOOLEAN),
+    (Integral, Kind.WHOLE),
+    (np.float32, Kind.FLOAT),
+    (float, Kind.DOUBLE),
+    (Decimal, Kind.DECIMAL),
+    ((bytes, bytearray), Kind.BINARY),
+    ((datetime.date, datetime.time, np.datetime64), Kind.TIME),
+    (uuid.UUID, Kind.UUID),
+    ((list, tuple, np.ndarray), Kind.LIST),
+)
 
 
 def _number_of_json(text: str) -> float | Decimal:
@@ -450,7 +472,7 @@ def _attribute_text(value: Any, found: Found) -> str | None:
         return "true" if value else "false"
     if found.kind == Kind.LIST:
         is_json = "item" not in dict(found.parts)
-        types = [found_in_json(item) if is_json else found["item"] for item in value]
+        types = [found_in_python(item) if is_json else found["item"] for item in value]
         if Kind.LIST in {type_.kind for type_ in types}:
             raise NotConvertibleError(f"{value!r} is a list of lists inside of attributes")
         items = [_attribute_text(item, type_) for item, type_ in zip(value, types, strict=True)]

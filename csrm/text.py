@@ -4,12 +4,22 @@ import unicodedata
 
 import regex
 
+_VISIBLE = regex.compile(r"[^\s\p{Z}\p{C}]")
 _IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 # Script extensions, so that the prolonged sound mark of kana counts as kana. Each of the two groups is one kind of run.
 _RUNS = regex.compile(
     r"(?V1)(?P<dense>[[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Hangul}]&&[\p{L}\p{N}]]+)"
     r"|(?P<word>[\p{L}\p{N}][[\p{L}\p{N}\p{Mn}\p{Mc}]--[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Hangul}]]*)"
 )
+
+
+def has_text(text: str | None) -> bool:
+    """Whether a text has more than white space and invisible characters, those of any script.
+
+    >>> has_text("tea"), has_text("\\u3000\\u200b"), has_text(None)
+    (True, False, False)
+    """
+    return text is not None and _VISIBLE.search(text) is not None
 
 
 def search_terms(text: str | None) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.packing import Group, PackBatch, build_packs
@@ -97,15 +98,15 @@ class PairScorer:
 
         Args:
             pairs: columns market, language, query and title (str or None), and those of OPTIONAL_COLUMNS that there
-                are: retrieved_titles (sequence of str, best first), brand and category (str), attributes (mapping, or
-                sequence of (name, value)); each may be None. Pairs of one query share their prefix wherever their rows
-                stand.
+                are: retrieved_titles (sequence of str, best first), brand and category (str), attributes (mapping,
+                sequence of (name, value), or JSON text); each may be None or NaN. Other values convert as in input
+                tables, see csrm.conversions. Pairs of one query share their prefix wherever their rows stand.
 
         Returns:
             relevance_score (float32, in [0, 1]) and predicted_grade (str), on the index of `pairs`.
 
         Raises:
-            InputError: a column is missing.
+            InputError: a column is missing, or a value is nothing that an input table may hold.
             ValueError: a logit is not finite (the message names the row).
 
         >>> from csrm.bundle import load_scorer
@@ -298,24 +299,61 @@ def with_pair_columns(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair_texts(pairs: pd.DataFrame) -> Iterator[tuple[Query, Product]]:
-    """What the prompt of each row says; see PairScorer.score for the columns."""
+    """What the prompt of each row says; see PairScorer.score for the columns.
+
+    Raises:
+        InputError: a column is missing, or a value is nothing that an input table may hold; the message names the row.
+    """
     pairs = with_pair_columns(pairs)
-    for market, language, query, titles, title, brand, category, attributes in zip(
-        *(pairs[column] for column in PAIR_COLUMNS), strict=True
-    ):
-        yield (
-            Query(market, language, _text(query), tuple(titles) if titles is not None else ()),
-            Product(_text(title), _text(brand), _text(category), _mapping(attributes)),
-        )
+    readers = [_READERS.get(name, _text) for name in PAIR_COLUMNS]
+    for row, values in enumerate(zip(*(pairs[column] for column in PAIR_COLUMNS), strict=True)):
+        fields = []
+        for name, read, value in zip(PAIR_COLUMNS, readers, values, strict=True):
+            try:
+                fields.append(read(value))
+            except NotConvertibleError as error:
+                raise InputError(f"pairs: row {row}, column {name}: {error}.") from error
+        market, language, query, titles, *product = fields
+        yield Query(market, language, query, titles), Product(*product)
 
 
 def _text(value: Any) -> str | None:
-    """pandas marks a missing text as None or as NaN."""
-    return value if isinstance(value, str) else None
+    """pandas marks a missing text as None or as NaN. Numbers become text as in tables."""
+    if isinstance(value, str):
+        return value
+    return None if _is_missing(value) else converted(value, JSON, "string")
+
+
+def _titles(value: Any) -> tuple[str | None, ...]:
+    if _is_missing(value):
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, (Sequence, np.ndarray)):
+        raise NotConvertibleError(
+            f"expected a list of text, got {type(value).__name__} {value!r:.80}. Put it in a list"
+        )
+    return tuple(map(_text, value))
 
 
 def _mapping(value: Any) -> Mapping[str, str | None] | None:
     """Arrow gives a map as a list of (key, value)."""
-    if value is None or isinstance(value, float):
+    if _is_missing(value):
         return None
-    return value if isinstance(value, Mapping) else dict(value)
+    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)):
+        try:
+            value = dict(value)
+        except (TypeError, ValueError) as error:
+            raise NotConvertibleError(f"expected a map of text, got {value!r:.80}. Write a map of text") from error
+    if isinstance(value, Mapping):
+        if names := [name for name in value if not isinstance(name, str)]:
+            raise NotConvertibleError(f"expected names that are text, got {names[0]!r:.80}. Write a map of text")
+        if all(part is None or isinstance(part, str) for part in value.values()):
+            return value
+    attributes: Mapping[str, str | None] | None = converted(value, JSON, "map<string,string>")
+    return attributes
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {"retrieved_titles": _titles, "attributes": _mapping}

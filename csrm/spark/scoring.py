@@ -1,27 +1,31 @@
-"""Scores of pairs: one pandas operator for the scoring job, and a pandas UDF for any DataFrame."""
+"""Scores of pairs: one pandas operator for the scoring job, and a UDF for any DataFrame."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from py4j.protocol import Py4JError  # type: ignore[import-untyped]
 from pyspark import TaskContext
 from pyspark.resource import ResourceProfile
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.functions import pandas_udf
+from pyspark.sql.pandas.functions import arrow_udf
 
 from csrm import errors
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import BundleError, CsrmError
+from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_kept, refusal
+from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
-from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, PreparedPairs
+from csrm.scoring.scorer import OPTIONAL_COLUMNS, PAIR_COLUMNS, PairScorer, PreparedPairs
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.workers import task_device
+from csrm.text import has_text
 
 _PAIRS_PER_CALL = 1_024
 _KEY_COLUMNS = [*PAIR_KEY, "pair_key"]
@@ -213,12 +217,23 @@ def with_relevance_score(
     )
 
 
-def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 1) -> Any:
-    """Pandas UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
+_FIELD_TYPES = dict.fromkeys(PAIR_COLUMNS, "string") | {
+    "retrieved_titles": "array<string>",
+    "attributes": "map<string,string>",
+}
 
-    Fields may come in any order; market, language, query and title must be there, the others may be absent. The UDF
-    is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice. It scores with the
-    bundle that is at the path when it is made: after a bundle is replaced, make a new one.
+
+def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 1) -> Any:
+    """UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
+
+    Fields may come in any order; market, language, query and title must be there, the others may be absent. Their types
+    convert as those of input tables do, see csrm.conversions. As in a night, a pair has no score, which is null here,
+    where its query or its title is null or blank, or where the model fails on it; so it has where market, language or
+    the whole struct is null.
+
+    The UDF is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice; Spark then
+    refuses it inside of an aggregate: add the scores as a column first. It scores with the bundle that is at the path
+    when it is made: after a bundle is replaced, make a new one.
 
     Args:
         bundle_dir: folder of the bundle, the same path on every machine, or its URI.
@@ -226,11 +241,12 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 
         threads: threads of one forward pass on the CPU, from 1.
 
     Returns:
-        A function from a struct column to a column of floats in [0, 1].
+        A function from a struct column to a column of floats in [0, 1] or null; spark.udf.register takes it too.
 
     Raises:
         BundleError: see load_bundle; in a worker also where its bundle is another one.
-        InputError: in a worker: a field is missing.
+        InputError: the struct lacks fields, has unknown ones or ones of other types, or a value does not convert. The
+            names of F.struct are checked where the function is called, the others in a worker.
 
     >>> score = relevance_score_udf("conf/demo_bundle")
     >>> columns = ["market", "language", "query", "title"]
@@ -241,9 +257,116 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 
     """
     place, digest = ScorerPlace(bundle_dir, device, threads), load_bundle(bundle_dir).digest
 
-    def score(batches: Iterator[pd.DataFrame]) -> Iterator[pd.Series]:
+    def score(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
         scorer = _scorer_at(place, digest)
-        for batch in batches:
-            yield scorer.score(batch)["relevance_score"]
+        checked: pa.DataType | None = None
+        for structs in batches:
+            if isinstance(structs, tuple) or structs.type != checked:
+                _check_fields(structs)
+                checked = structs.type
+            yield _scores_of(structs, scorer)
 
-    return pandas_udf(score, "float").asNondeterministic()  # type: ignore[call-overload]
+    udf = arrow_udf(score, "float").asNondeterministic()  # type: ignore[call-overload]
+
+    @wraps(udf)
+    def checked(*columns: Column | str) -> Column:
+        if len(columns) != 1:
+            raise InputError(
+                f"relevance_score_udf: expected one struct, got {len(columns)} columns. {_WAY_OUT_OF_FIELDS}"
+            )
+        if (names := _struct_names(columns[0])) is not None and (problems := _problems_of_names(names)):
+            raise InputError(_fields_message(problems))
+        return udf(*columns)
+
+    return checked
+
+
+_WAY_OUT_OF_FIELDS = f"Pass F.struct of {PAIR_COLUMNS}, of which {OPTIONAL_COLUMNS} may be left out."
+
+
+def _check_fields(structs: pa.Array | tuple[pa.Array, ...]) -> None:
+    """Check the names and types of the UDF's fields, which hold for all its batches.
+
+    Raises:
+        InputError: some are wrong; all of them in one message.
+    """
+    if isinstance(structs, tuple) or not pa.types.is_struct(structs.type):
+        got = f"{len(structs)} columns" if isinstance(structs, tuple) else str(structs.type)
+        raise InputError(f"relevance_score_udf: expected one struct, got {got}. {_WAY_OUT_OF_FIELDS}")
+    problems = _problems_of_names([field.name for field in structs.type])
+    for field in structs.type:
+        why = refusal(found_in_arrow(field.type), _FIELD_TYPES[field.name]) if field.name in _FIELD_TYPES else None
+        if why is not None:
+            problems.append(f"field {field.name!r}: {why}")
+    if problems:
+        raise InputError(_fields_message(problems))
+
+
+def _problems_of_names(names: Sequence[str]) -> list[str]:
+    missing = [name for name in PAIR_COLUMNS if name not in names and name not in OPTIONAL_COLUMNS]
+    unknown = [name for name in names if name not in PAIR_COLUMNS]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    problems = [f"missing fields {missing}; the struct has {list(names)}"] if missing else []
+    problems += [f"unknown fields {unknown}"] if unknown else []
+    return problems + ([f"fields that are there twice: {repeated}"] if repeated else [])
+
+
+def _fields_message(problems: Sequence[str]) -> str:
+    return f"relevance_score_udf: {'; '.join(problems)}. {_WAY_OUT_OF_FIELDS}"
+
+
+def _struct_names(column: Column | str) -> list[str] | None:
+    """The names of a struct that F.struct has made of named columns; None where only the plan knows them."""
+    try:
+        node: Any = column._jc.node()  # type: ignore[operator, union-attr]
+        if node.getClass().getSimpleName() != "UnresolvedFunction" or node.functionName() != "struct":
+            return None
+        arguments = [node.arguments().apply(place) for place in range(node.arguments().size())]
+        return [_column_name(argument) for argument in arguments]
+    except (AttributeError, TypeError, LookupError, Py4JError):  # Spark Connect, a name, or another Spark
+        return None
+
+
+def _column_name(node: Any) -> str:
+    """Raises:
+    LookupError: only the plan knows it.
+    """
+    kind = node.getClass().getSimpleName()
+    if kind == "Alias" and node.name().size() == 1:
+        return str(node.name().head())
+    if kind == "UnresolvedAttribute":
+        return str(node.nameParts().last())
+    raise LookupError(kind)
+
+
+def _scores_of(structs: pa.StructArray, scorer: PairScorer) -> pa.Array:
+    """The score of each struct; null where a night rejects the pair."""
+    fields = dict(zip((field.name for field in structs.type), structs.flatten(), strict=True))
+    columns = {name: _field_values(name, fields[name]) for name in PAIR_COLUMNS if name in fields}
+    pairs = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
+    is_whole = [
+        None not in (market, language) and has_text(query) and has_text(title)
+        for market, language, query, title in zip(
+            *(pairs[name] for name in ("market", "language", "query", "title")), strict=True
+        )
+    ]
+    scores = np.full(len(pairs), np.nan, dtype=np.float32)
+    if any(is_whole):
+        scores[is_whole] = scorer.score_or_reject(pairs[is_whole].reset_index(drop=True))["relevance_score"]
+    return pa.array(scores, pa.float32(), mask=np.isnan(scores))
+
+
+def _field_values(name: str, values: pa.Array) -> list[Any]:
+    """Values as those of input tables.
+
+    Raises:
+        InputError: a value does not convert.
+    """
+    found, wanted = found_in_arrow(values.type), _FIELD_TYPES[name]
+    if is_kept(found, wanted):
+        kept: list[Any] = values.to_pylist()
+        return kept
+    try:
+        return [converted(value, found, wanted) for value in values.to_pylist()]
+    except NotConvertibleError as error:
+        raise InputError(f"relevance_score_udf: field {name!r}: {error}. Cast it to {wanted} first.") from error

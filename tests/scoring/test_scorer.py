@@ -8,7 +8,8 @@ import pytest
 from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import BINARY_LABELS
 from csrm.scoring.packing import PackBatch
-from csrm.scoring.scorer import PairScorer, with_pair_columns
+from csrm.scoring.prompts import Product, Query
+from csrm.scoring.scorer import PairScorer, pair_texts, with_pair_columns
 from csrm.scoring.tokenization import Budgets
 from tests.scoring.test_tokenization import golden_tokenizer
 
@@ -220,3 +221,58 @@ def test_a_frame_with_all_columns_is_not_copied(pairs_pdf: pd.DataFrame) -> None
 def test_a_missing_column_is_named_before_anything_is_scored(pairs_pdf: pd.DataFrame, method: str) -> None:
     with pytest.raises(InputError, match=r"missing columns \['query', 'title'\]; there are \['market', 'language'\]"):
         getattr(scorer(), method)(pairs_pdf[["market", "language"]])
+
+
+def test_values_convert_as_those_of_input_tables_do() -> None:
+    pair = {"market": "us", "language": "en", "query": "tv"}
+    rows = [
+        {
+            **pair,
+            "title": 55,
+            "brand": 3.0,
+            "category": np.int64(7),
+            "retrieved_titles": np.array(["a", 8], dtype=object),
+        },
+        {**pair, "title": "55", "brand": "3", "category": "7", "retrieved_titles": ["a", "8"]},
+    ]
+    rows[0]["attributes"] = {"n": 1.50, "on": True, "l": ["x", 2], "z": None}
+    rows[1]["attributes"] = '{"n": 1.5, "on": true, "l": ["x", 2]}'
+    (query, product), other = pair_texts(pd.DataFrame(rows))
+
+    assert (query, product) == other
+    assert query == Query("us", "en", "tv", ("a", "8"))
+    assert product == Product("55", "3", "7", {"n": "1.5", "on": "true", "l": "x, 2"})
+
+
+def test_what_pandas_marks_as_missing_is_missing() -> None:
+    pair = {"market": "us", "language": "en", "query": "tv", "title": "TV"}
+    missing = {"brand": float("nan"), "category": pd.NA, "retrieved_titles": float("nan"), "attributes": float("nan")}
+
+    assert list(pair_texts(pd.DataFrame([pair | missing]))) == [(Query("us", "en", "tv", ()), Product("TV"))]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (
+            "retrieved_titles",
+            "a title",
+            r"row 1, column retrieved_titles: expected a list of text, got str 'a title'\. Put it",
+        ),
+        ("retrieved_titles", 7, r"expected a list of text, got int 7"),
+        ("retrieved_titles", [b"x"], r"expected string, got bytes\. Cast it to text"),
+        ("title", True, r"row 1, column title: expected string, got bool\. Write it as text"),
+        ("title", 1.5, r"1\.5 is no whole number"),
+        ("brand", ["Acme"], r"expected string, got list"),
+        ("attributes", "red", r"row 1, column attributes: 'red' is no JSON"),
+        ("attributes", ["red"], r"expected a map of text, got \['red'\]"),
+        ("attributes", {"a": {"b": "c"}}, r"is an object inside of attributes"),
+        ("attributes", {1: "x"}, r"expected names that are text, got 1"),
+    ],
+)
+def test_a_value_that_no_table_may_hold_is_named_with_its_row(column: str, value: object, message: str) -> None:
+    pair = {"market": "us", "language": "en", "query": "tv", "title": "TV"}
+    pairs = pd.DataFrame([pair, pair | {column: value}])
+
+    with pytest.raises(InputError, match=message):
+        list(pair_texts(pairs))

@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 
 from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import BundleError, ConfigError, DeviceError, ScoringError
+from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
 from csrm.manifest import write_manifest
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.scorer import PAIR_COLUMNS
@@ -293,10 +293,116 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
 
 @pytest.mark.spark
 def test_the_udf_names_the_fields_that_it_misses(spark: SparkSession, tiny_bundle: Path) -> None:
-    score = relevance_score_udf(str(tiny_bundle))(F.struct("market", "query"))
+    score = relevance_score_udf(str(tiny_bundle))
 
-    with pytest.raises(PythonException, match=r"missing columns \['language', 'title'\]; there are"):
-        pairs_df(spark, pairs_pdf(1)).select(score).collect()
+    with pytest.raises(
+        InputError, match=r"missing fields \['language', 'title'\]; the struct has \['market', 'query'\]"
+    ):
+        score(F.struct("market", F.col("text").alias("query")))
+    pair_df = pairs_df(spark, pairs_pdf(1)).select(F.struct("market", "query").alias("pair"))
+    with pytest.raises(PythonException, match=r"missing fields \['language', 'title'\]; the struct has"):
+        pair_df.select(score("pair")).collect()
+
+
+@pytest.mark.spark
+def test_the_udf_refuses_what_is_no_struct_and_fields_that_it_does_not_know(
+    spark: SparkSession, tiny_bundle: Path
+) -> None:
+    score, pair = relevance_score_udf(str(tiny_bundle)), ["market", "language", "query", "title"]
+
+    with pytest.raises(InputError, match=r"expected one struct, got 4 columns\. Pass F\.struct of \['market'"):
+        score(*pair)
+    with pytest.raises(InputError, match=r"unknown fields \['retrieved_title'\]\. Pass F\.struct"):
+        score(F.struct(*pair, F.lit("x").alias("retrieved_title")))
+    with pytest.raises(InputError, match=r"fields that are there twice: \['title'\]"):
+        score(F.struct(*pair, F.lit("x").alias("title")))
+    with pytest.raises(PythonException, match=r"InputError: relevance_score_udf: expected one struct, got string"):
+        pairs_df(spark, pairs_pdf(1)).select(score("title")).collect()
+    with pytest.raises(PythonException, match=r"unknown fields \['query_id', 'product_id', 'pair_key'\]"):
+        pairs_df(spark, pairs_pdf(1)).select(score(F.struct("*"))).collect()
+
+
+@pytest.mark.spark
+def test_the_udf_gives_null_where_a_night_rejects_the_pair(spark: SparkSession, tiny_bundle: Path) -> None:
+    pdf = pairs_pdf(8)
+    pdf["title"] = [None, "", "\u3000\u200b", "tent", "tent", "tent", "tent", "tent"]
+    pdf["query"] = ["tent", "tent", "tent", None, " ", "tent", "tent", "tent"]
+    pdf.loc[5, "market"], pdf.loc[6, "language"] = None, None
+    score = relevance_score_udf(str(tiny_bundle))
+    pair = F.struct(*PAIR_COLUMNS)
+
+    rows = (
+        pairs_df(spark, pdf)
+        .select("pair_key", score(pair).alias("score"), score(F.when(F.col("pair_key") < 0, pair)).alias("none"))
+        .orderBy("pair_key")
+        .collect()
+    )
+
+    assert [row["score"] is None for row in rows] == [True] * 7 + [False]
+    assert [row["none"] for row in rows] == [None] * 8
+    expected = load_scorer(str(tiny_bundle), "cpu").score(pdf.iloc[[7]])["relevance_score"].item()
+    assert rows[7]["score"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.spark
+def test_the_udf_converts_fields_as_tables_do(spark: SparkSession, tiny_bundle: Path) -> None:
+    pdf = pairs_pdf(1).assign(
+        title="55", category="7", brand="3", retrieved_titles=[["8", "x"]], attributes=[{"n": "1", "on": "true"}]
+    )
+    text_df = pairs_df(spark, pdf).select(F.struct(*PAIR_COLUMNS).alias("pair"))
+    others_df = pairs_df(spark, pdf).select(
+        F.struct(
+            *("market", "language", "query", "retrieved_titles"),
+            F.lit(55).cast("bigint").alias("title"),
+            F.lit(3.0).alias("brand"),
+            F.lit(7).cast("decimal(10,2)").alias("category"),
+            F.lit('{"n": 1, "on": true}').alias("attributes"),
+        ).alias("pair")
+    )
+    score = relevance_score_udf(str(tiny_bundle))("pair").alias("score")
+
+    ((expected,),) = text_df.select(score).collect()
+    assert others_df.select(score).collect() == [(expected,)]
+    counts = F.struct(*PAIR_COLUMNS[:-1], F.create_map(F.lit("n"), F.lit(1)).alias("attributes"))
+    ((counted,),) = pairs_df(spark, pdf).select(relevance_score_udf(str(tiny_bundle))(counts)).collect()
+    only = load_scorer(str(tiny_bundle), "cpu").score(pdf.assign(attributes=[{"n": "1"}]))["relevance_score"].item()
+    assert counted == pytest.approx(only, abs=1e-5)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("title", "cast('x' AS binary)", r"field 'title': expected string, got binary\. Cast it to text"),
+        ("category", "true", r"field 'category': expected string, got bool\. Write it as text"),
+        (
+            "retrieved_titles",
+            "'tent'",
+            r"field 'retrieved_titles': expected array<string>, got string\. Write an array",
+        ),
+        ("attributes", "array('x')", r"field 'attributes': expected map<string,string>, got list<.*>\. Write a map"),
+        ("title", "1.5D", r"field 'title': 1\.5 is no whole number, .*\. Cast it to string first"),
+        ("attributes", "'red'", r"field 'attributes': 'red' is no JSON.*\. Cast it to map<string,string> first"),
+    ],
+)
+def test_the_udf_names_a_field_of_another_type(
+    spark: SparkSession, tiny_bundle: Path, name: str, value: str, message: str
+) -> None:
+    pair = F.struct(*(column for column in PAIR_COLUMNS if column != name), F.expr(value).alias(name))
+
+    with pytest.raises(PythonException, match=message):
+        pairs_df(spark, pairs_pdf(1)).select(relevance_score_udf(str(tiny_bundle))(pair)).collect()
+
+
+@pytest.mark.spark
+def test_the_udf_can_be_registered_for_sql(spark: SparkSession, tiny_bundle: Path) -> None:
+    spark.udf.register("relevance_score", relevance_score_udf(str(tiny_bundle)))
+    pair = "named_struct('market', 'us', 'language', 'en', 'query', 'tent', 'title', 'green tent')"
+
+    ((found,),) = spark.sql(f"SELECT relevance_score({pair})").collect()
+    assert 0 < found < 1
+    with pytest.raises(PythonException, match=r"expected one struct, got 2 columns"):
+        spark.sql("SELECT relevance_score('us', 'en')").collect()
 
 
 @pytest.mark.spark
