@@ -259,7 +259,7 @@ def test_what_pandas_marks_as_missing_is_missing() -> None:
             "a title",
             r"row 1, column retrieved_titles: expected a list of text, got str 'a title'\. Put it",
         ),
-        ("retrieved_titles", 7, r"expected a list of text, got int 7"),
+        ("retrieved_titles", 7, r"expected a list of text, got float 7\.0"),
         ("retrieved_titles", [b"x"], r"expected string, got bytes\. Cast it to text"),
         ("title", True, r"row 1, column title: expected string, got bool\. Write it as text"),
         ("title", 1.5, r"1\.5 is no whole number"),
