@@ -14,6 +14,8 @@ from csrm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_FOOTERS_AT_ONCE = 32
+"""Of Parquet files. Reading one is waiting, mostly."""
 _ATOMIC_SCHEMES = ("hdfs", "viewfs", "abfs", "abfss", "gs")
 """Storages of Hadoop's that create a file only where there is none, as one step."""
 
@@ -207,8 +209,10 @@ def parquet_schemas(spark: SparkSession, files: Collection[str]) -> dict[str, An
     listed = _jvm(spark).java.util.ArrayList()
     for status in statuses.values():
         listed.add(status)
+    configuration = _jvm(spark).org.apache.hadoop.conf.Configuration(_hadoop_configuration(spark))
+    configuration.setInt("parquet.metadata.read.parallelism", _FOOTERS_AT_ONCE)
     reader = _jvm(spark).org.apache.parquet.hadoop.ParquetFileReader
-    footers = reader.readAllFootersInParallel(_hadoop_configuration(spark), listed, True)
+    footers = reader.readAllFootersInParallel(configuration, listed, True)
     schemas = {str(one.getFile()): one.getParquetMetadata().getFileMetaData().getSchema() for one in footers}
     return {file: schemas[str(status.getPath())] for file, status in statuses.items()}
 
