@@ -224,7 +224,9 @@ def _valid_text(value: Column, wanted: str) -> Column:
         return F.make_valid_utf8(value)
     if wanted == "map<string,string>":
         valid = F.transform_values(value, lambda _, text: F.make_valid_utf8(text))
-        return F.map_filter(valid, lambda name, _: F.is_valid_utf8(name))
+        valid = F.map_filter(valid, lambda name, _: F.is_valid_utf8(name))
+        every = F.concat_ws(" ", F.map_keys(value), F.map_values(value))  # a fraction of what the others cost
+        return F.when(F.is_valid_utf8(every), value).otherwise(valid)
     return value
 
 
@@ -232,7 +234,7 @@ def _has_replacement(value: Column, wanted: str) -> Column:
     """Whether text has characters in place of bytes that were no UTF-8."""
     if wanted == "string":
         return F.contains(value, F.lit(REPLACEMENT))
-    return F.exists(F.map_values(value), lambda text: F.contains(text, F.lit(REPLACEMENT)))
+    return F.contains(F.concat_ws(" ", F.map_values(value)), F.lit(REPLACEMENT))
 
 
 def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where: str) -> list[str]:
@@ -244,18 +246,15 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
     counters = {f"null_{column.name}": F.col(column.name).isNull() for column in table.columns if column.required}
     counters |= {f"failed_{name}": F.col(f"_failed_{name}").isNotNull() for name in table.column_names}
     counters |= {f"replaced_{column.name}": _has_replacement(F.col(column.name), column.type) for column in texts}
-    examples = {f"example_{name}": F.min(f"_failed_{name}") for name in table.column_names}
     by_key_df = rows_df.groupBy(*table.key).agg(
         F.count("*").alias("num_rows"),
         *(F.count_if(condition).alias(name) for name, condition in counters.items()),
-        *(example.alias(name) for name, example in examples.items()),
     )
     duplicate = ~null_key & (F.col("num_rows") > 1)
     row = by_key_df.agg(
         F.coalesce(F.sum("num_rows"), F.lit(0)).alias("num_rows"),
         F.count_if(duplicate).alias("duplicate_keys"),
         *(F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in counters),
-        *(F.min(name).alias(name) for name in examples),
     ).head()
     assert row is not None
     problems, names = [], _source_names(table, spec)
@@ -268,7 +267,7 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
     for column in table.columns:
         num_failed, name = row[f"failed_{column.name}"], names[column.name] or ""
         if num_failed:
-            example = row[f"example_{column.name}"]
+            example = rows_df.agg(F.min(f"_failed_{column.name}")).collect()[0][0]
             problems.append(problem_of_values(name, column.name, column.type, num_failed, row["num_rows"], example))
     if row["duplicate_keys"]:
         repeated = by_key_df.where(duplicate).orderBy(*table.key).limit(_NUM_EXAMPLES).collect()

@@ -9,9 +9,18 @@ from typing import Any
 import duckdb
 
 from csrm.config import InputSpec
-from csrm.conversions import REPLACEMENT, Kind, problem_of_values, problems_of_columns, warning_of_replaced
+from csrm.conversions import (
+    BLANK_TEXT,
+    REPLACEMENT,
+    Found,
+    Kind,
+    is_kept,
+    problem_of_values,
+    problems_of_columns,
+    warning_of_replaced,
+)
 from csrm.errors import InputError
-from csrm.schemas import Table
+from csrm.schemas import Column, Table
 from csrm.training.data.conversions import MACROS, converted, sql_type, text_with_replacements
 from csrm.training.data.sources import Source, open_sources
 
@@ -82,47 +91,53 @@ def add_table(
     problems += problems_of_columns(table, spec, present, [source.columns for source in sources])
     if problems:
         raise InputError(problem_list(where, problems))
-    rows = [_rows(table, names, source) for source in sources]
-    every = " UNION ALL ".join(f"SELECT {values} FROM {relation}" for values, _, relation, _ in rows)
-    kept = " UNION ALL ".join(
-        f"SELECT {values} FROM {relation}{_only(market, markets)}" for values, _, relation, market in rows
-    )
-    checks = " UNION ALL ".join(
-        f"SELECT {tests} FROM {relation}{_only(market, markets)}" for _, tests, relation, market in rows
-    )
+    rows = " UNION ALL ".join(_converted_rows(table, names, source) for source in sources)
+    columns = ", ".join(table.column_names)
+    listed = ", ".join(map(literal, markets or {}))
+    kept = f"market IS NULL OR market IN ({listed})" if markets and "market" in table.column_names else "true"
     try:
-        database.execute(f"CREATE TEMP VIEW {table.name} AS {kept}")
-        database.execute(f"CREATE TEMP VIEW {table.name}_of_all_markets AS {every}")
-        problems = _problems_of_values(database, table, names, checks, where)
+        database.execute(
+            f"""CREATE TEMP VIEW {table.name}_converted AS {rows};
+            CREATE TEMP VIEW {table.name}_of_all_markets AS SELECT {columns} FROM {table.name}_converted;
+            CREATE TEMP VIEW {table.name} AS SELECT {columns} FROM {table.name}_converted WHERE {kept}"""
+        )
+        problems = _problems_of_values(database, table, names, f"{table.name}_converted WHERE {kept}", where)
     except duckdb.Error as error:
         raise InputError(f"{where}: cannot be read: {error}. Are its files complete?") from error
     if problems:
         raise InputError(problem_list(where, problems))
 
 
-def _rows(table: Table, names: Mapping[str, str | None], source: Source) -> tuple[str, str, str, str]:
-    """SQL of the columns; of what is counted; where they are from; of the market."""
-    values, tests, market = [], ["count(*)"], ""
+def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source) -> str:
+    """SQL of the columns, and of `_failed_<name>` with the source's text where a value did not convert."""
+    values, failures = [], []
     for column in table.columns:
-        name = names[column.name]
-        if name is None or name not in source.columns:
+        name, failed = names[column.name], "NULL::VARCHAR"
+        found = None if name is None else source.columns.get(name)
+        if name is None or found is None:
             values.append(f"NULL::{sql_type(column.type)} AS {column.name}")
-            tests += ["0", "NULL", "count(*)" if column.required else "0", "0"]
-            continue
-        found, there = source.columns[name], source.sql[name]
-        if column.name == "market" and found.kind == Kind.TEXT:
-            value = market = there  # as it is, so that files are found by it
-            failed, example = "false", "NULL"
+        elif column.name == "market" and found.kind == Kind.TEXT:
+            values.append(f"{source.sql[name]} AS market")  # as it is, so that files are found by it
         else:
-            value, example = converted(there, found, column.type), source.example(name)
-            failed = f"{there} IS NOT NULL AND ({value}) IS NULL AND NOT {source.is_nothing(name, column.type)}"
-            market = value if column.name == "market" else market
-        values.append(f"{value} AS {column.name}")
-        tests.append(f"count(*) FILTER ({failed})")
-        tests.append(f"min({example}) FILTER ({failed})")
-        tests.append(f"count(*) FILTER (({value}) IS NULL AND NOT ({failed}))" if column.required else "0")
-        tests.append(f"count(*) FILTER ({_has_replacement(value, column.type)})")
-    return ", ".join(values), ", ".join(tests), source.relation, market
+            values.append(f"{converted(source.sql[name], found, column.type)} AS {column.name}")
+            if not is_kept(found, column.type):
+                there = f"_source_{column.name}"
+                values.append(f"{source.sql[name]} AS {there}")
+                is_failed = f"{column.name} IS NULL AND {there} IS NOT NULL AND NOT {_is_nothing(there, found, column)}"
+                shown = f"text_of_bytes({there})" if found.kind == Kind.TEXT else f"{there}::VARCHAR"
+                failed = f"CASE WHEN {is_failed} THEN {shown} END"
+        failures.append(f"{failed} AS _failed_{column.name}")
+    columns = ", ".join([*table.column_names, *failures])
+    return f"SELECT {columns} FROM (SELECT {', '.join(values)} FROM {source.relation})"
+
+
+def _is_nothing(value: str, found: Found, column: Column) -> str:
+    """SQL: a value stands for null, so that it need not convert."""
+    if column.type != "map<string,string>" or found.kind not in (Kind.TEXT, Kind.JSON):
+        return "false"
+    text = f"text_of_bytes({value})" if found.kind == Kind.TEXT else f"coalesce({value}->>'$', '')"
+    is_text = "true" if found.kind == Kind.TEXT else f"json_type({value}) = 'VARCHAR'"
+    return f"({is_text} AND regexp_matches({text}, {literal(BLANK_TEXT)}))"
 
 
 def _has_replacement(value: str, wanted: str) -> str:
@@ -135,29 +150,25 @@ def _has_replacement(value: str, wanted: str) -> str:
     return "false"
 
 
-def _only(market: str, markets: Mapping[str, str] | None) -> str:
-    if not markets or not market:
-        return ""
-    return f" WHERE {market} IS NULL OR {market} IN ({', '.join(map(literal, markets))})"
-
-
 def _problems_of_values(
-    database: duckdb.DuckDBPyConnection, table: Table, names: Mapping[str, str | None], checks: str, where: str
+    database: duckdb.DuckDBPyConnection, table: Table, names: Mapping[str, str | None], rows: str, where: str
 ) -> list[str]:
     """Nulls, failed conversions and duplicate keys; replaced bytes are counted in a warning."""
-    parts = database.execute(checks).fetchall()
-    num_rows = sum(part[0] for part in parts)
+    tests = [
+        f"""count(_failed_{column.name}), min(_failed_{column.name}),
+        count(*) FILTER ({column.required} AND {column.name} IS NULL AND _failed_{column.name} IS NULL),
+        count(*) FILTER ({_has_replacement(column.name, column.type)})"""
+        for column in table.columns
+    ]
+    ((num_rows, *counts),) = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {rows}").fetchall()
     problems, replaced = [], {}
     for place, column in enumerate(table.columns):
-        counts = (part[1 + 4 * place : 5 + 4 * place] for part in parts)
-        failed, examples, nulls, replacements = zip(*counts, strict=True)
+        failed, example, nulls, replaced[column.name] = counts[4 * place : 4 * place + 4]
         name = names[column.name] or ""
-        replaced[column.name] = sum(replacements)
-        if sum(failed):
-            example = next(example for example in examples if example is not None)
-            problems.append(problem_of_values(name, column.name, column.type, sum(failed), num_rows, example))
-        if sum(nulls):
-            problems.append(f"column {name!r} is null in {sum(nulls)} of {num_rows} rows")
+        if failed:
+            problems.append(problem_of_values(name, column.name, column.type, failed, num_rows, example))
+        if nulls:
+            problems.append(f"column {name!r} is null in {nulls} of {num_rows} rows")
     if not problems and table.key:
         key = ", ".join(table.key)
         repeated = database.execute(

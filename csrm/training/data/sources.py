@@ -12,7 +12,7 @@ import pyarrow.dataset as pa_dataset
 import pyarrow.fs as pa_fs
 
 from csrm.config import InputSpec
-from csrm.conversions import BLANK_TEXT, JSON, TEXT, Found, Kind, found_in_arrow, problem_of_records
+from csrm.conversions import JSON, TEXT, Found, Kind, found_in_arrow, problem_of_records
 from csrm.errors import InputError, MissingDependencyError
 from csrm.training.data.conversions import as_bytes
 
@@ -44,20 +44,6 @@ class Source:
     sql: dict[str, str]
     """The values of those that are needed; text is bytes but for the market's."""
     problems: list[str] = field(default_factory=list)
-
-    def is_nothing(self, name: str, wanted: str) -> str:
-        """SQL: a value stands for null, so that it need not convert."""
-        value, kind = self.sql[name], self.columns[name].kind
-        if wanted != "map<string,string>" or kind not in (Kind.TEXT, Kind.JSON):
-            return "false"
-        text = f"text_of_bytes({value})" if kind == Kind.TEXT else f"coalesce({value}->>'$', '')"
-        is_text = "true" if kind == Kind.TEXT else f"json_type({value}) = 'VARCHAR'"
-        return f"({is_text} AND regexp_matches({text}, '{BLANK_TEXT}'))"
-
-    def example(self, name: str) -> str:
-        """SQL of a value as it is shown."""
-        is_bytes = self.columns[name].kind == Kind.TEXT
-        return f"text_of_bytes({self.sql[name]})" if is_bytes else f"{self.sql[name]}::VARCHAR"
 
 
 def open_sources(
