@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from csrm import __version__
 from csrm.errors import ConfigError, InputError
@@ -19,6 +19,7 @@ from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.data.packs import TrainingPack, write_packs
 from csrm.training.model.base import BaseModel
+from csrm.training.model.relevance import PackedRelevanceModel
 from csrm.training.processes import num_processes, run_everywhere
 from csrm.training.trained import (
     MODEL_KIND,
@@ -74,47 +75,21 @@ def train_stage(
             the packs of a step cannot be shared evenly among the processes.
     """
     check_replaceable(output_dir, MODEL_KIND)
-    num_parts = num_processes() * tuning.accumulation_steps
-    if tuning.packs_per_step % num_parts:
-        raise ConfigError(
-            f"tuning.packs_per_step: expected a multiple of {num_parts}, that is {num_processes()} processes times "
-            f"{tuning.accumulation_steps} accumulation_steps, got {tuning.packs_per_step}."
-        )
-    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    pack_file = unfinished / "packs.arrow"
-    num_packs = write_packs(packs, pack_file)
-    if not num_packs:
-        raise InputError("training: there is nothing to train on.")
+    _check_packs_per_step(tuning)
+    work = _StageWork.begin(packs, output_dir)
     base_model, base_model_files = model_origin(start)
-    fingerprint = _fingerprint(pack_file, start, base_model_files, tuning, [labels, budgets, pack_tokens])
+    fingerprint = _fingerprint(work.pack_file, start, base_model_files, tuning, [labels, budgets, pack_tokens])
     if has_ended(output_dir, fingerprint):
-        shutil.rmtree(unfinished)
+        shutil.rmtree(work.folder)
         logger.info("%s: has ended before with the same inputs and settings, not trained again", output_dir)
         return trained_scorer(output_dir, tuning.precision)
-    checkpoints = unfinished / "checkpoints" / fingerprint
-    for other in (unfinished / "checkpoints").glob("*"):
-        if other != checkpoints:
-            shutil.rmtree(other)
-    paths = StagePaths(
-        packs=pack_file,
-        checkpoints=checkpoints,
-        logs=output_dir.with_name(output_dir.name + ".logs"),
-        last_checkpoint=last_checkpoint(checkpoints),
-    )
-    if paths.last_checkpoint is None:
-        shutil.rmtree(paths.logs, ignore_errors=True)
 
     tokenizer_json = start_tokenizer_json(start)
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
+    paths = work.paths(fingerprint, logs=output_dir.with_name(output_dir.name + ".logs"))
     model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids))
 
-    finished = unfinished / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
-    model.language_model.save_pretrained(finished / "weights")  # of an adapted model: the adapter alone
-    (finished / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     card = ModelCard(
         base_model=base_model.model_dump(),
         base_model_files=base_model_files,
@@ -122,17 +97,77 @@ def train_stage(
         labels=tuple(labels),
         budgets=budgets,
         pack_tokens=pack_tokens,
-        num_packs=num_packs,
+        num_packs=work.num_packs,
         loss=mean_loss(history),
         fingerprint=fingerprint,
         versions={"csrm": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
     )
-    (finished / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
-    (finished / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
-    write_manifest(finished, MODEL_KIND)
+    finished = work.folder / "finished"
+    _write_folder(finished, model, tokenizer_json, card, history)
     replace_folder(finished, output_dir, MODEL_KIND)
-    shutil.rmtree(unfinished)
+    shutil.rmtree(work.folder)
     return scorer_of(model, prompt_tokenizer, card, tuning.precision)
+
+
+def _check_packs_per_step(tuning: Tuning) -> None:
+    """Refuse a number of packs that processes and their parts of a step cannot share evenly."""
+    num_parts = num_processes() * tuning.accumulation_steps
+    if tuning.packs_per_step % num_parts:
+        raise ConfigError(
+            f"tuning.packs_per_step: expected a multiple of {num_parts}, that is {num_processes()} processes times "
+            f"{tuning.accumulation_steps} accumulation_steps, got {tuning.packs_per_step}."
+        )
+
+
+class _StageWork(NamedTuple):
+    """What lies beside the trained folder while a stage is not finished."""
+
+    folder: Path
+    pack_file: Path
+    num_packs: int
+
+    @classmethod
+    def begin(cls, packs: Iterable[TrainingPack], output_dir: Path) -> "_StageWork":
+        """Write the packs of a stage, whose folder may hold checkpoints of a training that was stopped.
+
+        Raises:
+            InputError: there are no packs.
+        """
+        folder = output_dir.with_name(output_dir.name + ".unfinished")
+        folder.mkdir(parents=True, exist_ok=True)
+        pack_file = folder / "packs.arrow"
+        num_packs = write_packs(packs, pack_file)
+        if not num_packs:
+            raise InputError("training: there is nothing to train on.")
+        return cls(folder, pack_file, num_packs)
+
+    def paths(self, fingerprint: str, logs: Path) -> StagePaths:
+        """Files of the training; checkpoints of other inputs or settings are removed, and logs that do not go on."""
+        checkpoints = self.folder / "checkpoints" / fingerprint
+        for other in (self.folder / "checkpoints").glob("*"):
+            if other != checkpoints:
+                shutil.rmtree(other)
+        last = last_checkpoint(checkpoints)
+        if last is None:
+            shutil.rmtree(logs, ignore_errors=True)
+        return StagePaths(packs=self.pack_file, checkpoints=checkpoints, logs=logs, last_checkpoint=last)
+
+
+def _write_folder(
+    folder: Path,
+    model: PackedRelevanceModel,
+    tokenizer_json: str,
+    card: ModelCard,
+    history: Sequence[Mapping[str, float]],
+) -> None:
+    """Write a trained folder with its manifest; what an attempt that was stopped left there is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder, MODEL_KIND)
 
 
 def _fingerprint(

@@ -23,7 +23,7 @@ from csrm.scoring.labels import BINARY_LABELS, ESCI_LABELS
 from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
-from csrm.training import stage
+from csrm.training import stage, trainer
 from csrm.training.data.packs import TrainingPack, judged_packs, translation_packs
 from csrm.training.model.base import BaseModel
 from csrm.training.targets import one_hot_targets, smoothed_targets
@@ -187,13 +187,13 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights_and_history(
     class Stopped(Exception):
         pass
 
-    save = stage._StageTrainer._save_checkpoint
+    save = trainer._StageTrainer._save_checkpoint
 
     def save_and_stop(*args: object) -> None:
         save(*args)
         raise Stopped
 
-    monkeypatch.setattr(stage._StageTrainer, "_save_checkpoint", save_and_stop)
+    monkeypatch.setattr(trainer._StageTrainer, "_save_checkpoint", save_and_stop)
     with pytest.raises(Stopped):
         train_mixed(mixed_packs, base, tmp_path / "stopped", **settings)
     monkeypatch.undo()

@@ -1,0 +1,65 @@
+"""The recipe as a library calls it: a configuration in, a typed result out."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from csrm.config import InputSpec
+from csrm.manifest import verify_manifest
+from csrm.training.data.judged import JudgedInputs
+from csrm.training.model.base import BaseModel
+from csrm.training.recipe import train_relevance
+from csrm.training.settings import TrainConfig
+from csrm.training.summary import format_training
+from csrm.training.tuning import Tuning
+
+
+@pytest.fixture
+def config(loud_base_model: Path, tmp_path: Path) -> TrainConfig:
+    """A relevance step of two steps on six judged pairs of two queries, and four more of split dev."""
+    rows = [
+        ("us", f"q{query}", f"p{product}", grade, "train" if query < 2 else "dev")
+        for query in range(4)
+        for product, grade in enumerate("ESI" if query < 2 else "EI")
+    ]
+    judgments = pd.DataFrame(rows, columns=["market", "query_id", "product_id", "grade", "split"])
+    tables = {
+        "judgments": judgments,
+        "queries": judgments[["market", "query_id"]].drop_duplicates().assign(query=lambda rows: rows["query_id"]),
+        "catalog": judgments[["market", "product_id"]].drop_duplicates().assign(title=lambda rows: rows["product_id"]),
+    }
+    specs = {}
+    for name, table in tables.items():
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        specs[name] = InputSpec(path=str(tmp_path / f"{name}.parquet"), format="parquet")
+    return TrainConfig(
+        markets={"us": "en"},
+        inputs=JudgedInputs(**specs),
+        base_model=BaseModel(folder=str(loud_base_model)),
+        tuning=Tuning(method="full", max_steps=2),
+        model_dir=str(tmp_path / "model"),
+    )
+
+
+def test_steps_that_are_left_out_have_no_result(config: TrainConfig, tmp_path: Path) -> None:
+    result = train_relevance(config)
+    assert (result.model_dir, result.num_pairs) == (tmp_path / "model", 6)
+    assert verify_manifest(result.model_dir, "model")
+    assert result.translation is None
+    assert result.distillation is None
+    assert result.evaluation is not None
+    assert result.evaluation.counts["num_pairs"].tolist()[-1] == 4
+    assert result.report_path == tmp_path / "model.stages" / "report.html"
+    lines = format_training(result).splitlines()
+    assert lines[0] == f"trained on 6 pairs: {tmp_path / 'model'}"
+    assert lines[-1] == f"report: {result.report_path}"
+
+
+def test_without_a_dev_split_nothing_is_measured(config: TrainConfig) -> None:
+    result = train_relevance(config.model_copy(update={"dev_split": "clean"}))
+    assert result.evaluation is None
+    assert [line.split(" ")[0] for line in format_training(result).splitlines()] == ["trained", "report:"]
+    page = result.report_path.read_text(encoding="utf-8")
+    assert "Stages" in page
+    assert "Calibration" not in page
