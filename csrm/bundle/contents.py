@@ -124,6 +124,12 @@ class BundleSettings(Settings):
     versions: dict[str, str]
     """Package to version that made the bundle."""
 
+    @property
+    def report(self) -> PrecisionReport:
+        """What the export measured of this bundle's own graph; of one precision, it may have tried several recipes."""
+        own = [report for report in self.precisions if report.precision == self.precision]
+        return next((report for report in own if report.verdict == "passed"), own[-1])
+
     @model_validator(mode="after")
     def _room_for_a_pair(self) -> "BundleSettings":
         longest = self.budgets.prefix + self.budgets.suffix

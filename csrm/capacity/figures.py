@@ -41,9 +41,7 @@ def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None) -> Figures
     prefix_tokens = _mean(map(len, tokenizer.prefix_ids(queries)))
     suffix_tokens = _mean(map(len, tokenizer.suffix_ids(products)))
     if tokens_per_s is None:
-        precision = bundle.settings.precision
-        (report,) = (report for report in bundle.settings.precisions if report.precision == precision)
-        tokens_per_s = report.pairs_per_s * (prefix_tokens + suffix_tokens)
+        tokens_per_s = bundle.settings.report.pairs_per_s * (prefix_tokens + suffix_tokens)
     return Figures(
         prefix_tokens=prefix_tokens,
         suffix_tokens=suffix_tokens,

@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from pyspark.sql import SparkSession
 
-from csrm.errors import LeaseError
+from csrm.errors import CsrmError, LeaseError
 from csrm.night.settings import LEASE_SECONDS
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.commits import Transaction, append_nothing
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 6
 _CALLS_AT_ONCE = 16
 """Calls to the storage side by side: of many markets, each needs several."""
+_FENCE = "fence"
+"""In the file of a lease that was given back while a commit of its holder may have been on its way."""
 _FILE_NAME = re.compile(r"([0-9]{1,18})[.](lease|beat|given_back)(?![^.])")
 """Number and kind; more may follow behind a dot while the file is written."""
 _LEASE_VALUES = {"owner": str, "host": str, "pid": int, "seconds": int | float, "fence": int, "at": int | float}
@@ -44,6 +46,8 @@ class Lease:
     def __init__(self, folder: Folder, market: str, number: int, fence: int, seconds: float) -> None:
         self.market = market
         self.fence = fence
+        self.is_settled = False
+        """Whether former holders are shut out."""
         self._folder, self._number, self._seconds = folder, number, seconds
         self._last_beat = time.monotonic()
 
@@ -54,12 +58,20 @@ class Lease:
 
     def beat(self) -> None:
         """Leave a sign of life."""
+        at = time.monotonic()  # before the call, as what others read
         self._folder.write(f"{self._number}.beat", json.dumps({"at": time.time()}))
-        self._last_beat = time.monotonic()
+        self._last_beat = at
 
-    def give_back(self) -> None:
-        """Others need not wait until the lease ends."""
-        self._folder.write(f"{self._number}.given_back", "")
+    def give_back(self, needs_fence: bool = False) -> None:
+        """Others need not wait until the lease ends.
+
+        Args:
+            needs_fence: whether a commit of this holder, or of one before it, may still be on its way.
+        """
+        try:
+            self._folder.write(f"{self._number}.given_back", _FENCE if needs_fence or not self.is_settled else "")
+        except Exception as error:  # whatever it is, the lease ends by itself
+            logger.warning("market %r: the lease could not be given back: %s", self.market, error)
 
     def require(self) -> None:
         """Make sure that the lease is still held.
@@ -96,16 +108,21 @@ def hold_leases(
     """
     require_one_place(spark, tables_dir)
     leases: dict[str, Lease] = {}
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-leases"))
-        stack.callback(lambda: list(pool.map(Lease.give_back, list(leases.values()))))
+    with ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-leases") as pool, ExitStack() as stack:
+        stack.push(lambda kind, *_: _give_back(leases, pool, kind))
         # Leases that are held are renewed while the others are still being taken.
-        stack.enter_context(_beating(leases, pool, seconds / _BEATS_PER_LEASE))
+        stack.enter_context(_beating(leases, seconds / _BEATS_PER_LEASE))
         seen = list(pool.map(lambda market: _look(spark, tables_dir, market), sorted(markets)))
         for each in seen:  # in order: of two runs that want the same markets, one gets all of them
             leases[each.market] = _create(each, owner, seconds)
         list(pool.map(lambda each: _settle(spark, tables_dir, each, leases[each.market]), seen))
         yield dict(leases)
+
+
+def _give_back(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, kind: type[BaseException] | None) -> None:
+    """Give all leases back. After an error that is none of CSRM's, or a signal, a commit may still be on its way."""
+    needs_fence = kind is not None and not issubclass(kind, CsrmError)
+    list(pool.map(lambda lease: lease.give_back(needs_fence), leases.values()))
 
 
 class _Seen(NamedTuple):
@@ -154,11 +171,10 @@ def _settle(spark: SparkSession, tables_dir: str, seen: _Seen, lease: Lease) -> 
         if found is not None and int(found[1]) < seen.number:
             seen.folder.delete(name)
     scores_path = table_path(tables_dir, RELEVANCE_SCORES)
-    if seen.last is not None and not seen.last.gave_back and table_exists(spark, scores_path):
-        logger.warning(
-            "market %r: took over the lease of %s, which ended without giving it back.", seen.market, seen.last
-        )
+    if seen.last is not None and seen.last.needs_fence and table_exists(spark, scores_path):
+        logger.warning("market %r: took over the lease of %s, which ended without notice.", seen.market, seen.last)
         append_nothing(spark, RELEVANCE_SCORES, scores_path, Transaction(_app(seen.market), lease.fence))
+    lease.is_settled = True
 
 
 @dataclass(frozen=True)
@@ -173,10 +189,13 @@ class _Holder:
     fence: int
     silent_s: float
     gave_back: bool
+    needs_fence: bool
+    """Whether a commit of it may still be on its way."""
 
     @classmethod
     def read(cls, folder: Folder, number: int) -> "_Holder":
         content = _read_values(folder, f"{number}.lease", _LEASE_VALUES)
+        given_back = folder.read(f"{number}.given_back")
         beat = _read_values(folder, f"{number}.beat", {"at": int | float})
         return cls(
             content.get("owner", "a run"),
@@ -185,7 +204,8 @@ class _Holder:
             content.get("seconds", LEASE_SECONDS),
             content.get("fence", 0),
             time.time() - beat.get("at", content.get("at", 0)),
-            folder.read(f"{number}.given_back") is not None,
+            given_back is not None,
+            given_back is None or given_back == _FENCE,
         )
 
     @property
@@ -198,7 +218,7 @@ class _Holder:
 
 
 @contextmanager
-def _beating(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, interval_s: float) -> Iterator[None]:
+def _beating(leases: Mapping[str, Lease], interval_s: float) -> Iterator[None]:
     """Renew the leases, also those that are added while the block runs."""
     stopped = threading.Event()
 
@@ -209,8 +229,9 @@ def _beating(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, interval_s: 
             logger.warning("market %r: the lease could not be renewed: %s", lease.market, error)
 
     def beat() -> None:
-        while not stopped.wait(interval_s):
-            list(pool.map(renew, list(leases.values())))
+        with ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-beats") as pool:
+            while not stopped.wait(interval_s):
+                list(pool.map(renew, list(leases.values())))
 
     thread = threading.Thread(target=beat, name="csrm-leases", daemon=True)
     thread.start()

@@ -46,7 +46,7 @@ def warn_of_left_markets(published: Iterable[str], markets: Collection[str], con
     """Name the published markets that the configuration lacks: no run of it updates or deletes their rows."""
     if left := sorted(set(published) - set(markets)):
         text = (
-            f"relevance_scores has the markets {left}, which are not among 'markets': this run leaves them as they are. "
+            f"relevance_scores has the markets {left}, which are not among 'markets': this run leaves them alone. "
             "Where no other configuration scores them: jobs/retire.py."
         )
         console.say("warning", f"warning: {text}", markets=left, sentence=text)

@@ -1,6 +1,6 @@
 """The published table as its own witness: what a row of scoring_runs says is proven on relevance_scores."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -8,8 +8,8 @@ from pyspark.sql import DataFrame, SparkSession
 from csrm.errors import InputError
 from csrm.night.runs import PUBLISHED, read_newest
 from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
-from csrm.spark.commits import read_commits
-from csrm.spark.tables import table_exists, table_id, table_path, table_version
+from csrm.spark.commits import Commit, read_commits
+from csrm.spark.tables import sql_literal, table_exists, table_id, table_path, table_version
 
 _CARE = ("CREATE TABLE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD COLUMNS", "CHANGE COLUMN")
 """Operations in Delta's history that change no row."""
@@ -32,16 +32,37 @@ def is_still_published(spark: SparkSession, tables_dir: str, run: Mapping[str, A
         run: its row of scoring_runs.
     """
     path = table_path(tables_dir, RELEVANCE_SCORES)
-    if run["verdict"] not in PUBLISHED or not table_exists(spark, path) or run["table_id"] != table_id(spark, path):
+    if run["verdict"] not in PUBLISHED or not table_exists(spark, path) or not is_same_table(spark, path, run):
         return False
     if run["published_version"] > table_version(spark, path):
         return False
-    later = [
+    later = commits_since(spark, path, run["published_version"], markets=run["markets"])
+    return all("run_id" in commit.carried for commit in later)
+
+
+def markets_of_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> list[str]:
+    """Markets that a run has published, by its commits."""
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    commits = commits_since(spark, path, run["base_version"], markets=run["markets"])
+    return [commit.carried["market"] for commit in commits if commit.carried.get("run_id") == run["run_id"]]
+
+
+def commits_since(spark: SparkSession, path: str, version: int, *, markets: Collection[str]) -> list[Commit]:
+    """Commits after a version that may have changed rows of some markets, oldest first.
+
+    Args:
+        spark: the session.
+        path: of relevance_scores.
+        version: of the table.
+        markets: the markets; a commit that something else than CSRM made may have changed any.
+    """
+    return [
         commit
-        for commit in read_commits(spark, path, run["published_version"])
-        if commit.operation not in _CARE and commit.carried.get("market") in (None, *run["markets"])
+        for commit in read_commits(spark, path, version)
+        if commit.operation not in _CARE
+        and "fence" not in commit.carried
+        and commit.carried.get("market") in (None, *markets)
     ]
-    return all("run_id" in commit.carried or "fence" in commit.carried for commit in later)
 
 
 def is_same_table(spark: SparkSession, path: str, run: Mapping[str, Any]) -> bool:
@@ -76,10 +97,15 @@ def require_unique_pairs(spark: SparkSession, published_df: DataFrame, path: str
     if not examples:
         return
     listed = "; ".join(", ".join(f"{name} {row[name]!r}" for name in PAIR_KEY) for row in examples)
-    own = [commit.version for commit in read_commits(spark, path, -1) if commit.carried or commit.operation in _CARE]
+    example = " AND ".join(f"{name} = {sql_literal(examples[0][name])}" for name in PAIR_KEY)
+    delete = f"DELETE FROM delta.`{path}` WHERE {example}"
+    way_out = f"Delete the rows of these pairs ({delete}), and the next run scores them again"
+    commits = read_commits(spark, path, -1)
+    is_own = [commit.operation in _CARE or bool(commit.carried) for commit in commits]
+    if False in is_own and True not in is_own[is_own.index(False) :]:  # nothing of ours came after it
+        version = commits[is_own.index(False)].version - 1
+        way_out = f"Take that back with RESTORE TABLE delta.`{path}` TO VERSION AS OF {version}"
     raise InputError(
         f"relevance_scores at {path!r}: {repeated_df.count():,} pairs are there more than once, for example {listed}. "
-        "Something else than CSRM wrote to the table. Nothing was scored. Take that back with RESTORE TABLE "
-        f"delta.`{path}` TO VERSION AS OF {max(own, default='N')}, or delete the rows of these pairs: the next run "
-        "scores them again."
+        f"Something else than CSRM wrote to the table. Nothing was scored. {way_out}."
     )

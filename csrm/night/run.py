@@ -43,7 +43,7 @@ from csrm.night.plan import (
     with_texts,
 )
 from csrm.night.publish import Publication, publish_changes, run_changes
-from csrm.night.published import is_still_published, published_markets, require_unique_pairs
+from csrm.night.published import is_still_published, markets_of_run, published_markets, require_unique_pairs
 from csrm.night.runs import (
     check_same_run,
     create_output_tables,
@@ -145,9 +145,6 @@ def run_night(
                 text = f"run {run_id} was published before: relevance_scores version {version}."
                 console.say("already_published", text, run_id=run_id, version=version)
                 return None
-            if num_rows := discard_distrusted(spark, config.tables, earlier):
-                text = f"run {run_id}: its canary had failed; its {num_rows:,} staged scores are made anew."
-                console.say("distrusted", text, run_id=run_id, num_rows=num_rows)
         warn_of_languages(bundle, config.markets, console)
         context = _start(
             spark,
@@ -160,6 +157,9 @@ def run_night(
             is_repeated=earlier is not None,
             console=console,
         )
+        if earlier is not None and (num_rows := discard_distrusted(spark, config.tables, earlier)):
+            text = f"run {run_id}: its canary had failed; its {num_rows:,} staged scores are made anew."
+            console.say("distrusted", text, run_id=run_id, num_rows=num_rows)
         with errors_of_workers(), errors_of_inputs(spark, context.inputs):
             plan = plan_run(context)
             scored = score_run(context, plan)
@@ -177,7 +177,8 @@ def plan_run(context: RunContext) -> RunPlan:
         InputError: a market has no candidates.
     """
     spark, config, run_id = context.spark, context.config, context.run_id
-    record_run(spark, config.tables, context.first_row())
+    context.require_leases()
+    record_run(spark, config.tables, context.first_row())  # no more a rejected one: it reads what it had staged
     warn_of_left_markets(published_markets(spark, config.tables), config.markets, context.console)
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
@@ -282,7 +283,7 @@ def audit_run(
 
 
 def publish_run(context: RunContext, scored: ScoredRun, audit: RunAudit, changes_df: DataFrame) -> Publication:
-    """Publish the changes where the audit passed, and write the run's row of scoring_runs in any case.
+    """Publish the changes where the audit passed, and write how the run ended into its row of scoring_runs.
 
     Raises:
         AuditError: the audit rejected the run.
@@ -309,7 +310,9 @@ def publish_run(context: RunContext, scored: ScoredRun, audit: RunAudit, changes
     try:
         publication = publish_changes(spark, tables, changes_df, audit.num_changes, context.leases, metadata)
     except LeaseError:
-        record_end(spark, tables, row, "superseded")
+        done = {market: audit.num_changes[market] for market in markets_of_run(spark, tables, row)}
+        version = table_version(spark, table_path(tables, RELEVANCE_SCORES)) if done else None
+        record_end(spark, tables, row | {"changes": Publication(version or 0, done).totals}, "superseded", version)
         console.say("superseded", "", run_id=run_id)
         raise
     context.clock.lap("publish")
@@ -385,14 +388,13 @@ def _augmented_queries(context: RunContext, chunk: Chunk | None = None) -> DataF
 
 def _exported_rate(context: RunContext) -> float:
     """Pairs a second that the bundle's export measured, times the tasks that run side by side."""
-    settings = context.bundle.settings
-    (report,) = (report for report in settings.precisions if report.precision == settings.precision)
-    return report.pairs_per_s * _num_slots(context)
+    num_tasks = 1 if context.place.profile is not None else _num_slots(context)  # how many GPUs come is not known yet
+    return context.bundle.settings.report.pairs_per_s * num_tasks
 
 
 def _num_slots(context: RunContext) -> int:
     """Tasks that score side by side where nothing but cores limits them."""
-    return context.spark.sparkContext.defaultParallelism // context.place.threads
+    return max(1, context.spark.sparkContext.defaultParallelism // context.place.threads)
 
 
 def _with_scores(

@@ -40,7 +40,7 @@ def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) ->
     """Write a run's rows of a table in one commit, in place of those that an earlier attempt left.
 
     Returns:
-        The version that the commit made.
+        See replace_rows.
     """
     return replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
 
@@ -57,17 +57,24 @@ def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame
     return read_table(spark, table, table_path(tables_dir, table))
 
 
-def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
+def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], *, keep_published: bool = False) -> None:
     """Write a run's row of scoring_runs; runs of other markets may write theirs at the same time.
 
     Args:
         run: its columns, with audit as a list of results; what is not there is null.
+        keep_published: leave a row of the same id that says that it was published.
     """
     audit = run.get("audit")
     values = {**run, "audit": None if audit is None else json.dumps(audit)}
     row = tuple(values.get(name) for name in SCORING_RUNS.column_names)
     row_df = spark.createDataFrame([row], spark_schema(SCORING_RUNS))
-    retry_conflicts(lambda: write_run_rows(row_df, SCORING_RUNS, tables_dir, run["run_id"]))
+
+    def write() -> None:
+        recorded = find_run(spark, tables_dir, run["run_id"]) if keep_published else None
+        if recorded is None or recorded["verdict"] not in PUBLISHED:
+            write_run_rows(row_df, SCORING_RUNS, tables_dir, run["run_id"])
+
+    retry_conflicts(write)
 
 
 def record_end(
@@ -82,10 +89,8 @@ def record_end(
         verdict: of the run.
         published_version: version of relevance_scores after it.
     """
-    recorded = None if verdict == "published" else find_run(spark, tables_dir, run["run_id"])
-    if recorded is None or recorded["verdict"] not in PUBLISHED:
-        end = {"verdict": verdict, "published_version": published_version, "finished_at": datetime.now(UTC)}
-        record_run(spark, tables_dir, {**run, **end})
+    end = {"verdict": verdict, "published_version": published_version, "finished_at": datetime.now(UTC)}
+    record_run(spark, tables_dir, {**run, **end}, keep_published=verdict not in PUBLISHED)
 
 
 def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:

@@ -346,7 +346,7 @@ def _would_be(pairs_df: DataFrame, before_df: DataFrame, staged_df: DataFrame) -
 
 
 def _staged(spark: SparkSession, tables_dir: str) -> DataFrame:
-    """Staged scores, the newest of each pair and pair_key: the one that a publish takes."""
+    """Staged scores, the newest of each pair and pair_key, whatever became of their run."""
     path = table_path(tables_dir, SCORES_STAGING)
     if table_exists(spark, path):
         staged_df = read_table(spark, SCORES_STAGING, path)

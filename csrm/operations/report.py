@@ -136,8 +136,9 @@ def verdict(run: Mapping[str, Any]) -> Verdict:
             commands = [f'{again} {accept} --reason "..."'] * is_acceptable + [f"{again} --discard"]
             return Verdict("bad", "Rejected", [sentence, *remarks], commands)
         case "superseded":
+            done = "Only a part of its markets was published" if run["changes"] else "Nothing was published"
             sentence = (
-                "Nothing was published: another run had published after this one compared. "
+                f"{done}: another run had published after this one compared. "
                 "The scores are kept, and the next run uses those that are still right."
             )
             return Verdict("warn", "Superseded", [sentence, *remarks])

@@ -15,6 +15,7 @@ from csrm.night.audit import accept, failures
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import say_publication
 from csrm.night.publish import Publication, count_changes, publish_changes, run_changes
+from csrm.night.published import commits_since
 from csrm.night.runs import (
     PUBLISHED,
     discard_staging,
@@ -27,9 +28,8 @@ from csrm.night.runs import (
 )
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING
-from csrm.spark.commits import read_commits
 from csrm.spark.session import persisted
-from csrm.spark.tables import table_path
+from csrm.spark.tables import table_id, table_path
 
 
 class PublishConfig(Settings):
@@ -65,6 +65,7 @@ def publish_rejected(
         if failed := sorted({result["name"] for result in failures(results)}):
             raise AuditError(f"run {run_id}: these checks failed and were not accepted: {failed}. Nothing published.")
         with persisted(_changes(spark, config.tables, run)) as changes_df:
+            _require_all_scores(changes_df, run_id)
             metadata = {"run_id": run_id, "bundle_digest": run["bundle_digest"], "reason": reason}
             num_changes = count_changes(changes_df)
             publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
@@ -89,14 +90,14 @@ def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, cons
                 f"run {run_id!r}: was published, which discarding would not undo. To go back to an earlier state: "
                 "jobs/rollback.py."
             )
-        num_rows = discard_staging(spark, config.tables, run_id)
-        expected = (run["num_scored"] or 0) + (run["num_reused"] or 0)
-        if expected and not num_rows and run["verdict"] != "discarded":
-            raise InputError(
-                f"run {run_id!r}: found 0 of the {expected:,} scores that it had staged or reused: they were removed "
-                "before (staging_days of jobs/maintain.py), or discarded with another run. Nothing was deleted."
-            )
         record_run(spark, config.tables, {**run, "verdict": "discarded", "finished_at": datetime.now(UTC)})
+        num_rows = discard_staging(spark, config.tables, run_id)
+    expected = (run["num_scored"] or 0) + (run["num_reused"] or 0)
+    if expected and not num_rows and run["verdict"] != "discarded":
+        raise InputError(
+            f"run {run_id!r}: found 0 of the {expected:,} scores that it had staged or reused. They were removed "
+            "before (staging_days of jobs/maintain.py), or discarded with another run. The run counts as discarded now."
+        )
     text = f"discarded run {run_id}: {num_rows:,} scores deleted from {SCORES_STAGING.name}"
     console.say("discarded", text, run_id=run_id, num_rows=num_rows)
 
@@ -126,16 +127,15 @@ def _require_publishable(spark: SparkSession, tables_dir: str, run: Mapping[str,
         raise LeaseError(
             f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
         )
-    commits = read_commits(spark, table_path(tables_dir, RELEVANCE_SCORES), run["base_version"])
-    of_others = {
-        commit.carried.get("market")
-        for commit in commits
-        if commit.operation == "MERGE" and commit.carried.get("run_id") != run["run_id"]
-    }
-    if changed := sorted(set(run["markets"]) & of_others):
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    commits = commits_since(spark, path, run["base_version"], markets=run["markets"])
+    changed = sorted(
+        {commit.carried.get("market", "all") for commit in commits if commit.carried.get("run_id") != run["run_id"]}
+    )
+    if changed or run["table_id"] not in (None, table_id(spark, path)):
         raise LeaseError(
-            f"run {run['run_id']!r}: the published scores of {changed} were changed since it compared with them. "
-            "Score again."
+            f"run {run['run_id']!r}: the published scores of {changed or 'all markets'} were changed since it compared "
+            "with them. Score again."
         )
 
 
@@ -143,7 +143,7 @@ def _changes(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> Da
     """What turns the published scores into the run's; see run_changes.
 
     Raises:
-        AuditError: pairs of the run's plan, or their scores, are gone.
+        AuditError: pairs of the run's plan are gone.
     """
     run_id = run["run_id"]
     published_df = read_newest(spark, RELEVANCE_SCORES, tables_dir).where(F.col("market").isin(*run["markets"]))
@@ -156,11 +156,18 @@ def _changes(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> Da
             "jobs/score_catalog.py."
         )
     staged_df = read_open_staging(spark, tables_dir, run["markets"], run_id)
-    changes_df = run_changes(planned_df, published_df, staged_df, run_id)
+    return run_changes(planned_df, published_df, staged_df, run_id)
+
+
+def _require_all_scores(changes_df: DataFrame, run_id: str) -> None:
+    """Refuse to publish pairs without a score.
+
+    Raises:
+        AuditError: some staged scores are gone.
+    """
     num_missing = changes_df.where("operation != 'delete' AND relevance_score IS NULL").count()
     if num_missing:
         raise AuditError(
             f"run {run_id}: {num_missing:,} of its pairs have no staged score any more. Score again with "
             f"jobs/score_catalog.py --run-id {run_id}."
         )
-    return changes_df

@@ -42,8 +42,9 @@ def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_i
         LeaseError: a run holds the market.
     """
     run = require_run(spark, config.tables, run_id)
-    wanted_df = read_published_state(spark, config.tables, run, market)
+    read_published_state(spark, config.tables, run, market)  # says what is wrong before a lease is taken
     with hold_leases(spark, config.tables, [market], f"jobs/rollback.py to {run_id}", config.lease_seconds) as leases:
+        wanted_df = read_published_state(spark, config.tables, require_run(spark, config.tables, run_id), market)
         published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
         with persisted(exact_changes(wanted_df, published_df)) as changes_df:
             metadata = {"rollback_to": run_id}

@@ -26,7 +26,8 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
     written = schema_version(spark, path)
     found = {field.name: field.dataType for field in spark.read.format("delta").load(path).schema}
     declared = {field.name: field for field in spark_schema(table)}
-    if [*found.items()] == [(name, field.dataType) for name, field in declared.items()]:
+    is_alike = [*found.items()] == [(name, field.dataType) for name, field in declared.items()]
+    if is_alike and written in (None, table.schema_version):
         return []
     unknown = [name for name, type_ in found.items() if name not in declared or declared[name].dataType != type_]
     if unknown or written is None or written > table.schema_version:
