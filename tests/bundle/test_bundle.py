@@ -245,3 +245,13 @@ def test_the_command_line_ends_with_2_where_nothing_is_proven(bundle_copy: Path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: bundle ")
     assert "Traceback" not in result.stderr
+
+
+def test_of_several_recipes_of_one_precision_the_bundle_is_the_one_that_passed(tiny_bundle: Path) -> None:
+    settings = load_bundle(tiny_bundle).settings
+    refused = settings.report.model_copy(update={"precision": "int8", "verdict": "ROC-AUC: -0.1", "pairs_per_s": 1.0})
+    passed = refused.model_copy(update={"verdict": "passed", "pairs_per_s": 2.0})
+    tried = (settings.report, refused, passed)
+
+    assert settings.model_copy(update={"precision": "int8", "precisions": tried}).report == passed
+    assert settings.report.precision == settings.precision

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from csrm.errors import ConfigError, LeaseError
 from csrm.night import leases
@@ -286,3 +287,49 @@ def test_many_markets_on_a_slow_storage_are_held_while_others_are_taken(
         refused = pytest.raises(LeaseError, match="market 'm000': run a")
         with refused, hold_leases(spark, str(tmp_path), markets[:1], "run b", seconds=5.0):
             pass
+
+
+def test_a_sleeper_stays_shut_out_where_its_successor_got_no_further_than_to_ask(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    tables, path = str(tmp_path), table_path(str(tmp_path), RELEVANCE_SCORES)
+    create_table(spark, RELEVANCE_SCORES, path)
+    asleep = take(spark, tables, "kr", "run a", 1.0)
+    time.sleep(1.2)
+    with hold_leases(spark, tables, ["tw"], "run b", seconds=30):
+        refused = pytest.raises(LeaseError, match="market 'tw': run b")
+        with refused, hold_leases(spark, tables, ["kr", "tw"], "run c", seconds=30):
+            pass
+
+    with hold_leases(spark, tables, ["kr"], "run d", seconds=30):
+        late_df = changes(spark, 0.1, "a").withColumn("market", F.lit("kr"))
+        late = merge_changes(late_df, RELEVANCE_SCORES, path, {"market": "kr"}, {"run_id": "a"}, asleep.transaction)
+
+    assert late is None
+    assert read_table(spark, RELEVANCE_SCORES, path).count() == 0
+
+
+def test_after_a_signal_or_an_unknown_error_the_next_holder_fences(spark: SparkSession, tmp_path: Path) -> None:
+    tables, path = str(tmp_path), table_path(str(tmp_path), RELEVANCE_SCORES)
+    create_table(spark, RELEVANCE_SCORES, path)
+    for error, num_fences in ((SystemExit(143), 1), (ZeroDivisionError(), 1), (ConfigError("ours"), 0)):
+        with pytest.raises(type(error)), hold_leases(spark, tables, ["tw"], "run a"):
+            raise error
+        version = table_version(spark, path)
+        with hold_leases(spark, tables, ["tw"], "run b"):
+            assert table_version(spark, path) == version + num_fences
+
+
+def test_what_keeps_a_lease_from_being_given_back_does_not_hide_the_error_of_the_block(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("storage down")
+
+    def fail_with_the_storage() -> None:
+        with hold_leases(spark, str(tmp_path), ["tw"], "run a"):
+            monkeypatch.setattr(LocalFolder, "write", fail)
+            raise ConfigError("ours")
+
+    with pytest.raises(ConfigError, match="ours"):
+        fail_with_the_storage()
