@@ -15,7 +15,7 @@ from transformers import GPT2Config
 
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import ConfigError, ParityError
-from csrm.export import trials as export_module
+from csrm.export import bundle as export_module
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
 from csrm.manifest import write_manifest

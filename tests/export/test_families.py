@@ -186,7 +186,7 @@ def test_a_window_that_is_ignored_is_seen(name: str, monkeypatch: pytest.MonkeyP
     """Negative control of sliding windows: the longest prompts see 42 tokens instead of 9."""
     model = PackedRelevanceModel(tiny_model(name), LABEL_IDS)
     expected = packed(torch_pack_scorer(model), random_groups(), 500, 1)
-    monkeypatch.setattr("csrm.training.model.sliding_window", lambda config: None)
+    monkeypatch.setattr("csrm.training.model.relevance.sliding_window", lambda config: None)
     actual = packed(torch_pack_scorer(model), random_groups(), 500, 1)
     assert np.abs(actual - expected).max() >= 100 * TOLERANCE * np.ptp(expected)
 
