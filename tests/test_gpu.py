@@ -41,3 +41,21 @@ def test_a_model_that_a_gpu_trained_scores_the_same_on_the_cpu(
     assert expected.std() > 0.01
     np.testing.assert_allclose(on_gpu, expected, atol=2e-3)
     np.testing.assert_allclose(trained.score(graded)["relevance_score"].to_numpy(), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(("precision", "largest_error"), [("fp16", 0.01), ("bf16", 0.05)])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "mistral", "gemma3"])
+def test_16_bits_are_right_on_a_gpu_where_norms_read_as_much_as_in_real_models(
+    name: str, precision: str, largest_error: float, tmp_path: Path
+) -> None:
+    pytest.importorskip("optimum.exporters.onnx")
+    from csrm.export.half import write_half
+    from csrm.scoring.runtime import load_pack_scorer
+    from tests.export.test_half import error_of, fused_graph, graph_logits, logits_of, loud_model
+
+    fused = fused_graph(loud_model(name, 25_000), tmp_path)
+    expected = graph_logits(tmp_path / "fp32.onnx")
+    write_half(fused, precision, tmp_path / "half.onnx")
+    scorer, provider = load_pack_scorer(tmp_path / "half.onnx", "cuda")
+    assert provider == "CUDAExecutionProvider"
+    assert 0 < error_of(logits_of(scorer), expected) <= largest_error

@@ -44,7 +44,8 @@ def _precision_lines(precisions: Sequence[PrecisionReport]) -> list[str]:
             cells += "".join(f"  {_loss_text(value, loss):<33}" for value, loss in losses)
             cells += f"  {quality.largest_shift:<9.4f}  {quality.mean_shift:.4f}  {quality.spearman:.4f}"
         lines.append(cells)
-        lines.append(f"{'':<10} {row.recipe}: {row.verdict}")
+        peak = "" if row.largest_activation is None else f", largest activation {row.largest_activation:,.0f}"
+        lines.append(f"{'':<10} {row.recipe}{peak}: {row.verdict}")
     return lines
 
 

@@ -15,7 +15,7 @@ MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.json"
 PLOT_NAME = "precisions.png"
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 class Estimate(Settings):
@@ -52,13 +52,15 @@ class PrecisionReport(Settings):
     recipe: str
     """How its weights are stored and multiplied."""
     num_bytes: int
-    """Of the graph with its weights."""
+    """Size of the graph with its weights; 0 where no graph was made."""
     pairs_per_s: float
-    """On the machine of the export; compare within one bundle only."""
+    """Speed on the machine of the export, 0 where it did not run; compare within one bundle only."""
     pack_spread: float | None
     """Largest difference of one pair's score between 20 packs; None where the gate had refused it before."""
     quality: Quality | None = None
     """None where no labelled pairs were given."""
+    largest_activation: float | None = None
+    """Largest activation of the sample in float32; float16 ends at 65,504. None where it is not of 16 bits."""
     verdict: str
     """passed, or what did not hold."""
 

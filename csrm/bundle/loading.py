@@ -131,6 +131,11 @@ def load_scorer(
 
     bundle = load_bundle(folder, digest)
     settings = bundle.settings
+    if settings.precision == "bf16" and device == "cpu":
+        raise BundleError(
+            f"bundle {str(bundle.folder)!r} is bf16, which ONNX Runtime computes on GPUs only; got device 'cpu'. Score "
+            "with device cuda, or export the model again with --device cpu."
+        )
     pack_scorer, provider = load_pack_scorer(bundle.folder / MODEL_NAME, device, threads)
     tokenizer = bundle.prompt_tokenizer()
     scorer = PairScorer(

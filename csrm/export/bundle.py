@@ -27,9 +27,9 @@ from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, load_bundle
 from csrm.errors import BundleError, ConfigError
 from csrm.export.families import check_model, check_weights
+from csrm.export.graph_files import check_locations
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
-from csrm.export.precision import check_locations
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest
 from csrm.scoring.labels import expected_gain
@@ -60,7 +60,7 @@ def export_bundle(
     Args:
         pairs: real pairs (csrm.scoring.PAIR_COLUMNS) over which the scores of torch and the graph must agree.
         judged: pairs of whole queries with market, query_id and grade, which no precision may rank worse than fp32.
-        precision: fp32, fp16, int8, int4, or auto.
+        precision: fp32, fp16, bf16, int8, int4, or auto.
         device: that will score.
         grade_labels: see ExportConfig.
 

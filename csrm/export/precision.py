@@ -1,4 +1,4 @@
-"""The packed graph at other precisions: smaller weights, through onnxruntime's converters."""
+"""The packed graph at other precisions: 16 bits (csrm.export.half), or quantised weights by onnxruntime's converter."""
 
 import logging
 from dataclasses import dataclass
@@ -9,10 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from csrm.bundle.contents import Precision
-from csrm.errors import BundleError
-
-_INLINE_BYTES = 1_900_000_000
-"""Above it, weights go beside the graph: a protobuf file holds 2 GB."""
+from csrm.export.graph_files import save_graph
+from csrm.export.half import write_half
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,8 @@ class Recipe:
         if self.bits == 32:
             return "weights and activations in float32"
         if self.bits == 16:
-            return "weights and activations in float16, norms in float32"
+            name = "float16" if self.precision == "fp16" else "bfloat16"
+            return f"weights and activations in {name}, inside of norms in float32"
         activations = "float32" if self.float_activations else "8-bit"
         kept = f", {' and '.join(self.float_layers)} in float32" if self.float_layers else ""
         return f"{self.bits}-bit weights in blocks of {self.block_size}, {activations} activations{kept}"
@@ -41,6 +40,7 @@ class Recipe:
 RECIPES: dict[Precision, tuple[Recipe, ...]] = {
     "fp32": (Recipe("fp32"),),
     "fp16": (Recipe("fp16", bits=16),),
+    "bf16": (Recipe("bf16", bits=16),),
     "int8": (
         Recipe("int8", bits=8, block_size=128),
         Recipe("int8", bits=8),
@@ -55,36 +55,20 @@ def write_precision(fp32_path: Path, recipe: Recipe, path: Path) -> None:
     """Write a fp32 packed graph at another precision.
 
     Args:
+        fp32_path: the exported graph; for 16 bits the one that csrm.export.half.fuse_norms made of it.
         path: of the new graph; its weights go beside it above 2 GB.
+
+    Raises:
+        ParityError: see csrm.export.half.write_half.
     """
-    model = onnx.load(fp32_path)
     if recipe.bits == 16:
-        model = _half(model)
-    elif recipe.bits < 16:
+        write_half(fp32_path, recipe.precision, path)
+        return
+    model = onnx.load(fp32_path)
+    if recipe.bits < 16:
         _shrink_embedding(model)
         model = _quantised(model, recipe)
     save_graph(model, path)
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with its weights beside it above 2 GB."""
-    is_large = _num_bytes(model) > _INLINE_BYTES
-    onnx.save(model, path, save_as_external_data=is_large, location=f"{path.name}_data" if is_large else None)
-
-
-def check_locations(path: Path) -> None:
-    """Weights beside a graph must lie in its folder.
-
-    Raises:
-        BundleError: a location is absolute, or leaves the folder.
-    """
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and (path.parent / entry.value).resolve().parent != path.parent.resolve():
-                raise BundleError(
-                    f"graph {str(path)!r}: weights {tensor.name!r} lie in {entry.value!r}, outside of its folder. "
-                    "Export the model again."
-                )
 
 
 def _quantised(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
@@ -105,22 +89,6 @@ def _quantised(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
     return quantised
 
 
-def _half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """float16 but for inputs, outputs and norms, whose squares overflow."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    norms = [node.name for node in model.graph.node if "norm" in node.name]
-    halved: onnx.ModelProto = convert_float_to_float16(
-        model, keep_io_types=True, node_block_list=norms, max_finite_val=65_504.0
-    )
-    nodes: dict[str, onnx.NodeProto] = {}
-    for node in halved.graph.node:
-        nodes.setdefault(node.output[0], node)  # onnxruntime 1.31 casts a value once for each of its readers
-    del halved.graph.node[:]
-    halved.graph.node.extend(nodes.values())
-    return halved
-
-
 def _shrink_embedding(model: onnx.ModelProto) -> None:
     """Embedding rows are stored in float16 and widened after the lookup: most of a small model is its vocabulary."""
     graph = model.graph
@@ -137,8 +105,3 @@ def _shrink_embedding(model: onnx.ModelProto) -> None:
         node.output[0] = f"{output}_float16"
         graph.node.insert(place + 1, helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT))
         return
-
-
-def _num_bytes(model: onnx.ModelProto) -> int:
-    """Of the weights; ModelProto.ByteSize fails above 2 GB."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)

@@ -19,8 +19,8 @@ class ExportConfig(Settings):
     """Market to language: whose pairs the proof runs over."""
     inputs: JudgedInputs
     """Real prompts for the proof, and labelled pairs for the quality gate."""
-    precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "fp32"
-    """auto: the fastest that passes the quality gate on the device. fp16 is for GPUs only."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    """auto: the fastest that passes the quality gate on the device. fp16 and bf16 are for GPUs only."""
     device: str = "cpu"
     """Device that will score, and that everything is proven on: cpu, cuda or cuda:<number>."""
     parity_pairs: int = Field(default=256, ge=1)

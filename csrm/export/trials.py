@@ -25,12 +25,15 @@ from csrm.bundle.contents import (
 )
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_scorer
-from csrm.errors import ConfigError, InputError, ParityError
+from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ParityError
+from csrm.export.graph_files import check_locations
+from csrm.export.half import Peak, check_range, fuse_norms, largest_activation
 from csrm.export.parity import SCORE_TOLERANCE, pack_spread
-from csrm.export.precision import RECIPES, Recipe, check_locations, write_precision
+from csrm.export.precision import RECIPES, Recipe, write_precision
 from csrm.export.quality import gate, measure_quality, plot_precisions
 from csrm.manifest import write_manifest
 from csrm.scoring.labels import Label
+from csrm.scoring.packing import PackBatch
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PackScorer, PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -84,17 +87,23 @@ def write_best_precision(
     trials = _Trials(settings, tokenizer, pairs.iloc[:SPREAD_PAIRS], judged if gains is not None else None, gains)
     with logged_step("fp32: speed, packs, quality"):
         graphs = [trials.measure(fp32_path, RECIPES["fp32"][0], fp32_scorer)]
+    reports = [graphs[0].report]
     for precision in precisions:
+        if precision == "bf16" and any(report.precision == "fp16" and report.verdict == "passed" for report in reports):
+            continue  # as fast as fp16, and less exact
         for number, recipe in enumerate(RECIPES[precision] if precision != "fp32" else ()):
             with logged_step(f"{precision}: {recipe}"):
                 path = fp32_path.parent.with_name(f"{precision}-{number}") / MODEL_NAME
                 path.parent.mkdir()
-                write_precision(fp32_path, recipe, path)
-                check_locations(path)
-                graphs.append(trials.measure(path, recipe, load_pack_scorer(path, settings.device)[0]))
-            report = graphs[-1].report
-            logger.info("  %s", report.verdict)
-            if report.verdict == "passed":
+                try:
+                    pack_scorer = trials.make(fp32_path, recipe, path, pairs)
+                except (ParityError, BundleError, DeviceError) as error:
+                    reports.append(trials.refused(recipe, str(error)))
+                else:
+                    graphs.append(trials.measure(path, recipe, pack_scorer))
+                    reports.append(graphs[-1].report)
+            logger.info("  %s", reports[-1].verdict)
+            if reports[-1].verdict == "passed":
                 break
     wanted = [
         graph
@@ -102,7 +111,6 @@ def write_best_precision(
         if graph.report.verdict == "passed"
         and (graph.recipe.precision in precisions or (may_fall_back and graph.recipe.precision == "fp32"))
     ]
-    reports = [graph.report for graph in graphs]
     if not wanted:
         failed = [f"  - {r.precision}, {r.recipe}: {r.verdict}" for r in reports if r.precision in precisions]
         raise ParityError(
@@ -147,6 +155,45 @@ class _Trials:
         self._reference_scores = np.empty(0)
         self._reference_seconds = 0.0
         """For the labelled pairs."""
+        self._peak: Peak | None = None
+
+    def make(self, fp32_path: Path, recipe: Recipe, path: Path, pairs: pd.DataFrame) -> PackScorer:
+        """Write a graph by a recipe, ready to score.
+
+        Args:
+            fp32_path: see write_best_precision.
+            path: of the new graph.
+            pairs: the sample whose activations must fit float16.
+
+        Raises:
+            ParityError: an activation or a weight is too large for float16, or norms are not fused.
+            BundleError, DeviceError: the device has no kernel for the graph.
+        """
+        device, source = self._settings.device, fp32_path
+        if recipe.bits == 16:
+            source = fp32_path.parent.with_name("fused") / MODEL_NAME
+            if self._peak is None:
+                source.parent.mkdir(exist_ok=True)
+                fuse_norms(fp32_path, source)
+                self._peak = largest_activation(source, self._batches(pairs), device)
+        if recipe.precision == "fp16":
+            assert self._peak is not None
+            check_range(self._peak)
+        write_precision(source, recipe, path)
+        check_locations(path)
+        return load_pack_scorer(path, device)[0]
+
+    def refused(self, recipe: Recipe, reason: str) -> PrecisionReport:
+        """The report of a recipe whose graph could not be made."""
+        return PrecisionReport(
+            precision=recipe.precision,
+            recipe=str(recipe),
+            num_bytes=0,
+            pairs_per_s=0.0,
+            pack_spread=None,
+            largest_activation=self._largest_activation(recipe),
+            verdict=reason,
+        )
 
     def measure(self, path: Path, recipe: Recipe, pack_scorer: PackScorer) -> _Graph:
         """Size, speed, spread over packs, and quality where labelled pairs are given."""
@@ -155,7 +202,9 @@ class _Trials:
             start = time.perf_counter()
             try:
                 scores = self._scorer(pack_scorer).score(self._judged)["relevance_score"].to_numpy()
-            except ValueError as error:
+            except Exception as error:  # onnxruntime's errors have no common base
+                if self._reference is None:
+                    raise
                 problems.append(str(error))
             else:
                 seconds = time.perf_counter() - start
@@ -168,7 +217,9 @@ class _Trials:
                     assert self._reference.report.quality is not None
                     problems += gate(quality, self._reference.report.quality)
         spread = None
-        if quality is not None and problems:  # refused: its speed is not worth turns of its own
+        if problems and quality is None:  # it failed
+            rate = 0.0
+        elif problems:  # refused: its speed is not worth turns of its own
             assert self._reference is not None
             rate = self._reference.report.pairs_per_s * self._reference_seconds / seconds
         else:
@@ -182,6 +233,7 @@ class _Trials:
             pairs_per_s=rate,
             pack_spread=spread,
             quality=quality,
+            largest_activation=self._largest_activation(recipe),
             verdict="; ".join(problems) or "passed",
         )
         graph = _Graph(path, recipe, pack_scorer, report)
@@ -203,6 +255,13 @@ class _Trials:
             return len(self._sample) / medians[0]
         return self._reference.report.pairs_per_s * medians[0] / medians[1]
 
+    def _largest_activation(self, recipe: Recipe) -> float | None:
+        return self._peak.value if self._peak and recipe.bits == 16 and np.isfinite(self._peak.value) else None
+
+    def _batches(self, pairs: pd.DataFrame) -> list[PackBatch]:
+        assert self._reference is not None
+        return [batch for _, batch in self._scorer(self._reference.pack_scorer).prepare(pairs).batches]
+
     def _scorer(self, pack_scorer: PackScorer) -> PairScorer:
         return PairScorer(
             self._tokenizer, self._settings.labels, pack_scorer=pack_scorer, pack_tokens=self._settings.pack_tokens
@@ -210,17 +269,17 @@ class _Trials:
 
 
 def wanted_precisions(precision: str, device: str, has_labels: bool) -> list[Precision]:
-    """Precisions to try, most of all on a device.
+    """Precisions to try on a device, in order; bf16 is left out where fp16 passes before it.
 
     Raises:
         ConfigError: the precision cannot be proven on the device, or without labelled pairs.
     """
     if precision != "auto" and precision not in get_args(Precision):
         raise ConfigError(f"precision {precision!r}: expected auto or one of {', '.join(get_args(Precision))}.")
-    if precision == "fp16" and device == "cpu":
-        raise ConfigError("precision 'fp16': is for GPUs; on device cpu use auto, int8 or fp32.")
+    if precision in ("fp16", "bf16") and device == "cpu":
+        raise ConfigError(f"precision {precision!r}: is for GPUs; on device cpu use auto, int8 or fp32.")
     if precision == "auto":
-        wanted: list[Precision] = ["int8", "int4"] if device == "cpu" else ["fp16", "int8", "int4"]
+        wanted: list[Precision] = ["int8", "int4"] if device == "cpu" else ["fp16", "bf16", "int8", "int4"]
     else:
         wanted = [precision]  # type: ignore[list-item]
     if wanted != ["fp32"] and not has_labels:

@@ -28,6 +28,29 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
         DeviceError: the device is not there. ONNX Runtime itself would go on with the CPU.
         BundleError: the graph cannot be read, or is not a packed graph.
     """
+    session, provider = open_session(model_path, device, threads)
+    expected = set(PackBatch._fields) - {"pair_index"}
+    if {tensor.name for tensor in session.get_inputs()} != expected or "logits" not in _names(session.get_outputs()):
+        raise BundleError(
+            f"model {str(model_path)!r}: expected inputs {sorted(expected)} and output logits, got inputs "
+            f"{_names(session.get_inputs())} and outputs {_names(session.get_outputs())}. Is it another model's graph?"
+        )
+
+    def score(batch: PackBatch) -> np.ndarray:
+        (logits,) = session.run(["logits"], batch.model_inputs())
+        return np.asarray(logits)
+
+    return score, provider
+
+
+def open_session(model_path: Path, device: str, threads: int | None = None) -> tuple[Any, str]:
+    """Session for any graph, on the device that was asked for and no other.
+
+    Args, Raises: see load_pack_scorer.
+
+    Returns:
+        onnxruntime.InferenceSession, and the name of the provider that runs it.
+    """
     provider, options = require_device(device)
     import onnxruntime
 
@@ -50,19 +73,7 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
             "Has the machine NVIDIA's driver (nvidia-smi), and one that fits the CUDA of onnxruntime "
             f"{onnxruntime.__version__}? Its own message before this one names the library that was missing."
         )
-
-    expected = set(PackBatch._fields) - {"pair_index"}
-    if {tensor.name for tensor in session.get_inputs()} != expected or "logits" not in _names(session.get_outputs()):
-        raise BundleError(
-            f"model {str(model_path)!r}: expected inputs {sorted(expected)} and output logits, got inputs "
-            f"{_names(session.get_inputs())} and outputs {_names(session.get_outputs())}. Is it another model's graph?"
-        )
-
-    def score(batch: PackBatch) -> np.ndarray:
-        (logits,) = session.run(["logits"], batch.model_inputs())
-        return np.asarray(logits)
-
-    return score, provider
+    return session, provider
 
 
 def require_device(device: str) -> tuple[str, dict[str, str]]:
@@ -106,8 +117,13 @@ def _provider(device: str) -> tuple[str, dict[str, str]]:
     name, _, number = device.partition(":")
     if name != "cuda" or not (number.isdigit() or device == "cuda"):
         raise ConfigError(f"device {device!r}: expected cpu, cuda or cuda:<number>.")
-    # In TF32, ONNX Runtime's default, float32 products keep 10 bits: a float32 graph then misses its golden scores.
-    return "CUDAExecutionProvider", {"device_id": number or "0", "use_tf32": "0"}
+    return "CUDAExecutionProvider", {
+        "device_id": number or "0",
+        # In TF32, the default, float32 products keep 10 bits: a float32 graph then misses its golden scores.
+        "use_tf32": "0",
+        # Up to ONNX Runtime 1.26 a residual sum with its norm adds squares in float16 by default, and gives zeros.
+        "enable_skip_layer_norm_strict_mode": "1",
+    }
 
 
 def require_one_onnxruntime() -> str:

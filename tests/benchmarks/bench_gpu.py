@@ -262,22 +262,23 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(folder: Path, shape: str) -> None:
     """The packed graphs of the seeded model: fp32 and fp16."""
+    from csrm.export.half import fuse_norms, write_half
     from csrm.export.packed_onnx import export_packed_graph
-    from csrm.export.precision import RECIPES, write_precision
 
     made_from = {"shape": SHAPES[shape], "code": code_digest(*CODE)}
     about = folder / "about.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8"))["made_from"] == made_from:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    paths = {precision: folder / precision / "model.onnx" for precision in ("fp32", "fp16")}
+    paths = {name: folder / name / "model.onnx" for name in ("fp32", "fused", "fp16")}
     for path in paths.values():
         path.parent.mkdir(parents=True)
     language_model = seeded_language_model(SHAPES[shape])
     label_ids = PromptTokenizer.from_file(TOKENIZER, Budgets()).label_ids(ESCI_LABELS)
     export_packed_graph(PackedRelevanceModel(language_model, label_ids).eval(), paths["fp32"])
-    (recipe,) = RECIPES["fp16"]
-    write_precision(paths["fp32"], recipe, paths["fp16"])
+    fuse_norms(paths["fp32"], paths["fused"])
+    write_half(paths["fused"], "fp16", paths["fp16"])
+    shutil.rmtree(paths["fused"].parent)
     made = {"made_from": made_from, **sizes(language_model)}
     about.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 

@@ -98,6 +98,13 @@ def test_settings_of_another_version_are_refused(bundle_copy: Path, changes: dic
         load_bundle(sealed(bundle_copy, **changes))
 
 
+def test_a_bfloat16_bundle_is_refused_on_the_cpu_with_the_way_out(bundle_copy: Path) -> None:
+    sealed(bundle_copy, precision="bf16")
+    assert load_bundle(bundle_copy).settings.precision == "bf16"
+    with pytest.raises(BundleError, match=r"is bf16, which .* on GPUs only; got device 'cpu'\. Score with device cuda"):
+        load_scorer(bundle_copy, "cpu")
+
+
 def test_a_bundle_of_the_first_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"format_version": 1}')
     write_manifest(tmp_path, "bundle")

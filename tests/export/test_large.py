@@ -21,8 +21,9 @@ def export(folder: Path) -> None:
     import torch
     import transformers
 
+    from csrm.export.graph_files import check_locations
     from csrm.export.packed_onnx import export_packed_graph
-    from csrm.export.precision import RECIPES, check_locations, write_precision
+    from csrm.export.precision import RECIPES, write_precision
     from csrm.scoring.packing import build_packs
     from csrm.scoring.runtime import load_pack_scorer
     from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer

@@ -1,5 +1,9 @@
 """Smaller precisions: what they do to scores, and the gate that they must pass."""
 
+import copy
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,21 +11,27 @@ import onnx
 import pandas as pd
 import pytest
 
-from csrm.bundle.contents import Quality
-from csrm.bundle.loading import load_bundle, load_scorer
+from csrm.bundle.card import bundle_card
+from csrm.bundle.contents import Precision, Quality
+from csrm.bundle.golden import choose_golden_pairs
+from csrm.bundle.loading import Bundle, load_bundle, load_scorer
 from csrm.errors import BundleError, ConfigError, InputError, ParityError
 from csrm.evaluation.metrics import evaluate_scores
 from csrm.export.bundle import export_bundle
+from csrm.export.graph_files import check_locations
+from csrm.export.half import fuse_norms
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import pack_spread
-from csrm.export.precision import RECIPES, Recipe, check_locations, write_precision
+from csrm.export.precision import RECIPES, Recipe, write_precision
 from csrm.export.quality import gate, measure_quality
-from csrm.export.trials import whole_queries
+from csrm.export.trials import wanted_precisions, whole_queries, write_best_precision
 from csrm.scoring.labels import ESCI_LABELS
+from csrm.scoring.packing import build_packs
 from csrm.scoring.runtime import load_pack_scorer
-from csrm.scoring.scorer import PackScorer, PairScorer
+from csrm.scoring.scorer import PackScorer, PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.model.relevance import PackedRelevanceModel
+from tests.export.loud_models import make_loud
 
 GAINS = {label.name: label.gain for label in ESCI_LABELS}
 
@@ -43,7 +53,7 @@ def scores_of(path: Path, tokenizer: PromptTokenizer, pairs: pd.DataFrame) -> np
 @pytest.mark.parametrize(
     ("recipe", "largest_shift", "largest_spread", "operator"),
     [
-        (Recipe("fp16", bits=16), 0.01, 0.005, "Cast"),
+        (Recipe("fp16", bits=16), 0.01, 0.005, "SimplifiedLayerNormalization"),
         (Recipe("int8", bits=8), 0.1, 0.01, "MatMulNBits"),
         (Recipe("int8", bits=8, float_activations=True), 0.05, 1e-5, "MatMulNBits"),
         (Recipe("int4", bits=4), 0.7, 0.02, "MatMulNBits"),
@@ -60,7 +70,12 @@ def test_a_smaller_precision_is_near_fp32_and_hardly_depends_on_the_pack(
     largest_spread: float,
     operator: str,
 ) -> None:
-    write_precision(fp32_graph, recipe, tmp_path / "model.onnx")
+    source = fp32_graph
+    if recipe.bits == 16:
+        source = tmp_path / "fused" / "model.onnx"
+        source.parent.mkdir()
+        fuse_norms(fp32_graph, source)
+    write_precision(source, recipe, tmp_path / "model.onnx")
     assert any(node.op_type == operator for node in onnx.load(tmp_path / "model.onnx").graph.node)
     shifts = np.abs(
         scores_of(tmp_path / "model.onnx", prompt_tokenizer, pairs_pdf)
@@ -201,8 +216,8 @@ def judged(tiny_bundle: Path, pairs_pdf: pd.DataFrame) -> pd.DataFrame:
 def test_a_bundle_at_8_bits_brings_its_table_and_tolerances(
     tiny_bundle: Path, judged: pd.DataFrame, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.quality.MIN_SPEARMAN", 0.9)  # thirty pairs of a random model
-    monkeypatch.setattr("export.quality.MAX_LOSS", 0.1)
+    monkeypatch.setattr("csrm.export.quality.MIN_SPEARMAN", 0.9)  # thirty pairs of a random model
+    monkeypatch.setattr("csrm.export.quality.MAX_LOSS", 0.1)
     bundle = export_bundle(tiny_bundle.parent / "model", tmp_path / "bundle", pairs_pdf, judged, "int8")
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
     assert bundle.settings.precision == "int8"
@@ -234,7 +249,7 @@ def test_a_precision_that_fails_its_gate_is_refused_and_nothing_written(
 def test_auto_keeps_fp32_where_nothing_else_passes_and_says_why(
     tiny_bundle: Path, judged: pd.DataFrame, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.quality.MIN_SPEARMAN", 1.1)
+    monkeypatch.setattr("csrm.export.quality.MIN_SPEARMAN", 1.1)
     bundle = export_bundle(tiny_bundle.parent / "model", tmp_path / "bundle", pairs_pdf, judged, "auto")
     assert bundle.settings.precision == "fp32"
     verdicts = {report.recipe: report.verdict for report in bundle.settings.precisions}
@@ -248,7 +263,8 @@ def test_auto_keeps_fp32_where_nothing_else_passes_and_says_why(
         ("int8", "must be proven on labelled pairs, and there are none"),
         ("auto", "must be proven on labelled pairs, and there are none"),
         ("fp16", "is for GPUs"),
-        ("int3", "expected auto or one of fp32, fp16, int8, int4"),
+        ("bf16", "is for GPUs"),
+        ("int3", "expected auto or one of fp32, fp16, bf16, int8, int4"),
     ],
 )
 def test_a_precision_that_cannot_be_proven_is_refused_before_any_work(
@@ -257,6 +273,101 @@ def test_a_precision_that_cannot_be_proven_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=message):
         export_bundle(tiny_bundle.parent / "model", tmp_path / "bundle", pairs_pdf, None, precision)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [
+        ("auto", "cpu", ["int8", "int4"]),
+        ("auto", "cuda", ["fp16", "bf16", "int8", "int4"]),
+        ("auto", "cuda:1", ["fp16", "bf16", "int8", "int4"]),
+        ("bf16", "cuda", ["bf16"]),
+    ],
+)
+def test_auto_tries_16_bits_first_on_a_gpu(precision: str, device: str, expected: list[str]) -> None:
+    assert wanted_precisions(precision, device, has_labels=True) == expected
+
+
+def half_bundle(
+    tiny_bundle: Path,
+    model: PackedRelevanceModel,
+    pairs: pd.DataFrame,
+    folder: Path,
+    precisions: Sequence[Precision],
+    may_fall_back: bool,
+) -> Bundle:
+    """The end of an export, on the CPU: it computes float16, though slowly, and no bfloat16."""
+    (folder / "bundle").mkdir()
+    shutil.copyfile(tiny_bundle / "tokenizer.json", folder / "bundle" / "tokenizer.json")
+    settings = load_bundle(tiny_bundle).settings.model_copy(update={"precisions": ()})
+    (folder / "fp32").mkdir()
+    export_packed_graph(model, folder / "fp32" / "model.onnx")
+    tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", settings.budgets)
+    pack_scorer, _ = load_pack_scorer(folder / "fp32" / "model.onnx", "cpu", threads=1)
+    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=pack_scorer, pack_tokens=settings.pack_tokens)
+    scores = scorer.score(pairs)["relevance_score"]
+    grades = pd.cut(scores.rank(pct=True), [0, 0.3, 0.5, 0.7, 1], labels=["I", "C", "S", "E"]).astype(str)
+    judged = pairs.assign(query_id=pairs["query"], grade=grades)
+    golden = choose_golden_pairs(pairs, scores.to_numpy(), tokenizer, "the fp32 graph")
+    write_best_precision(
+        folder / "fp32" / "model.onnx",
+        pack_scorer,
+        precisions,
+        may_fall_back,
+        pairs,
+        judged,
+        None,
+        golden,
+        settings,
+        folder / "bundle",
+    )
+    return load_bundle(folder / "bundle")
+
+
+@pytest.fixture
+def loud(
+    loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
+) -> Callable[[float], PackedRelevanceModel]:
+    """The model with norms that read values as large as a number."""
+    batches = list(build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=512))
+    return lambda norm_input: make_loud(copy.deepcopy(loud_model), batches, norm_input)
+
+
+def test_a_half_precision_bundle_says_its_largest_activation_and_bf16_is_not_tried(
+    tiny_bundle: Path, loud: Callable[[float], PackedRelevanceModel], pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    bundle = half_bundle(tiny_bundle, loud(1000), pairs_pdf, tmp_path, ["fp16", "bf16"], may_fall_back=False)
+    assert bundle.settings.precision == "fp16"
+    fp32, fp16 = bundle.settings.precisions
+    assert fp32.largest_activation is None
+    assert fp16.largest_activation == pytest.approx(1000, rel=0.02)
+    assert "float16, inside of norms in float32, largest activation 1,000: passed" in bundle_card(bundle)
+    assert fp16.num_bytes < 0.6 * fp32.num_bytes
+    assert 0 < bundle.settings.golden_tolerance < 0.05
+
+
+def test_where_float16_is_refused_the_report_says_layer_value_and_way_out_and_bf16_is_tried(
+    tiny_bundle: Path, loud: Callable[[float], PackedRelevanceModel], pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    bundle = half_bundle(tiny_bundle, loud(70_000), pairs_pdf, tmp_path, ["fp16", "bf16"], may_fall_back=True)
+    assert bundle.settings.precision == "fp32"
+    _, fp16, bf16 = bundle.settings.precisions
+    assert re.fullmatch(
+        r"activations reach (69|70|71),\d{3} in /model/layers\.\d/Add\w*, expected at most 30,000: float16 ends at "
+        "65,504. Use bf16, which has the range of float32",
+        fp16.verdict,
+    )
+    assert (fp16.num_bytes, fp16.pairs_per_s, fp16.quality) == (0, 0, None)
+    assert fp16.largest_activation == bf16.largest_activation == pytest.approx(70_000, rel=0.02)
+    assert "NOT_IMPLEMENTED" in bf16.verdict  # on a CPU
+
+
+def test_fp16_alone_is_refused_where_it_does_not_fit_and_nothing_is_finished(
+    tiny_bundle: Path, loud: Callable[[float], PackedRelevanceModel], pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    with pytest.raises(ParityError, match=r"no recipe passed.*\n  - fp16, .*: activations reach .* Use bf16"):
+        half_bundle(tiny_bundle, loud(70_000), pairs_pdf, tmp_path, ["fp16"], may_fall_back=False)
+    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["tokenizer.json"]
 
 
 def test_the_same_model_gives_the_same_bundle(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:
