@@ -1,5 +1,6 @@
 """Bring tables of an older version to the declared columns."""
 
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from csrm.errors import InputError
@@ -12,7 +13,7 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
     """Bring a table of an older version to the declared columns, in place.
 
     Columns that it lacks are added, and are null in its rows; their order becomes the declared one; columns that may be
-    null now lose their constraint.
+    null now lose their constraint; its checks become the declared ones.
 
     Returns:
         The columns that were added.
@@ -47,7 +48,24 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
             if field.nullable:
                 spark.sql(f"ALTER TABLE {sql_path(path)} ALTER COLUMN `{name}` DROP NOT NULL")
         spark.sql(f"ALTER TABLE {sql_path(path)} {change}")
+    _migrate_checks(spark, table, path)
     spark.sql(
         f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{SCHEMA_VERSION_PROPERTY}' = '{table.schema_version}')"
     )
     return added
+
+
+def _migrate_checks(spark: SparkSession, table: Table, path: str) -> None:
+    """Drop the checks that are declared no more, and add those that are new or say something else."""
+    detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
+    assert detail is not None
+    prefix = "delta.constraints."
+    found = {name.removeprefix(prefix): sql for name, sql in detail["properties"].items() if name.startswith(prefix)}
+    declared = {name.lower(): sql for name, sql in table.checks}
+    for name in sorted(found.keys() | declared.keys()):
+        if found.get(name) == declared.get(name):
+            continue
+        if name in found:
+            spark.sql(f"ALTER TABLE {sql_path(path)} DROP CONSTRAINT `{name}`")
+        if name in declared:
+            spark.sql(f"ALTER TABLE {sql_path(path)} ADD CONSTRAINT `{name}` CHECK ({declared[name]})")

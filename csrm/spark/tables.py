@@ -190,10 +190,10 @@ def _require_table(spark: SparkSession, path: str) -> None:
 def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     found = [(field.name, field.dataType.simpleString()) for field in spark.read.format("delta").load(path).schema]
     expected = [(field.name, field.dataType.simpleString()) for field in spark_schema(table)]
-    if found == expected:
+    written = schema_version(spark, path)
+    if found == expected and written in (None, table.schema_version):
         return
     where = f"table {table.name} at {path!r}"
-    written = schema_version(spark, path)
     if written is not None and written != table.schema_version:
         is_older = written < table.schema_version
         way_out = "Migrate it: jobs/migrate.py." if is_older else "Use the newer CSRM that wrote it."

@@ -147,6 +147,21 @@ def test_staging_of_version_1_takes_pairs_without_a_score_after_its_migration(
     assert read_table(spark, SCORES_STAGING, path).head()["reason"] == "model_error"
 
 
+def test_checks_are_migrated_too(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "scores")
+    create_table(spark, RELEVANCE_SCORES, path)
+    kept, changed = RELEVANCE_SCORES.checks[0], ("at_most_half", "relevance_score <= 0.5")
+    newer = replace(RELEVANCE_SCORES, checks=(kept, changed), schema_version=2)
+    with pytest.raises(InputError, match="expected version 2 of its columns, it has version 1"):
+        create_table(spark, newer, path)
+
+    assert migrate_table(spark, newer, path) == []
+
+    replace_rows(scores(spark, ("kr", "q1", "p1", 0.5)), newer, path)
+    with pytest.raises(Exception, match="at_most_half"):
+        replace_rows(scores(spark, ("kr", "q1", "p1", 0.75)), newer, path)
+
+
 def test_what_is_no_older_version_is_not_migrated(spark: SparkSession, tmp_path: Path) -> None:
     spark.range(3).write.format("delta").save(str(tmp_path / "mine"))
 
