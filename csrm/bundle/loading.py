@@ -23,6 +23,8 @@ from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 
+CUDA_TOKENS_PER_CALL = 16_384
+"""Tokens of one forward pass on a GPU: issuing a layer's kernels takes the same time for 512 tokens and for these."""
 GOLDEN_AT_LOAD = 8
 """Golden pairs that are scored whenever a bundle is loaded: about the pairs of two packs."""
 
@@ -109,6 +111,7 @@ def load_scorer(
     threads: int | None = None,
     digest: str | None = None,
     num_golden: int | None = GOLDEN_AT_LOAD,
+    tokens_per_call: int | None = None,
 ) -> PairScorer:
     """Scorer of a bundle on a device, after it gave the golden scores there.
 
@@ -118,6 +121,7 @@ def load_scorer(
         threads: threads of one forward pass on the CPU; None for one per core.
         digest: see load_bundle.
         num_golden: golden pairs to score; None for all.
+        tokens_per_call: most tokens of one forward pass; None: see default_tokens_per_call.
 
     Raises:
         BundleError: see load_bundle; or a golden pair has another score here.
@@ -143,6 +147,7 @@ def load_scorer(
         labels=settings.labels,
         pack_scorer=pack_scorer,
         pack_tokens=settings.pack_tokens,
+        tokens_per_call=tokens_per_call or default_tokens_per_call(device, settings.pack_tokens),
         digest=bundle.digest,
         provider=provider,
     )
@@ -159,6 +164,11 @@ def load_scorer(
         raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
     scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
     return scorer
+
+
+def default_tokens_per_call(device: str, pack_tokens: int) -> int:
+    """Most tokens of one forward pass: one pack on a CPU; on a GPU so many that starting its kernels costs little."""
+    return max(CUDA_TOKENS_PER_CALL, pack_tokens) if device.startswith("cuda") else pack_tokens
 
 
 def _runtime() -> str:

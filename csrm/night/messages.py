@@ -86,8 +86,8 @@ def say_rejected_pairs(console: Console, rejected: Mapping[str, int]) -> None:
 def say_halved_packs(console: Console, num_packs: int) -> None:
     if num_packs:
         text = (
-            f"halved {num_packs:,} packs, for which the device's memory did not suffice; later ones were made shorter. "
-            "Shorter packs take longer: give a task more memory."
+            f"halved {num_packs:,} packs or calls, for which the device's memory did not suffice; later ones were made "
+            "smaller. Smaller ones take longer: give a task more memory, or lower tokens_per_call."
         )
         console.say("packs_halved", text, num_packs=num_packs)
 

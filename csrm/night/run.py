@@ -336,7 +336,7 @@ def _start(
 ) -> RunContext:
     """Look at everything that the run needs: the device, the tables, the inputs."""
     profile = scoring_profile(spark, config.device, config.one_task_per_gpu)
-    place = ScorerPlace(config.bundle, config.device, task_threads(spark), profile)
+    place = ScorerPlace(config.bundle, config.device, task_threads(spark), config.tokens_per_call, profile)
     scorer = probe_scorer(spark, place)
     create_output_tables(spark, config.tables)
     scores_path = table_path(config.tables, RELEVANCE_SCORES)

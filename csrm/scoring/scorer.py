@@ -60,7 +60,7 @@ class PairScorer:
         *,
         pack_scorer: PackScorer,
         pack_tokens: int,
-        packs_per_batch: int = 1,
+        tokens_per_call: int = 0,
         digest: str = "",
         provider: str = "",
     ) -> None:
@@ -71,7 +71,7 @@ class PairScorer:
             labels: answers of the model, in the order of its logits.
             pack_scorer: the model, see PackScorer.
             pack_tokens: most tokens of a pack; at least a prefix with one suffix.
-            packs_per_batch: packs of one forward pass, from 1.
+            tokens_per_call: most tokens of one forward pass, as whole packs; at least one pack.
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
         """
@@ -85,11 +85,11 @@ class PairScorer:
         self.num_prompt_tokens = 0
         """Tokens of the prompts so far, prefixes counted once per pair."""
         self.num_halved_packs = 0
-        """Packs so far that failed and whose halves did not: memory does not suffice for their length."""
+        """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self._tokenizer = tokenizer
         self._pack_scorer = pack_scorer
         self._pack_tokens = pack_tokens
-        self._packs_per_batch = packs_per_batch
+        self._tokens_per_call = tokens_per_call
         self._known_good: tuple[PackBatch, np.ndarray] | None = None
         """The first batch that was scored, and its logits: what a healthy process gives again."""
 
@@ -124,7 +124,8 @@ class PairScorer:
     def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
         """Tokens and packs of pairs, with which score and score_or_reject begin.
 
-        Reads nothing that scoring changes but the length of packs: another thread may prepare the next pairs meanwhile.
+        Reads nothing that scoring changes but the size of packs and calls: another thread may prepare the next pairs
+        meanwhile.
         """
         groups, rows = pair_groups(pairs, self._tokenizer)
         num_prompt_tokens = sum(
@@ -132,7 +133,7 @@ class PairScorer:
         )
         batches = [
             (rows[batch.pair_index[batch.pair_index >= 0]], batch)
-            for batch in build_packs(groups, self._pack_tokens, self._packs_per_batch)
+            for batch in build_packs(groups, self._pack_tokens, max(1, self._tokens_per_call // self._pack_tokens))
         ]
         return PreparedPairs(batches, num_prompt_tokens)
 
@@ -141,7 +142,7 @@ class PairScorer:
 
         Where a batch of packs fails, its pairs are halved until those that fail are alone: for one such pair at most
         twice the logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy.
-        Where all halves succeed, the batch was too large, and later packs are made half as long.
+        Where all halves succeed, the batch was too large: later calls have half as many packs, or packs half as long.
 
         Args:
             pairs: see score.
@@ -223,7 +224,7 @@ class PairScorer:
                 for half in np.array_split(own, 2):
                     self._try_rows(pairs, half, logits, reasons)
                 if all(reason is None for reason in reasons[own]):
-                    self._shorten_packs(int((batch.group_ids[0] >= 0).sum()), error)
+                    self._ask_for_less(batch, error)
 
     def _require_health(self, error: Exception) -> None:
         """Score the first batch again, which a healthy process can.
@@ -246,10 +247,15 @@ class PairScorer:
                 "fresh one."
             ) from error
 
-    def _shorten_packs(self, num_tokens: int, error: Exception) -> None:
-        """After a pack whose halves can be scored, as it is where memory runs out."""
-        longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
+    def _ask_for_less(self, batch: PackBatch, error: Exception) -> None:
+        """After a batch whose halves can be scored, as it is where memory runs out: fewer packs, then shorter ones."""
         self.num_halved_packs += 1
+        if len(batch.group_ids) > 1:
+            self._tokens_per_call = min(self._tokens_per_call, len(batch.group_ids) * self._pack_tokens // 2)
+            logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
+            return
+        longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
+        num_tokens = int((batch.group_ids[0] >= 0).sum())
         self._pack_tokens = max(min(self._pack_tokens, num_tokens // 2), longest)
         logger.warning("packs of at most %d tokens from now on; longer ones fail: %s", self._pack_tokens, error)
 

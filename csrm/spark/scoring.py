@@ -41,6 +41,8 @@ class ScorerPlace:
     """cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>."""
     threads: int = 1
     """Threads of one forward pass on the CPU."""
+    tokens_per_call: int | None = None
+    """Most tokens of one forward pass; None: see default_tokens_per_call."""
     profile: ResourceProfile | None = None
     """Resources of a task that scores; see scoring_profile."""
 
@@ -58,7 +60,7 @@ class ScorerInfo:
 
 
 @lru_cache(maxsize=1)
-def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> PairScorer:
+def _loaded_scorer(bundle_dir: str, device: str, threads: int, tokens_per_call: int | None, digest: str) -> PairScorer:
     """Load once per Python worker process; Spark calls the operator many times in one.
 
     The digest is part of the key: workers outlive a bundle that is replaced at its path.
@@ -66,7 +68,7 @@ def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> P
     Raises:
         BundleError: the bundle at the path has another digest.
     """
-    scorer = load_scorer(bundle_dir, device, threads=threads)
+    scorer = load_scorer(bundle_dir, device, threads=threads, tokens_per_call=tokens_per_call)
     if scorer.digest != digest:
         raise BundleError(
             f"bundle {bundle_dir!r}: expected digest {digest}, this worker has {scorer.digest}. "
@@ -77,7 +79,8 @@ def _loaded_scorer(bundle_dir: str, device: str, threads: int, digest: str) -> P
 
 def _scorer_at(place: ScorerPlace, digest: str) -> PairScorer:
     """The scorer of this worker process; see _loaded_scorer."""
-    return _loaded_scorer(place.bundle_dir, task_device(place.device), place.threads, digest)
+    device = task_device(place.device)
+    return _loaded_scorer(place.bundle_dir, device, place.threads, place.tokens_per_call, digest)
 
 
 def probe_scorer(spark: SparkSession, place: ScorerPlace) -> ScorerInfo:

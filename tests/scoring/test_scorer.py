@@ -203,6 +203,48 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
     np.testing.assert_allclose(again["relevance_score"], expected["relevance_score"], atol=1e-7)
 
 
+def test_a_call_has_as_many_packs_as_its_tokens_allow_and_the_scores_stay(pairs_pdf: pd.DataFrame) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def score(batch: PackBatch) -> np.ndarray:
+        shapes.append(batch.input_ids.shape)
+        return length_scorer(batch)
+
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
+    settings = {"pack_scorer": score, "pack_tokens": 400}
+    expected = PairScorer(golden_tokenizer(), BINARY_LABELS, **settings).score(pairs)
+    num_packs, shapes[:] = len(shapes), []
+
+    scored = PairScorer(golden_tokenizer(), BINARY_LABELS, tokens_per_call=2_100, **settings).score(pairs)
+
+    pd.testing.assert_frame_equal(scored, expected)
+    assert {packs for packs, _ in shapes[:-1]} == {5}
+    assert sum(packs for packs, _ in shapes) == num_packs > 10
+
+
+def test_where_memory_does_not_suffice_for_a_call_it_has_fewer_packs_from_then_on(pairs_pdf: pd.DataFrame) -> None:
+    num_packs: list[int] = []
+
+    def score(batch: PackBatch) -> np.ndarray:
+        num_packs.append(len(batch.input_ids))
+        if num_packs[-1] > 3:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
+        return length_scorer(batch)
+
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
+    large = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=400, tokens_per_call=16 * 400)
+    large.score(pairs_pdf.iloc[:2])
+
+    scored = large.score_or_reject(pairs)
+    first_time, num_packs[:], num_halved = max(num_packs), [], large.num_halved_packs
+    large.score_or_reject(pairs)
+
+    assert first_time > 3 >= max(num_packs) > 1
+    assert large.num_halved_packs == num_halved > 0
+    assert scored["reason"].isna().all()
+    np.testing.assert_allclose(scored["relevance_score"], scorer().score(pairs)["relevance_score"], atol=1e-7)
+
+
 def test_optional_columns_that_are_absent_are_as_if_all_were_null(pairs_pdf: pd.DataFrame) -> None:
     few = pairs_pdf[["title", "query", "language", "market"]]
     bare = pairs_pdf.assign(retrieved_titles=None, brand=None, category=None, attributes=None)

@@ -112,13 +112,13 @@ def test_scores_do_not_depend_on_row_order_or_pack_size(
         prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512
     ).score(pairs_pdf)
     shuffled = pairs_pdf.sample(frac=1.0, random_state=3)
-    for pack_tokens, packs_per_batch in ((352, 1), (700, 2)):
+    for pack_tokens, tokens_per_call in ((352, 0), (700, 1400)):
         scorer = PairScorer(
             prompt_tokenizer,
             ESCI_LABELS,
             pack_scorer=torch_pack_scorer(loud_model),
             pack_tokens=pack_tokens,
-            packs_per_batch=packs_per_batch,
+            tokens_per_call=tokens_per_call,
         )
         actual = scorer.score(shuffled).loc[pairs_pdf.index]
         np.testing.assert_allclose(actual["relevance_score"], expected["relevance_score"], atol=TOLERANCE)
