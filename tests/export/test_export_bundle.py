@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config
 
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import ConfigError, ParityError
+from csrm.errors import ConfigError, DeviceError, ParityError
 from csrm.export import bundle as export_module
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
@@ -190,6 +190,16 @@ def test_a_model_that_cannot_be_exported_is_one_clear_error_and_leaves_nothing(
     with pytest.raises(ConfigError, match=message):
         export_module.export_bundle(model_dir, tmp_path / "out" / "bundle", pairs_pdf)
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_export_for_a_gpu_needs_one(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:
+    judged = pairs_pdf.assign(query_id=pairs_pdf["query"], grade=["E", "S", "C", "I", "I"] * 6)
+    with pytest.raises(DeviceError, match="device 'cuda': needs CUDAExecutionProvider"):
+        export_module.export_bundle(
+            str(tiny_bundle.parent / "model"), tmp_path / "bundle", pairs_pdf, judged, precision="auto", device="cuda"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_no_bundle_is_left_alone(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ SCRIPT = "import sys; from pathlib import Path; from tests.export.test_large imp
 
 
 def export(folder: Path) -> None:
-    """Export 2.2 GB of random weights at fp32 and at 8 bits; print what a test asks about."""
+    """Export 2.2 GB of random weights at fp32, at 8 bits and in float16; print what a test asks about."""
     import gc
 
     import numpy as np
@@ -22,6 +22,7 @@ def export(folder: Path) -> None:
     import transformers
 
     from csrm.export.graph_files import check_locations
+    from csrm.export.half import fuse_norms, largest_activation
     from csrm.export.packed_onnx import export_packed_graph
     from csrm.export.precision import RECIPES, write_precision
     from csrm.scoring.packing import build_packs
@@ -41,21 +42,24 @@ def export(folder: Path) -> None:
     model = PackedRelevanceModel(transformers.LlamaForCausalLM(config), LABEL_IDS).eval()
     (batch,) = build_packs(random_groups()[:2], pack_tokens=200)
     expected = torch_pack_scorer(model)(batch)
-    paths = [folder / name / "model.onnx" for name in ("fp32", "int8")]
+    paths = [folder / name / "model.onnx" for name in ("fp32", "int8", "fp16", "fused")]
     for path in paths:
         path.parent.mkdir()
     export_packed_graph(model, paths[0])
     del model
     gc.collect()
     write_precision(paths[0], RECIPES["int8"][0], paths[1])
+    fuse_norms(paths[0], paths[3])
+    peak = largest_activation(paths[3], [batch])
+    write_precision(paths[3], RECIPES["fp16"][0], paths[2])
     differences = []
-    for path in paths:
+    for path in paths[:3]:
         check_locations(path)
         actual = load_pack_scorer(path, "cpu")[0](batch)
         differences.append(float(np.abs(actual - expected).max() / np.ptp(expected)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    sizes = [{file.name: file.stat().st_size / 1e9 for file in path.parent.iterdir()} for path in paths]
-    print(json.dumps({"memory_gb": memory, "sizes_gb": sizes, "differences": differences}))
+    sizes = [{file.name: file.stat().st_size / 1e9 for file in path.parent.iterdir()} for path in paths[:3]]
+    print(json.dumps({"peak": peak.value, "memory_gb": memory, "sizes_gb": sizes, "differences": differences}))
 
 
 @pytest.mark.slow
@@ -64,10 +68,13 @@ def test_a_model_above_2_gb_has_its_weights_beside_the_graph(tmp_path: Path) -> 
     result = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    fp32, int8 = found["sizes_gb"]
+    fp32, int8, fp16 = found["sizes_gb"]
     assert sorted(fp32) == ["model.onnx", "model.onnx_data"]
     assert fp32["model.onnx_data"] > 2.1
     assert 0.5 < sum(int8.values()) < 0.8
     assert found["differences"][0] <= 1e-4
     assert found["differences"][1] <= 0.2
+    assert 1.05 < sum(fp16.values()) < 1.15
+    assert 0 < found["differences"][2] <= 0.01
+    assert 0.1 < found["peak"] < 100
     assert found["memory_gb"] < MAX_MEMORY_GB, found
