@@ -12,7 +12,7 @@ from csrm.cli import job_parser
 from csrm.config import load_config
 from csrm.export.bundle import export_bundle
 from csrm.export.settings import ExportConfig
-from csrm.export.trials import whole_queries
+from csrm.export.trials import QUALITY_PAIRS, whole_queries
 from csrm.training.data.judged import JudgedPairs
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sample = pairs.read(num_pairs=config.parity_pairs)
         judged = pairs.read(split=config.quality_split)
     if config.precision != "fp32" or len(judged):
-        judged = whole_queries(judged, config.quality_pairs)
+        judged = whole_queries(judged, QUALITY_PAIRS)
     bundle = export_bundle(
         config.model_dir,
         Path(config.bundle_dir),

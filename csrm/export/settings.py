@@ -27,7 +27,5 @@ class ExportConfig(Settings):
     """Pairs whose scores are compared with torch's, drawn at random; fewer where there are fewer."""
     quality_split: str = "dev"
     """Split whose pairs the quality gate ranks; it should not be one that the model was trained on."""
-    quality_pairs: int = Field(default=1200, ge=1)
-    """Pairs of the quality gate at most, as whole queries. Fewer are faster and give wider intervals."""
     grade_labels: dict[str, str] | None = None
     """Grade of a judgment to the name of its label; None where both have the same names."""

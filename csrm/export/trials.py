@@ -44,6 +44,8 @@ MIN_PACK_TOLERANCE = 1e-5
 """Float32 sums in another order differ by less."""
 
 
+QUALITY_PAIRS = 1_200
+"""Most pairs of the quality gate, as whole queries: more take longer, fewer give wider intervals."""
 SPREAD_PAIRS = 24
 """Pairs that are scored in 20 packings, and that speed is measured with."""
 

@@ -105,7 +105,7 @@ class Contender:
             ESCI_LABELS,
             pack_scorer=pack_scorer,
             pack_tokens=args.pack_tokens,
-            packs_per_batch=args.packs_per_batch,
+            tokens_per_call=args.packs_per_batch * args.pack_tokens,
         )
 
         def run() -> tuple[np.ndarray, int]:
