@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,25 @@ def job_parser(description: str, default_config: str) -> argparse.ArgumentParser
     return parser
 
 
+_USER_INFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/@:]*:[^\s/@]*@")
+
+
+def without_credentials(text: str) -> str:
+    """A text in which user and password of every URI are replaced; whatever CSRM prints or records goes through it.
+
+    >>> without_credentials("input catalog at 's3a://KEY:SECRET@bucket/catalog'")
+    "input catalog at 's3a://***@bucket/catalog'"
+    """
+    return _USER_INFO.sub(r"\1***@", text)
+
+
+class _Log(logging.Formatter):
+    """Log lines without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
 class Console:
     """What a job says on stdout: text for a person, or one JSON object a line for a machine."""
 
@@ -42,9 +62,10 @@ class Console:
             fields: for machines.
         """
         if self.as_json:
-            print(json.dumps({"event": event, **fields}, default=str, ensure_ascii=False), flush=True)
+            line = json.dumps({"event": event, **fields}, default=str, ensure_ascii=False)
+            print(without_credentials(line), flush=True)
         elif text:
-            print(text, flush=True)
+            print(without_credentials(text), flush=True)
 
 
 def add_log_format(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +84,11 @@ def run_job(main: Main, argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 2 bad configuration or input, 3 audit rejected the run, 4 device missing, 5 another
     run holds the market, 1 anything else (with the traceback).
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Log("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         return main(argv)
     except CsrmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_credentials(str(error))}", file=sys.stderr)
         return error.exit_code

@@ -1,5 +1,6 @@
 """The command csrm: its list, its names, its exit codes."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from csrm import __version__
 from csrm.__main__ import GROUPS, help_text, main
+from csrm.cli import Console, run_job, without_credentials
+from csrm.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [name for commands in GROUPS.values() for name in commands]
@@ -97,3 +100,26 @@ def test_a_missing_configuration_file_names_the_way_to_one(
     error = capsys.readouterr().err
     assert "config 'conf/generate_market.yaml': cannot be read" in error
     assert "`csrm init conf`" in error
+
+
+def test_passwords_in_uris_are_printed_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    place = "s3a://KEY:SECRET@bucket/catalog"
+
+    def fail(_: object) -> int:
+        logging.getLogger("csrm.any").warning("slow storage at %s", place)
+        Console().say("plan", f"reads {place}")
+        Console(as_json=True).say("plan", "", inputs={"catalog": place})
+        raise InputError(f"input catalog at {place!r}: cannot be read")
+
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        assert run_job(fail) == 2
+    finally:
+        root.handlers = handlers
+
+    printed = capsys.readouterr()
+    assert "SECRET" not in printed.out + printed.err
+    assert (printed.out + printed.err).count("s3a://***@bucket/catalog") == 4
+    abfs = "abfss://container@account.dfs.core.windows.net/tables"
+    assert without_credentials(abfs) == abfs

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 
 import csrm
 from csrm.bundle.loading import Bundle
-from csrm.cli import Console
+from csrm.cli import Console, without_credentials
 from csrm.night.leases import Lease
 from csrm.night.settings import ScoringConfig
 from csrm.schemas import RELEVANCE_SCORES
@@ -97,7 +97,7 @@ class RunContext:
             "started_at": self.started_at,
             "verdict": "running",
             "inputs": {
-                name: read.path if read.version is None else f"{read.path}@v{read.version}"
+                name: without_credentials(read.path) + ("" if read.version is None else f"@v{read.version}")
                 for name, read in self.inputs.items()
             },
             "bundle_digest": self.scorer.digest,

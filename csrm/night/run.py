@@ -73,7 +73,7 @@ from csrm.scoring.attempts import forget_attempts
 from csrm.spark.inputs import errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, with_relevance_score
-from csrm.spark.session import build_session, persisted
+from csrm.spark.session import build_session, persisted, require_names
 from csrm.spark.tables import table_id, table_path, table_version
 from csrm.spark.workers import end_silent_workers, errors_of_workers, scoring_profile, task_threads
 
@@ -135,6 +135,7 @@ def run_night(
     """
     bundle = load_bundle(config.bundle, config.bundle_digest)
     spark = build_session("csrm-score-catalog")
+    require_names(spark, [*config.markets, config.tables, *(spec.path for spec in _input_specs(config).values())])
     # Before any Spark job: a run that holds a lease may hold all executors too.
     with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
         earlier = find_run(spark, config.tables, run_id)

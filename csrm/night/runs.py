@@ -113,7 +113,7 @@ def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, 
         if table_exists(spark, path):
             runs_df = read_newest(spark, SCORING_RUNS, tables_dir).orderBy(F.desc("started_at")).limit(5)
             newest = [run["run_id"] for run in runs_df.collect()]
-        raise InputError(f"--run-id {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
+        raise InputError(f"run {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
     audit = row["audit"]
     return {**row.asDict(), "audit": None if audit is None else json.loads(audit)}
 

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,8 +42,13 @@ def build_session(app_name: str) -> SparkSession:
         SparkContext._ensure_initialized()
     given = SparkConf()  # under spark-submit: its arguments and spark-defaults.conf; else empty
     submit_args = os.environ.get("PYSPARK_SUBMIT_ARGS", "")
+    named_master = re.search(r"(?:--master[ =]|spark[.]master=)['\"]?([^\s'\"]+)", submit_args)
+    if named_master is not None:
+        given.setMaster(named_master[1])
     builder = SparkSession.builder.appName(app_name)
-    if not submitted and "--master" not in submit_args:
+    if not submitted and os.environ.get("LC_ALL", "") in ("", "C", "POSIX"):
+        os.environ["LC_ALL"] = "C.UTF-8"  # else a JVM in a container without a locale writes `?` into file names
+    if not submitted and named_master is None:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         log_config = (Path(__file__).parent / "log4j2.properties").as_uri()
         builder = (
@@ -69,6 +75,24 @@ def build_session(app_name: str) -> SparkSession:
     elif not _delta_jar_is_installed() and "delta-spark" not in submit_args:
         builder = configure_spark_with_delta_pip(builder)
     return builder.getOrCreate()
+
+
+def require_names(spark: SparkSession, names: Iterable[str]) -> None:
+    """Check that the driver's JVM can write names of markets and paths into file names.
+
+    Raises:
+        ConfigError: its file names are ASCII, as in a POSIX locale, and a name is not.
+    """
+    foreign = sorted({name for name in names if not name.isascii()})
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    encoding = str(jvm.java.lang.System.getProperty("sun.jnu.encoding"))
+    if foreign and encoding.upper().replace("-", "") != "UTF8":
+        raise ConfigError(
+            f"Spark session: file names of its JVM are {encoding}, in which {foreign} cannot be written. Start Spark "
+            "with LC_ALL=C.UTF-8 in the environment of the driver and of its executors "
+            "(spark.executorEnv.LC_ALL=C.UTF-8)."
+        )
 
 
 def _local_profile(master: str) -> dict[str, str]:

@@ -292,7 +292,7 @@ def test_a_run_has_one_row_which_is_found(spark: SparkSession, tmp_path: Path) -
         {"scoring": 1.5},
     )
     assert require_run(spark, tables, "a")["audit"] == RUN["audit"]
-    with pytest.raises(InputError, match=r"--run-id 'c': no run of this name in .*; the newest are \['b', 'a'\]"):
+    with pytest.raises(InputError, match=r"run 'c': no run of this name in .*; the newest are \['b', 'a'\]"):
         require_run(spark, tables, "c")
     path = table_path(tables, SCORING_RUNS)
     assert read_table(spark, SCORING_RUNS, path).count() == 2

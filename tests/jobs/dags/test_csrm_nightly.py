@@ -209,12 +209,12 @@ def test_each_job_understands_its_command_line(results: dict[str, Any], name: st
     commands = results["nights"][name]["commands"]
     assert [job for job, _, _ in commands] == JOBS
     for job, words, _ in commands:
-        module = importlib.import_module(f"jobs.{job}")
+        module = importlib.import_module(f"csrm.commands.{job}")
         arguments = module.build_parser().parse_args(words)
         (settings_class,) = (
             value
             for key, value in vars(module).items()
-            if key.endswith("Config") and issubclass(value, Settings) and value.__module__ == module.__name__
+            if key.endswith("Config") and issubclass(value, Settings)
         )
         config = load_config(ROOT / arguments.config, settings_class, arguments.overrides)
         assert config.tables == "tables"

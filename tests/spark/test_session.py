@@ -1,0 +1,47 @@
+"""The Spark session: what its environment must be able to do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from pyspark.sql import SparkSession
+
+from csrm.errors import ConfigError
+from csrm.spark.session import require_names
+
+pytestmark = pytest.mark.spark
+
+IN_A_POSIX_LOCALE = """
+from csrm.spark.session import build_session, require_names
+spark = build_session("test")
+require_names(spark, ["日本"])
+print(spark.sparkContext.master, spark.conf.get("spark.sql.session.timeZone"))
+"""
+
+
+def test_names_that_the_jvm_cannot_write_are_refused_with_the_way_out(spark: SparkSession) -> None:
+    system = spark.sparkContext._jvm.java.lang.System
+    encoding = system.getProperty("sun.jnu.encoding")
+    require_names(spark, ["kr", "台灣"])
+    system.setProperty("sun.jnu.encoding", "ANSI_X3.4-1968")
+    try:
+        require_names(spark, ["kr", "/data/tables"])
+        with pytest.raises(ConfigError, match=r"\['/data/büro', '台灣'\] cannot be written.*LC_ALL=C\.UTF-8"):
+            require_names(spark, ["kr", "台灣", "/data/büro"])
+    finally:
+        system.setProperty("sun.jnu.encoding", encoding)
+
+
+@pytest.mark.slow
+def test_plain_python_in_a_posix_locale_writes_any_name_and_takes_a_master_from_its_environment() -> None:
+    unwanted = ("LANG", "LC_ALL", "PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET", "SPARK_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    environment |= {"LC_ALL": "POSIX", "PYTHONUTF8": "1", "PYSPARK_SUBMIT_ARGS": "--master local[1] pyspark-shell"}
+
+    finished = subprocess.run(
+        [sys.executable, "-c", IN_A_POSIX_LOCALE], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["local[1]", "UTC"]
