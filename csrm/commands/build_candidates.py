@@ -13,7 +13,7 @@ from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given_pairs
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import CANDIDATES, CATALOG, QUERIES, UNCOVERED_PRODUCTS
-from csrm.spark.inputs import read_inputs
+from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, table_path
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.inputs.candidates is not None:
         specs[CANDIDATES] = config.inputs.candidates
     inputs = read_inputs(spark, specs, config.markets)
+    require_markets(inputs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
     path, uncovered_path = (table_path(config.tables, table) for table in (CANDIDATES, UNCOVERED_PRODUCTS))

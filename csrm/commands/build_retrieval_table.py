@@ -13,7 +13,7 @@ from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.retrieval.lexical import product_terms, query_terms
 from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
-from csrm.spark.inputs import Input, read_inputs
+from csrm.spark.inputs import Input, read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, spark_schema, table_path
 
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.inputs.judgments is not None:
             specs[JUDGMENTS] = config.inputs.judgments
     inputs = read_inputs(spark, specs, config.markets)
+    require_markets(inputs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
     path = table_path(config.tables, RETRIEVAL_TABLE)

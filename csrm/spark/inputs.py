@@ -118,6 +118,30 @@ def read_inputs(
     return {name: read.result() for name, read in reads.items()}
 
 
+def require_markets(inputs: Mapping[str, Input], markets: Collection[str]) -> None:
+    """Check that catalog and queries have rows of each market, before what an earlier job wrote of it is replaced.
+
+    Args:
+        inputs: as of read_inputs; catalog and queries are among them.
+        markets: the markets.
+
+    Raises:
+        InputError: a market has no rows in one of them; all problems in one message.
+    """
+    problems = []
+    for name in ("catalog", "queries"):
+        found = {row["market"] for row in inputs[name].df.select("market").distinct().collect()}
+        if empty := sorted(set(markets) - found):
+            problems.append(
+                f"input {name} at {inputs[name].path!r}: no rows for the markets {empty}; it has {sorted(found)}"
+            )
+    if problems:
+        listed = "\n".join(problems)
+        raise InputError(
+            f"{listed}\nNothing was written. Are 'markets' spelled as in the tables, and the tables complete?"
+        )
+
+
 def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
     """Check that the files of inputs without versions are those that were opened; later files are not read.
 

@@ -4,7 +4,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from csrm.commands.build_candidates import main
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
 from csrm.schemas import CANDIDATES, UNCOVERED_PRODUCTS, Table
 from csrm.spark.tables import read_table, table_path
 
@@ -92,3 +92,17 @@ def test_without_queries_per_product_the_rest_is_not_among_the_best(
 def test_settings_out_of_range_are_refused(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_term_share"):
         main(arguments(inputs, tmp_path, "max_term_share=0"))
+
+
+def test_a_market_that_the_tables_do_not_have_is_an_error_before_anything_is_replaced(
+    spark: SparkSession, inputs: Path, tmp_path: Path
+) -> None:
+    assert main(arguments(inputs, tmp_path)) == 0
+    before = rows(spark, CANDIDATES, tmp_path)
+
+    with pytest.raises(
+        InputError, match=r"(?s)catalog at .*no rows for the markets \['US'\]; it has \['tw'\].*queries"
+    ):
+        main(arguments(inputs, tmp_path, 'markets={"US": "en", "tw": "zh-TW"}'))
+
+    assert rows(spark, CANDIDATES, tmp_path) == before != []

@@ -212,9 +212,7 @@ def test_each_job_understands_its_command_line(results: dict[str, Any], name: st
         module = importlib.import_module(f"csrm.commands.{job}")
         arguments = module.build_parser().parse_args(words)
         (settings_class,) = (
-            value
-            for key, value in vars(module).items()
-            if key.endswith("Config") and issubclass(value, Settings)
+            value for key, value in vars(module).items() if key.endswith("Config") and issubclass(value, Settings)
         )
         config = load_config(ROOT / arguments.config, settings_class, arguments.overrides)
         assert config.tables == "tables"
