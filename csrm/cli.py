@@ -13,7 +13,7 @@ Main = Callable[[Sequence[str] | None], int]
 """A command: from its arguments, None for those of the process, to its exit code."""
 
 
-def job_parser(description: str, default_config: str) -> argparse.ArgumentParser:
+def job_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
     """Parser with the arguments that every job has: --config and --set."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", default=default_config, help="YAML file with the job's settings")

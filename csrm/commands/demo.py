@@ -31,7 +31,7 @@ class DemoConfig(Settings):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/demo.yaml").parse_args(argv)
+    args = job_parser(__doc__, "conf/demo.yaml").parse_args(argv)
     config = load_config(args.config, DemoConfig, args.overrides)
     tables = f"{config.work}/tables"
     inputs = {

@@ -32,7 +32,7 @@ class DemoBundleConfig(Settings):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/demo_bundle.yaml").parse_args(argv)
+    args = job_parser(__doc__, "conf/demo_bundle.yaml").parse_args(argv)
     config = load_config(args.config, DemoBundleConfig, args.overrides)
     work = Path(config.work)
     inputs = {

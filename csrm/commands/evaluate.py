@@ -13,7 +13,7 @@ from csrm.spark.session import build_session
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return job_parser(__doc__ or "", "conf/evaluate.yaml")
+    return job_parser(__doc__, "conf/evaluate.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from csrm.training.data.judged import JudgedPairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = job_parser(__doc__ or "", "conf/export_bundle.yaml")
+    parser = job_parser(__doc__, "conf/export_bundle.yaml")
     parser.add_argument("--precision", help="replaces the setting: auto, fp32, fp16, bf16, int8 or int4")
     parser.add_argument("--device", help="replaces the setting: cpu, cuda or cuda:<number>")
     args = parser.parse_args(argv)

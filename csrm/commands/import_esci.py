@@ -201,7 +201,7 @@ def build_tables(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/import_esci.yaml").parse_args(argv)
+    args = job_parser(__doc__, "conf/import_esci.yaml").parse_args(argv)
     config = load_config(args.config, ImportConfig, args.overrides)
     products_df, examples_df = read_files(config)
     for table, df in build_tables(products_df, examples_df, config.markets):

@@ -36,7 +36,7 @@ class TaxonomyConfig(Settings):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/import_taxonomy.yaml").parse_args(argv)
+    args = job_parser(__doc__, "conf/import_taxonomy.yaml").parse_args(argv)
     config = load_config(args.config, TaxonomyConfig, args.overrides)
     languages = config.parallel_languages or tuple(dict.fromkeys(config.markets.values()))
     made = category_markets(

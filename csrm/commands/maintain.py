@@ -21,7 +21,7 @@ from csrm.spark.tables import read_table, table_path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__ or "", "conf/maintain.yaml")
+    parser = job_parser(__doc__, "conf/maintain.yaml")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     return parser
 

@@ -19,7 +19,7 @@ class MigrationConfig(Settings):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return job_parser(__doc__ or "", "conf/migrate.yaml")
+    return job_parser(__doc__, "conf/migrate.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

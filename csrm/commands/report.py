@@ -43,7 +43,7 @@ class ReportConfig(Settings):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__ or "", "conf/report.yaml")
+    parser = job_parser(__doc__, "conf/report.yaml")
     parser.add_argument("--run-id", help="the run; without it, the run that started last")
     return parser
 

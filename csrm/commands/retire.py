@@ -16,7 +16,7 @@ from csrm.spark.session import build_session
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__ or "", "conf/retire.yaml")
+    parser = job_parser(__doc__, "conf/retire.yaml")
     parser.add_argument("--market", required=True, help="the market")
     parser.add_argument("--reason", required=True, help="why; kept in the table's history")
     return parser

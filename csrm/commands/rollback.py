@@ -16,7 +16,7 @@ from csrm.spark.session import build_session
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = job_parser(__doc__ or "", "conf/rollback.yaml")
+    parser = job_parser(__doc__, "conf/rollback.yaml")
     parser.add_argument("--market", required=True, help="the market")
     parser.add_argument("--to-run", required=True, metavar="RUN_ID", help="a run that published it")
     return parser

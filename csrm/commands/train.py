@@ -15,7 +15,7 @@ from csrm.training.summary import format_training
 
 @across_processes
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__ or "", "conf/train.yaml").parse_args(argv)
+    args = job_parser(__doc__, "conf/train.yaml").parse_args(argv)
     result = train_relevance(load_config(args.config, TrainConfig, args.overrides))
     print(format_training(result))
     return 0

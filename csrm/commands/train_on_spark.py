@@ -18,7 +18,7 @@ from csrm.training.settings import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = job_parser(__doc__ or "", "conf/train.yaml")
+    parser = job_parser(__doc__, "conf/train.yaml")
     parser.add_argument("--num-processes", type=int, default=2, help="processes, each with one device")
     parser.add_argument("--use-gpu", action="store_true", help="one GPU for each process, as Spark assigns them")
     parser.add_argument("--local", action="store_true", help="all processes on the driver instead of executors")
