@@ -82,8 +82,10 @@ def _machines(args: argparse.Namespace, prefix: str = "") -> Machines:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises:
-    ConfigError: a number that makes no sense, or --tables without --run-id.
+    """Refuse numbers that make no sense.
+
+    Raises:
+        ConfigError: a number that makes no sense, or --tables without --run-id.
     """
     above_0 = [name for name, value in vars(args).items() if isinstance(value, int | float) and value <= 0]
     if above_0 or args.scored > 1 or args.products_per_query < 1:

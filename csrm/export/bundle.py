@@ -156,8 +156,10 @@ def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.
 
 
 def _matching_tokenizer(path: Path, card: ModelCard, model: PackedRelevanceModel) -> PromptTokenizer:
-    """Raises:
-    ConfigError: the tokenizer knows tokens that the model has no embedding for.
+    """The tokenizer of a trained model, after a check that the model knows all its tokens.
+
+    Raises:
+        ConfigError: the tokenizer knows tokens that the model has no embedding for.
     """
     num_tokens = Tokenizer.from_file(str(path)).get_vocab_size()
     num_embeddings = model.language_model.get_input_embeddings().weight.shape[0]

@@ -27,7 +27,8 @@ class Attempts:
     """The notes of a run's attempts, for one of them."""
 
     def __init__(self, folder: str) -> None:
-        """
+        """Read what earlier attempts noted.
+
         Args:
             folder: a path, or a URI of a storage that pyarrow.fs reaches; made where there is none.
 

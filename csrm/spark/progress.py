@@ -26,7 +26,8 @@ class ScoringProgress:
         console: Console | None = None,
         stream: TextIO = sys.stderr,
     ) -> None:
-        """
+        """Make the counters; nothing is printed yet.
+
         Args:
             spark: the session.
             num_pairs: to score.

@@ -331,8 +331,10 @@ def _struct_names(column: Column | str) -> list[str] | None:
 
 
 def _column_name(node: Any) -> str:
-    """Raises:
-    LookupError: only the plan knows it.
+    """Name of a column, as the plan has it.
+
+    Raises:
+        LookupError: only the plan knows it.
     """
     kind = node.getClass().getSimpleName()
     if kind == "Alias" and node.name().size() == 1:
