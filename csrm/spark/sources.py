@@ -1,6 +1,7 @@
 """Files and tables as Spark reads them: their columns with their types, of all files, before any is converted."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ _BAD = "_csrm_bad_record"
 
 
 _MOST_EXAMPLE = 500
+
+
+_QUOTE_IT = "Put fields that hold a separator, a quote or a line break in quotes, and double the quotes inside."
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,23 @@ def open_sources(
         options = {"mergeSchema": "true", **spec.options} if spec.format == "orc" else spec.options
         return [_source(spark.read.format(spec.format).options(**options).load(spec.path), needed)], None, []
     except (PySparkException, Py4JJavaError) as error:
-        raise InputError(
-            f"{where}: cannot be read: {reason(error)}. Are the path and the format right, and its files complete?"
-        ) from error
+        why = reason(error)
+        way_out = _QUOTE_IT if "CSV field" in why else "Are the path and the format right, and its files complete?"
+        raise InputError(f"{where}: cannot be read: {why}. {way_out}") from error
 
 
 def reason(error: Exception) -> str:
     """What an error of Spark says, in one line: its own first line, and that of its first cause."""
     java = error.java_exception if isinstance(error, Py4JJavaError) else getattr(error, "_origin", None)
     lines = [] if isinstance(error, Py4JJavaError) else [_first_line(error)]
+    in_csv = None
     while java is not None:
         if message := java.getMessage():
             lines.append(_first_line(message))
+            in_csv = re.search(r"\bline=(\d+), column=", message) or in_csv
         java = java.getCause()
     shown = list(dict.fromkeys(line for line in (lines[0], lines[-1]) if line)) if lines else [_first_line(error)]
-    return ": ".join(shown)
+    return ": ".join(shown) + (f" (line {int(in_csv[1]) + 1})" if in_csv else "")
 
 
 def _first_line(text: object) -> str:
@@ -199,24 +205,45 @@ def _csv_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> 
     given = {key.lower(): value for key, value in spec.options.items()}
     quote = given.get("quote", '"')
     defaults = {"multiLine": str(bool(quote)).lower(), "quote": quote, "escape": quote}
+    defaults["unescapedQuoteHandling"] = "RAISE_ERROR"  # else a stray quote takes rows into a field
     reader = spark.read.options(**defaults).options(**spec.options).option("inferSchema", "false")
     folders, _ = _folders(spark, spec)
     names = [name for name in reader.csv(spec.path).columns if name not in folders]
     fields = [*_text_fields([*names, _BAD]), *_text_fields([name for name in folders if name in needed])]
     reader = reader.option("columnNameOfCorruptRecord", _BAD).option("enforceSchema", "false")
     df = reader.schema(StructType(fields)).csv(spec.path)
-    problems = []
-    if names:
-        counted = df.select(
-            F.col(_BAD).alias("bad"), F.input_file_name().alias("file"), _column(names[0]).alias("first")
-        )
-        problems = _problems_of_records(
-            counted,
-            f"rows have another number of fields than the header, which has {len(names)}",
-            "Put fields that hold a separator, a quote or a line break in quotes, and double the quotes inside.",
-        )
+    problems = _problems_of_csv(df, names, quote) if names else []
     columns = {name: TEXT for name in (*names, *folders) if name in needed}
     return Source(df, [*names, *folders], columns), problems
+
+
+def _problems_of_csv(df: DataFrame, names: Sequence[str], quote: str) -> list[str]:
+    ends_in_lines = F.coalesce(_column(names[-1]).contains("\n"), F.lit(False))
+    records_df = df.select(
+        F.col(_BAD).alias("bad"),
+        F.input_file_name().alias("file"),
+        _column(names[0]).alias("first"),
+        ends_in_lines.alias("ends_in_lines"),
+        F.monotonically_increasing_id().alias("place"),
+    )
+    files_df = records_df.groupBy("file").agg(
+        F.max("place").alias("last"), F.max(F.when(F.col("ends_in_lines"), F.col("place"))).alias("last_in_lines")
+    )
+    what = f"rows have another number of fields than the header, which has {len(names)}"
+    problems = _problems_of_records(records_df, what, _QUOTE_IT)
+    doubtful = [row["file"] for row in files_df.where("last = last_in_lines").collect()]
+    open_ended = [file for file in doubtful if not _ends_with(df.sparkSession, file, quote)]
+    return problems + [
+        f"the last quote of {file} is never closed, so that one field holds the rest of the file. {_QUOTE_IT}"
+        for file in open_ended
+    ]
+
+
+def _ends_with(spark: SparkSession, file: str, mark: str) -> bool:
+    """Whether a mark is the last character of a file of text, but for white space."""
+    lines_df = spark.read.text(unquote(file)).where("trim(value) <> ''")
+    last = lines_df.select("value").withColumn("place", F.monotonically_increasing_id()).orderBy(F.desc("place")).head()
+    return last is None or last["value"].rstrip().endswith(mark)
 
 
 def _json_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> tuple[Source, list[str]]:

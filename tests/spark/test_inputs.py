@@ -238,6 +238,49 @@ def test_csv_rows_with_another_number_of_fields_are_a_problem_whatever_their_mar
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'us,1,tea,"Acme"\nus,2,"tea" green,Acme\nus,3,x,y\n',
+            r"Unexpected character 'g' following .*\(line 3\)\. Put fields",
+        ),
+        (
+            'us,1,"tea,Acme\nus,2,"cup",Acme\nus,3,x,y\n',
+            r"Unescaped quote character .*\(line 3\)\. Put fields",
+        ),
+        (
+            'us,1,tea,Acme\nus,2,TV,"55 inch\nus,3,x,y\n',
+            r"the last quote of .*\.csv is never closed, so that one field holds",
+        ),
+        (
+            'us,1,tea,Acme\nus,2,TV,"55 inch\nus,3,x,y',
+            r"the last quote of .*\.csv is never closed, so that one field holds",
+        ),
+    ],
+    ids=[
+        "text behind a quoted field",
+        "a quote in a later row",
+        "a quote that is never closed",
+        "no line break at the end",
+    ],
+)
+def test_csv_with_a_stray_quote_is_a_problem_with_its_line(
+    spark: SparkSession, tmp_path: Path, text: str, message: str
+) -> None:
+    path = write_text(tmp_path / "catalog.csv", "market,product_id,title,brand\n" + text)
+
+    with pytest.raises(InputError, match=message):
+        read_input(spark, CATALOG, csv_spec(path))
+
+
+def test_the_last_field_of_csv_may_hold_line_breaks(spark: SparkSession, tmp_path: Path) -> None:
+    text = 'market,product_id,title\nus,1,"tea\n"\nus,2,"""q""\n\n"\n\n'
+    path = write_text(tmp_path / "catalog.csv", text)
+
+    assert [row[1] for row in catalog_rows(spark, csv_spec(path))] == ["tea\n", '"q"\n\n']
+
+
 def test_csv_files_with_other_headers_are_an_error(spark: SparkSession, tmp_path: Path) -> None:
     write_text(tmp_path / "1.csv", "market,product_id,title\nus,1,tea\n")
     write_text(tmp_path / "2.csv", "product_id,market,title\n2,us,tea\n")
