@@ -8,10 +8,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import AnalysisException, PySparkException
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import BinaryType, DataType, MapType, StringType, StructField, StructType, VariantType
+from pyspark.sql.types import BinaryType, DataType, MapType, StringType, StructField, StructType
 
 from csrm.config import InputSpec
 from csrm.conversions import JSON, TEXT, Found, Kind, problem_of_records
@@ -20,7 +20,8 @@ from csrm.spark.conversions import found_in_spark, is_json_null
 from csrm.spark.storage import parquet_schemas
 from csrm.spark.tables import open_table
 
-_BAD = "_csrm_bad_record"
+_BAD, _TEXT, _FILE, _RECORD = "_csrm_bad_record", "_csrm_text", "_csrm_file", "_csrm_record"
+"""Names of columns beside those of a file."""
 
 
 _MOST_EXAMPLE = 500
@@ -247,31 +248,48 @@ def _ends_with(spark: SparkSession, file: str, mark: str) -> bool:
 
 
 def _json_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> tuple[Source, list[str]]:
-    """JSON, whose values keep the type that JSON gives them: the columns are the names in all records."""
+    """JSON, whose values keep the type that JSON gives them: the columns are the names in all records.
+
+    It is read as text, which is parsed here: Spark's reader leaves out what follows the first object of a line.
+    """
     folders, _ = _folders(spark, spec)
-    reader = spark.read.options(**spec.options).option("columnNameOfCorruptRecord", _BAD)
-    reader = reader.schema(f"record variant, {_BAD} string").option("singleVariantColumn", "record")
+    folders_needed = [name for name in folders if name in needed]
     is_whole = {key.lower(): value.lower() for key, value in spec.options.items()}.get("multiline") == "true"
-    records_df = reader.json(spec.path).select("record", _BAD, F.input_file_name().alias("file"))
+    reader = spark.read.options(**spec.options).schema(StructType(_text_fields(["value", *folders_needed])))
+    texts_df = reader.text(spec.path, wholetext=is_whole)
+    text = F.make_valid_utf8("value")
+    texts_df = texts_df.select(text.alias(_TEXT), F.input_file_name().alias(_FILE), *map(_column, folders_needed))
+    texts_df = texts_df.where(F.col(_TEXT).rlike(r"\S"))
+    record = F.try_parse_json(_TEXT)
     if is_whole:  # a file may be an array of records
-        items = F.try_variant_get("record", "$", "array<variant>")
-        records_df = records_df.withColumn("record", F.explode(F.coalesce(items, F.array("record"))))
-    names_in = F.map_keys(F.try_variant_get("record", "$", "map<string,variant>"))
-    bad = F.when(names_in.isNull(), F.coalesce(_BAD, F.to_json("record")))
-    kinds_df = records_df.select(names_in.alias("first"), bad.alias("bad"), "file")
+        items = F.coalesce(F.from_json(_TEXT, "array<variant>"), F.array(F.lit(None).cast("variant")))
+        record = F.explode(F.when(F.ltrim(_TEXT).startswith("["), items).otherwise(F.array(record)))
+    records_df = texts_df.withColumn(_RECORD, record)
+    names_in = F.map_keys(F.try_variant_get(_RECORD, "$", "map<string,variant>"))
+    is_one = F.coalesce(F.json_array_length(F.concat(F.lit("["), _TEXT, F.lit("]"))) == 1, F.lit(False))
+    shown = F.coalesce(F.when(is_one & F.lit(is_whole), F.to_json(_RECORD)), F.col(_TEXT))
+    bad = F.when(~is_one | names_in.isNull(), F.left(shown, F.lit(_MOST_EXAMPLE)))
+    kinds_df = records_df.select(names_in.alias("first"), bad.alias("bad"), F.col(_FILE).alias("file"))
     found = kinds_df.groupBy("first").agg(F.lit(1)).select(F.explode("first").alias("name")).distinct().collect()
     names = sorted(row["name"] for row in found if row["name"] not in folders)
-    problems = _problems_of_records(
-        kinds_df,
-        "records are no JSON objects",
-        "Write one object a line, each name once. One array, or objects over several lines, need options: "
-        "{multiLine: 'true'}.",
+    way_out = (
+        "A file is one object, or one array of them"
+        if is_whole
+        else "Write one object a line, each name once. One array, or an object over several lines, needs options: "
+        "{multiLine: 'true'}"
     )
-    fields = [StructField(name, VariantType()) for name in names if name in needed]
-    fields += _text_fields([name for name in folders if name in needed])
-    df = spark.read.options(**spec.options).schema(StructType(fields)).json(spec.path)
-    columns = {name: JSON for name in names if name in needed} | {name: TEXT for name in folders if name in needed}
+    problems = _problems_of_records(kinds_df, "records are no JSON objects", f"{way_out}.")
+    fields = [_json_field(name).alias(name) for name in names if name in needed]
+    columns = {name: JSON for name in names if name in needed} | dict.fromkeys(folders_needed, TEXT)
+    df = records_df.select(*fields, *map(_column, folders_needed))
     return Source(df, [*names, *folders], columns), problems
+
+
+def _json_field(name: str) -> Column:
+    """A field of a record."""
+    if '"' in name:
+        return F.element_at(F.try_variant_get(_RECORD, "$", "map<string,variant>"), name)
+    return F.try_variant_get(_RECORD, f'$["{name}"]', "variant")
 
 
 def _problems_of_records(records_df: DataFrame, what: str, way_out: str) -> list[str]:
@@ -302,7 +320,7 @@ def _place(spark: SparkSession, file: str, text: str) -> str | None:
     try:
         lines = spark.read.text(unquote(file)).rdd.zipWithIndex()
         found = lines.filter(lambda line: line[0]["value"][:_MOST_EXAMPLE] == first).take(1)
-    except (AnalysisException, Py4JJavaError):
+    except (PySparkException, Py4JJavaError):
         return None
     return f"{file}, line {found[0][1] + 1}" if found else None
 

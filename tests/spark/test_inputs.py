@@ -436,16 +436,61 @@ def test_json_keeps_the_text_and_the_names_that_it_has(spark: SparkSession, tmp_
     ]
 
 
-def test_lines_that_are_no_json_are_a_problem_with_an_example(spark: SparkSession, tmp_path: Path) -> None:
-    text = (
-        '{"market": "us", "product_id": "1"}\n\n{"market": "us", "product_id": \n{"market": "a", "market": "b"}\n[1]\n'
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"market": "us", "product_id": ',
+        '{"market": "us", "product_id": "2", "market": "kr"}',
+        '{"market": "us", "product_id": "2"} {"market": "us", "product_id": "3"}',
+        '{"market": "us", "product_id": "2"}, {"market": "us", "product_id": "3"}',
+        '[{"market": "us", "product_id": "2"}]',
+        "{'market': 'us', 'product_id': '2'}",
+        '{"market": "us", "product_id": "2", "title": NaN}',
+    ],
+)
+def test_a_line_that_is_no_json_object_is_a_problem_with_its_place(
+    spark: SparkSession, tmp_path: Path, line: str
+) -> None:
+    path = write_text(tmp_path / "catalog.json", '{"market": "us", "product_id": "1"}\n\n' + line + "\n")
+
+    with pytest.raises(InputError, match=r"1 records are no JSON objects, for example .*\.json, line 3: .*multiLine"):
+        read_input(spark, CATALOG, InputSpec(path=path, format="json"))
+
+
+def test_bytes_of_json_that_are_no_utf8_are_replaced(
+    spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = (
+        b'\xef\xbb\xbf{"market": "us", "product_id": "1", "title": "caf\xe9"}\r\n{"market": "us", "product_id": "2"}'
     )
-    path = write_text(tmp_path / "catalog.json", text)
+    (tmp_path / "catalog.json").write_bytes(lines)
+
+    rows = catalog_rows(spark, InputSpec(path=str(tmp_path / "catalog.json"), format="json"))
+
+    assert rows == [("1", "caf\ufffd", None, None), ("2", None, None, None)]
+    assert "were replaced by U+FFFD (column: values) in title: 1." in caplog.text
+
+
+def test_json_below_folders_that_name_a_column_and_with_odd_names(spark: SparkSession, tmp_path: Path) -> None:
+    for market in ("01", "kr"):
+        (tmp_path / f"market={market}").mkdir()
+        record = {"id": 1, "the.title's": market, 'a "brand"': "Acme"}
+        write_text(tmp_path / f"market={market}" / "x.json", json.dumps(record))
+    columns = {"product_id": "id", "title": "the.title's", "brand": 'a "brand"'}
+    read = read_input(spark, CATALOG, InputSpec(path=str(tmp_path), format="json", columns=columns), ["01"])
+
+    assert [tuple(row[:4]) for row in read.df.collect()] == [("01", "1", "01", "Acme")]
+    assert len(read.files) == 2
+
+
+def test_a_file_of_several_json_objects_is_a_problem_where_it_is_to_be_one(spark: SparkSession, tmp_path: Path) -> None:
+    """Spark's reader takes the first and leaves the others."""
+    path = write_text(tmp_path / "catalog.json", '{"market": "us",\n"product_id": "1"}\n{"market": "us"}\n')
 
     with pytest.raises(
-        InputError, match=r"3 records are no JSON objects, for example .*/catalog\.json, line \d: '.*multiLine"
+        InputError, match=r"1 records are no JSON objects, .*A file is one object, or one array of them"
     ):
-        read_input(spark, CATALOG, InputSpec(path=path, format="json"))
+        read_input(spark, CATALOG, InputSpec(path=path, format="json", options={"multiLine": "true"}))
 
 
 def test_a_json_array_is_read_where_the_options_say_so(spark: SparkSession, tmp_path: Path) -> None:
