@@ -13,7 +13,7 @@ from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
 from csrm.spark.inputs import read_inputs
 from csrm.spark.session import build_session
-from csrm.spark.tables import replace_rows, table_path
+from csrm.spark.tables import overwrite_table, table_path
 
 GRADE_OF_LABEL = {"Exact": "E", "Substitute": "S", "Complement": "C", "Irrelevant": "I"}
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     products_df, examples_df = read_files(config)
     for table, df in build_tables(products_df, examples_df, config.markets):
         path = table_path(config.output, table)
-        version = replace_rows(df, table, path)
+        version = overwrite_table(df, table, path)
         rows = df.sparkSession.read.format("delta").load(path).groupBy("market").count().orderBy("market").collect()
         by_market = ", ".join(f"{row['market']} {row['count']:,}" for row in rows)
         print(f"{table.name}: {by_market} rows -> {path} (version {version})")

@@ -74,7 +74,7 @@ from csrm.spark.inputs import errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, with_relevance_score
 from csrm.spark.session import build_session, persisted, require_names
-from csrm.spark.tables import table_id, table_path, table_version
+from csrm.spark.tables import committed_version, table_id, table_path, table_version
 from csrm.spark.workers import end_silent_workers, errors_of_workers, scoring_profile, task_threads
 
 
@@ -192,8 +192,7 @@ def plan_run(context: RunContext) -> RunPlan:
         context.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
     context.require_leases()
-    version = write_run_rows(planned_df.sortWithinPartitions("bucket"), RUN_PAIRS, config.tables, run_id)
-    planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id, version=version)
+    planned_df = _with_own_plan(context, planned_df.sortWithinPartitions("bucket"))
     counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
     if counts.rejected or context.is_repeated:
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
@@ -223,8 +222,7 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
         context.require_leases()
-        version = write_run_rows(with_rejections(planned_df, staged_df), RUN_PAIRS, config.tables, run_id)
-        planned_df = read_run_rows(spark, RUN_PAIRS, config.tables, run_id, version=version)
+        planned_df = _with_own_plan(context, with_rejections(planned_df, staged_df))
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
         counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
         say_rejected_pairs(console, counts.rejected)
@@ -385,6 +383,14 @@ def _augmented_queries(context: RunContext, chunk: Chunk | None = None) -> DataF
     if chunk is not None:
         queries_df, retrieval_df = in_chunk(queries_df, chunk), in_chunk(retrieval_df, chunk)
     return query_fields(with_retrieved_titles(queries_df, retrieval_df, config.broadcast_limit_mb), config.markets)
+
+
+def _with_own_plan(context: RunContext, planned_df: DataFrame) -> DataFrame:
+    """Write the rows of run_pairs, and read them as this commit left them, whatever others write meanwhile."""
+    spark, tables = context.spark, context.config.tables
+    carried = write_run_rows(planned_df, RUN_PAIRS, tables, context.run_id)
+    version = committed_version(spark, table_path(tables, RUN_PAIRS), carried)
+    return read_run_rows(spark, RUN_PAIRS, tables, context.run_id, version=version)
 
 
 def _exported_rate(context: RunContext) -> float:

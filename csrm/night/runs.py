@@ -36,11 +36,11 @@ def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
         create_table(spark, table, table_path(tables_dir, table))
 
 
-def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> int:
+def write_run_rows(df: DataFrame, table: Table, tables_dir: str, run_id: str) -> str:
     """Write a run's rows of a table in one commit, in place of those that an earlier attempt left.
 
     Returns:
-        See replace_rows.
+        What the commit carries; see replace_rows.
     """
     return replace_rows(df, table, table_path(tables_dir, table), where=f"run_id = {sql_literal(run_id)}")
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
@@ -24,11 +25,15 @@ def table_path(tables_dir: str, table: Table) -> str:
 
 def spark_schema(table: Table) -> StructType:
     """The declaration as a Spark schema: comments kept, nullable where a column is not required."""
-    return StructType(
-        [
-            StructField(column.name, DataType.fromDDL(column.type), not column.required, {"comment": column.comment})
-            for column in table.columns
-        ]
+    return StructType(list(_fields(table)))
+
+
+@cache
+def _fields(table: Table) -> tuple[StructField, ...]:
+    """Kept, because Spark's JVM reads each type."""
+    return tuple(
+        StructField(column.name, DataType.fromDDL(column.type), not column.required, {"comment": column.comment})
+        for column in table.columns
     )
 
 
@@ -128,6 +133,11 @@ def read_changes(spark: SparkSession, table: Table, path: str, after_version: in
     return feed_df.load(path).select(*table.column_names, *names)
 
 
+def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
+    """As replace_rows; returns the version that the commit made."""
+    return committed_version(df.sparkSession, path, replace_rows(df, table, path, where))
+
+
 def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[str]) -> int:
     """Replace the rows of some markets in one commit; returns the table's version after it.
 
@@ -137,10 +147,10 @@ def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[
         path: the table's folder.
         markets: the markets.
     """
-    return replace_rows(df, table, path, where=f"market IN ({', '.join(map(sql_literal, markets))})")
+    return overwrite_table(df, table, path, where=f"market IN ({', '.join(map(sql_literal, markets))})")
 
 
-def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
+def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = None) -> str:
     """Replace the table's rows in one commit, creating the table first.
 
     Args:
@@ -150,7 +160,7 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
         where: SQL condition on its columns: only the rows that meet it are replaced, and every row of df must meet it.
 
     Returns:
-        The version that the commit made; the newest where there was nothing to commit.
+        What the commit carries, by which committed_version finds it.
     """
     create_table(df.sparkSession, table, path)
     carried = json.dumps({"commit": new_commit_id()})
@@ -158,8 +168,13 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
     if where is not None:
         writer = writer.option("replaceWhere", where)
     writer.save(path)
-    version = find_version(df.sparkSession, path, carried)
-    return table_version(df.sparkSession, path) if version is None else version  # no rows in place of none: no commit
+    return carried
+
+
+def committed_version(spark: SparkSession, path: str, carried: str) -> int:
+    """Version that a recent commit of replace_rows made; the newest where no rows came in place of none: no commit."""
+    version = find_version(spark, path, carried)
+    return table_version(spark, path) if version is None else version
 
 
 def table_id(spark: SparkSession, path: str) -> str:
@@ -190,6 +205,8 @@ def _require_table(spark: SparkSession, path: str) -> None:
 def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     found = [(field.name, field.dataType.simpleString()) for field in spark.read.format("delta").load(path).schema]
     expected = [(field.name, field.dataType.simpleString()) for field in spark_schema(table)]
+    if found == expected and not (table.checks and table.schema_version > 1):  # nothing else could be older
+        return
     written = schema_version(spark, path)
     if found == expected and written in (None, table.schema_version):
         return

@@ -21,7 +21,7 @@ from csrm.errors import InputError
 from csrm.operations.findings import NUM_PLOT_BINS, Comparison, RunFindings, Text
 from csrm.operations.history import Limits, read_findings, read_runs
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
-from csrm.spark.tables import replace_rows, spark_schema, table_path
+from csrm.spark.tables import overwrite_table, spark_schema, table_path
 
 pytestmark = pytest.mark.spark
 
@@ -96,7 +96,7 @@ def run_row(run_id: str, day: int, verdict: str, **values: Any) -> tuple[Any, ..
 
 
 def write(spark: SparkSession, tables: Path, table: Table, rows: list[tuple[Any, ...]]) -> int:
-    return replace_rows(spark.createDataFrame(rows, spark_schema(table)), table, table_path(str(tables), table))
+    return overwrite_table(spark.createDataFrame(rows, spark_schema(table)), table, table_path(str(tables), table))
 
 
 def scores(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from csrm.spark.migration import migrate_table
 from csrm.spark.tables import (
     create_table,
     open_table,
+    overwrite_table,
     read_table,
     replace_rows,
     spark_schema,
@@ -44,7 +45,7 @@ def scores_path(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -
     """A published table with two markets; its folder's name has a space and a quote."""
     path = table_path(str(tmp_path_factory.mktemp("it's tables")), RELEVANCE_SCORES)
     rows = scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25))
-    assert replace_rows(rows, RELEVANCE_SCORES, path) == 1
+    assert overwrite_table(rows, RELEVANCE_SCORES, path) == 1
     return path
 
 
@@ -87,7 +88,7 @@ def test_a_replaced_slice_leaves_the_rest_and_is_one_commit(spark: SparkSession,
     path = str(tmp_path / "scores")
     replace_rows(scores(spark, ("kr", "q1", "p1", 0.5), ("tw", "q1", "p1", 0.25)), RELEVANCE_SCORES, path)
 
-    version = replace_rows(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
+    version = overwrite_table(scores(spark, ("tw", "q2", "p2", 1.0)), RELEVANCE_SCORES, path, where="market = 'tw'")
 
     assert version == 2
     rows = read_table(spark, RELEVANCE_SCORES, path).orderBy("market").collect()
