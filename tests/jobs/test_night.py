@@ -335,7 +335,7 @@ def test_a_run_id_that_was_published_before_is_published_again_where_its_state_i
 
     market.score("second")
 
-    assert said()["plan"]["num_to_score"] == 8
+    assert said()["plan"]["num_reused"] == 8
     assert market.scores()[[*KEY, "pair_key", "run_id"]].equals(after[[*KEY, "pair_key", "run_id"]])
 
 
@@ -346,7 +346,7 @@ def test_pairs_that_something_else_wrote_twice_are_named_with_the_way_out(
     path, version = str(market.folder / "tables" / "relevance_scores"), market.version()
     spark.read.format("delta").load(path).limit(1).write.format("delta").mode("append").save(path)
 
-    with pytest.raises(InputError, match=rf"1 pairs are there more than once.*TO VERSION AS OF {version}, or delete"):
+    with pytest.raises(InputError, match=rf"1 pairs are there more than once.*TO VERSION AS OF {version}"):
         market.score("second")
 
     spark.sql(f"RESTORE TABLE delta.`{path}` TO VERSION AS OF {version}")
