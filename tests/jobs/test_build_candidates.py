@@ -97,12 +97,12 @@ def test_settings_out_of_range_are_refused(inputs: Path, tmp_path: Path) -> None
 def test_a_market_that_the_tables_do_not_have_is_an_error_before_anything_is_replaced(
     spark: SparkSession, inputs: Path, tmp_path: Path
 ) -> None:
-    assert main(arguments(inputs, tmp_path)) == 0
+    assert main(arguments(inputs, tmp_path, "inputs.candidates=null")) == 0
     before = rows(spark, CANDIDATES, tmp_path)
 
     with pytest.raises(
         InputError, match=r"(?s)catalog at .*no rows for the markets \['US'\]; it has \['tw'\].*queries"
     ):
-        main(arguments(inputs, tmp_path, 'markets={"US": "en", "tw": "zh-TW"}'))
+        main(arguments(inputs, tmp_path, "inputs.candidates=null", 'markets={"US": "en", "tw": "zh-TW"}'))
 
     assert rows(spark, CANDIDATES, tmp_path) == before != []
