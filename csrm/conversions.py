@@ -35,32 +35,18 @@ from csrm.schemas import Table
 
 EXACT_DOUBLE, EXACT_FLOAT = 2**53, 2**24
 """Up to these, floating point of 64 and of 32 bits holds every whole number."""
-
-
 NUM_DECIMALS = 18
 """Decimals of a number that becomes the text of an attribute."""
-
-
 LARGEST_ATTRIBUTE = 10**20
 """Numbers of attributes are smaller than this; larger ones are no text."""
-
-
 WHOLE_TEXT = r"^[ \t\r\n]*[+-]?[0-9]{1,38}(\.0*)?[ \t\r\n]*$"
 """Text that is a whole number."""
-
-
 NUMBER_TEXT = r"^[ \t\r\n]*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?[ \t\r\n]*$"
 """Text that is a number."""
-
-
 BLANK_TEXT = r"^[ \t\r\n]*(null)?[ \t\r\n]*$"
 """Text of attributes that means that there are none."""
-
-
 REPLACEMENT = "\ufffd"
 """Stands where bytes are no UTF-8."""
-
-
 RANGES = {"int": (-(2**31), 2**31 - 1), "bigint": (-(2**63), 2**63 - 1)}
 
 
@@ -99,18 +85,10 @@ class Found:
 
 
 TEXT = Found(Kind.TEXT, "string")
-
-
 JSON = Found(Kind.JSON, "JSON")
 """Values of JSON, or of Python, each of which says its own type."""
-
-
 NUMBERS = (Kind.WHOLE, Kind.DECIMAL, Kind.FLOAT, Kind.DOUBLE)
-
-
 _SCALARS = (Kind.TEXT, *NUMBERS)
-
-
 _ALLOWED = {
     "string": _SCALARS,
     "int": _SCALARS,
@@ -120,8 +98,6 @@ _ALLOWED = {
     "map<string,string>": (Kind.TEXT, Kind.MAP, Kind.OBJECT),
     "array<string>": (Kind.LIST,),
 }
-
-
 _WAYS_OUT = {
     Kind.BOOLEAN: "Write it as text, for example yes and no",
     Kind.BINARY: (
@@ -129,8 +105,6 @@ _WAYS_OUT = {
         "{binaryAsString: 'true'}"
     ),
 }
-
-
 _WAYS_OUT_OF_VALUES = {
     "string": (
         "Numbers become text where they are whole, floating point up to 2^53; cast others to text where they are "

@@ -41,8 +41,6 @@ from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_score
 from csrm.training.trained import MODEL_KIND, ModelCard, load_trained
 
 _MERGE_PAIRS = 32
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -16,12 +16,8 @@ FAMILIES = {
     "gemma3_text": "Gemma 3 (text)",
 }
 """`model_type` of a configuration to the models that have it."""
-
-
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary scalings that do not depend on how long the input is."""
-
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 

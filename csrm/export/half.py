@@ -16,19 +16,13 @@ from csrm.scoring.runtime import open_session
 
 FLOAT16_LIMIT = 30_000.0
 """Largest activation of the sample with which float16 may be used. It holds 65,504; other pairs may need more."""
-
-
 HALF_TYPES: dict[str, tuple[int, torch.dtype]] = {
     "fp16": (TensorProto.FLOAT16, torch.float16),
     "bf16": (TensorProto.BFLOAT16, torch.bfloat16),
 }
 """Precision to its type in ONNX and in torch."""
-
-
 _COMPARE = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Shape", "Cast")
 """Operators whose output is not of the type that they read; a Cast names its type."""
-
-
 _MOVE = ("Concat", "Expand", "Gather", "GatherElements", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that give the magnitudes that they are given."""
 

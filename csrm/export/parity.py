@@ -11,8 +11,6 @@ from csrm.scoring.tokenization import PromptTokenizer
 
 SCORE_TOLERANCE = 1e-4
 """Largest difference of a score between torch and the fp32 graph, and between adapters beside and inside of weights."""
-
-
 NUM_PACKINGS = 20
 
 

@@ -12,11 +12,7 @@ from csrm.evaluation.metrics import DEPTH, resampled_pair_metrics
 
 MAX_LOSS = 0.005
 """Of ROC-AUC and of nDCG@10."""
-
-
 MIN_SPEARMAN = 0.99
-
-
 NUM_RESAMPLES = 1000
 
 

@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 MIN_PACK_TOLERANCE = 1e-5
 """Float32 sums in another order differ by less."""
-
-
 QUALITY_PAIRS = 1_200
 """Most pairs of the quality gate, as whole queries: more take longer, fewer give wider intervals."""
 SPREAD_PAIRS = 24

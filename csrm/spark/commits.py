@@ -41,8 +41,6 @@ _CONFLICTS = (
 """What Delta raises where a commit of others, made at the same time, touched what this one had read."""
 _LONGEST_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Before each further try."""
-
-
 Result = TypeVar("Result")
 
 

@@ -30,8 +30,6 @@ from csrm.spark.sources import Source, open_sources, reason
 from csrm.spark.storage import FileState, file_states
 
 logger = logging.getLogger(__name__)
-
-
 _NUM_EXAMPLES = 3
 
 

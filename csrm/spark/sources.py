@@ -22,11 +22,7 @@ from csrm.spark.tables import open_table
 
 _BAD, _TEXT, _FILE, _RECORD = "_csrm_bad_record", "_csrm_text", "_csrm_file", "_csrm_record"
 """Names of columns beside those of a file."""
-
-
 _MOST_EXAMPLE = 500
-
-
 _QUOTE_IT = "Put fields that hold a separator, a quote or a line break in quotes, and double the quotes inside."
 
 

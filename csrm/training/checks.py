@@ -14,11 +14,7 @@ from csrm.training.settings import TrainConfig
 from csrm.training.targets import one_hot_targets
 
 logger = logging.getLogger(__name__)
-
-
 NUM_SAMPLED_TITLES = 500
-
-
 MAX_TOKENS_PER_CHARACTER = 1.0
 """Multilingual tokenizers make 0.2 tokens of a Latin letter and up to 0.8 of a Hangul syllable or a Han character."""
 

@@ -30,8 +30,6 @@ from csrm.training.targets import one_hot_targets, smoothed_targets
 from csrm.training.trained import MODEL_KIND, trained_scorer
 
 logger = logging.getLogger(__name__)
-
-
 TITLE_DROP_PROBABILITY = 0.1
 """Probability that a retrieved title is left out of a prefix that keeps its titles; see Tuning.drop_all_titles."""
 

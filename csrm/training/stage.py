@@ -35,11 +35,7 @@ from csrm.training.tuning import Tuning
 
 _IN_PACKS = ("pairs_per_prefix", "random_negatives", "drop_all_titles", "label_smoothing")
 """Settings of tuning that change weights through the packs alone."""
-
-
 _NOT_IN_WEIGHTS = ("checkpoint_steps", "accumulation_steps", "gradient_checkpointing")
-
-
 logger = logging.getLogger(__name__)
 
 

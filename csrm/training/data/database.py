@@ -25,16 +25,10 @@ from csrm.training.data.conversions import MACROS, converted, sql_type, text_wit
 from csrm.training.data.sources import Source, open_sources
 
 logger = logging.getLogger(__name__)
-
-
 MEMORY_LIMIT = "256MB"
 """Of the joins and sorts; what does not fit goes to a temporary folder."""
-
-
 _NUM_THREADS = 4
 """At most; each takes its part of MEMORY_LIMIT, and preparing text for the model takes longer than joining it."""
-
-
 _NOT_SEEN = r"\s\pZ\pC"
 
 

@@ -17,8 +17,6 @@ from csrm.training.data.pair_tables import PAIR_COLUMNS_SQL, read_frames
 
 _PAIRS_AT_ONCE = 100_000
 """Pairs that are joined with their texts at a time, about: on the right side of each join, within MEMORY_LIMIT."""
-
-
 _NO_SOFT_LABELS = "rows, (SELECT NULL::FLOAT[] AS soft_label, 1::FLOAT AS weight)"
 
 

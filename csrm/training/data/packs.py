@@ -16,11 +16,7 @@ from csrm.scoring.scorer import pair_texts
 from csrm.scoring.tokenization import PromptTokenizer
 
 _PACKS_PER_BLOCK = 64
-
-
 _ARRAYS = ("input_ids", "position_ids", "group_ids", "segment_ids", "last_index")
-
-
 _SCHEMA = pa.schema(
     [
         *((name, pa.list_(pa.int32())) for name in _ARRAYS),

@@ -16,8 +16,6 @@ from csrm.schemas import CATALOG, QUERIES, RETRIEVAL_TABLE, Table
 from csrm.training.data.database import add_table, has_text, language_of_query, problem_list, same_text
 
 logger = logging.getLogger(__name__)
-
-
 PAIR_TABLES = """
     CREATE TABLE query_texts (
         query_number BIGINT, market VARCHAR, query_id VARCHAR, language VARCHAR, query VARCHAR,
@@ -36,17 +34,11 @@ PAIR_TABLES = """
         FROM keys JOIN query_texts USING (query_number) JOIN product_texts USING (product_number);
 """
 """SQL that makes the tables, without rows."""
-
-
 PAIR_COLUMNS_SQL = """
     market, query_id, product_id, grade, split, language, query, retrieved_titles, title, brand, category, attributes
 """
 """Columns of `pairs` that are read, in their order."""
-
-
 _ROWS_AT_ONCE = 8_192
-
-
 _NO_TITLES = """
     CREATE TEMP VIEW retrieval_table AS
     SELECT NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::INT AS rank, NULL::VARCHAR AS title LIMIT 0

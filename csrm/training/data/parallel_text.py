@@ -16,31 +16,17 @@ from csrm.training.data.database import add_table, literal, open_database, same_
 
 NEAR_COPY_SHARE = 0.2
 """Texts that differ in at most this share of their UTF-8 bytes are near-copies (Levenshtein distance to the longer)."""
-
-
 _OTHER_SCRIPTS = {
     "ko": r"[\p{Hiragana}\p{Katakana}]",
     "zh": r"[\p{Hangul}\p{Hiragana}\p{Katakana}]",
     "ja": r"\p{Hangul}",
 }
-
-
 _SCRIPTS = {"ko": r"\p{Hangul}", "zh": r"\p{Han}", "ja": r"[\p{Han}\p{Hiragana}\p{Katakana}]"}
-
-
 _LATIN = ("en", "es", "fr", "de", "pt", "it", "nl", "id", "vi", "pl", "cs", "da", "sv", "fi", "nb", "tr", "hu", "ro")
-
-
 _SIDES = [f"concat_ws(' ', {side}_language, {same_text(f'{side}_text')})" for side in ("source", "target")]
-
-
 _PAIR_OF_TEXTS = f"md5_number_lower(concat(least({', '.join(_SIDES)}), ' ', greatest({', '.join(_SIDES)})))"
 """SQL: the same for both directions, and for texts that are the same text."""
-
-
 _TEXTS_AT_ONCE = 1_024
-
-
 _COMPARED_CHARACTERS = 256
 
 

@@ -18,12 +18,8 @@ from csrm.scoring.prompts import Translation, neutralize
 
 MAX_PHRASE_CHARACTERS = 48
 """Longer texts are sentences, which do not occur inside a title."""
-
-
 NUM_CHOICES = 60
 """Of a phrase's translations: each of up to six is as likely as the others."""
-
-
 _DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
 
 

@@ -18,11 +18,7 @@ from csrm.training.data.conversions import as_bytes
 
 _LINE_BYTES = 16 * 2**20
 """A line of JSON is shorter than this."""
-
-
 _LINES = pa.schema([("line", pa.binary())])
-
-
 _LINE_FORMAT = pa_dataset.CsvFileFormat(
     parse_options=pa_csv.ParseOptions(delimiter="\x01", quote_char=False, double_quote=False),
     read_options=pa_csv.ReadOptions(column_names=_LINES.names, block_size=_LINE_BYTES),

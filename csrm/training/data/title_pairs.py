@@ -35,19 +35,11 @@ from csrm.training.data.judged import Fold, MeasuredQueries
 
 QUERIES_AT_ONCE = 5_000
 """Irrelevant titles are those of queries in the same part: memory does not grow with the queries."""
-
-
 NEAR_SHARE = 0.6
 """Of the irrelevant titles, those whose query shares a search term with this one, where there are such."""
-
-
 _SPACED = regex.compile(r"(?V1)[\w--[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]]")
 """Letters whose words end where a space or mark stands; others run together, or have particles behind them."""
-
-
 _MARKS = " ,;:/|-"
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ import numpy as np
 from csrm.evaluation.metrics import resample_weights, resampled_pair_metrics
 
 NUM_CALIBRATION_BINS = 10
-
-
 NUM_RESAMPLES = 200
 """Of the queries: a standard error of them is right to a twentieth of itself."""
 

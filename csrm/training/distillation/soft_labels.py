@@ -14,14 +14,8 @@ from csrm.schemas import PAIR_KEY
 from csrm.training.distillation.pseudo_labels import UnlabelledPairs, pseudo_label_weights
 
 TRAIN, UNLABELLED = "train", "unlabelled"
-
-
 _KEY_FIELDS = [*((name, pa.string()) for name in PAIR_KEY), ("grade", pa.string())]
-
-
 BELIEFS_SCHEMA = pa.schema([*_KEY_FIELDS, ("split", pa.string()), ("teacher", pa.list_(pa.float32()))])
-
-
 SOFT_LABELS_SCHEMA = pa.schema(
     [
         *_KEY_FIELDS,
@@ -31,11 +25,7 @@ SOFT_LABELS_SCHEMA = pa.schema(
         ("weight", pa.float32()),
     ]
 )
-
-
 _FINGERPRINT = b"csrm_fingerprint"
-
-
 TargetsOf = Callable[[pd.Series], np.ndarray]
 """Grades to distributions over the labels, shape (pairs, labels)."""
 

@@ -15,16 +15,12 @@ from csrm.training.data.database import add_table, open_database
 from csrm.training.data.judged import JudgedPairs
 
 _COLUMNS = (*PAIR_KEY, "relevance_score", "bundle_digest")
-
-
 _SCORES = Table(
     name="teacher_scores",
     comment="What is read of relevance_scores",
     columns=tuple(column for column in RELEVANCE_SCORES.columns if column.name in _COLUMNS),
     key=RELEVANCE_SCORES.key,
 )
-
-
 _PAIRS = pa.schema([(name, pa.string()) for name in (*PAIR_KEY, "grade", "split")])
 
 

@@ -15,8 +15,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK_TOKENS = 64
-
-
 _NAME = "csrm_blocks"
 
 

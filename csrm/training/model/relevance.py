@@ -14,8 +14,6 @@ from csrm.training.model.attention import by_blocks, uses_block_attention
 from csrm.training.model.base import sliding_window
 
 TrainingPrecision = Literal["fp32", "bf16"]
-
-
 TASKS = ("relevance", "translation")
 """What a step can learn; losses and their totals come in this order."""
 
