@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 import psutil
 from nights import MARKET, Nights
-from nights import PHASES as NIGHT_STAGES
+from nights import STAGES as NIGHT_STAGES
 from speed import machine
 from speed_inputs import REPOSITORY, code_digest
 from speed_report import markdown
