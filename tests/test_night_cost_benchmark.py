@@ -111,7 +111,7 @@ def test_nights_that_are_as_foretold_are_reported_so(night_cost: ModuleType) -> 
     assert ["demo", "30,000", "100,000"] in [row[:3] for row in rows]
     assert f"SHUFFLED_KEY_BYTES = {SHUFFLED_KEY_BYTES:.0f}\nSHUFFLED_TEXT = {SHUFFLED_TEXT:.2f}" in text
     assert f'"start": PhaseCost({PHASES["start"].fixed_s}, 0.0),' in text
-    assert f'"plan": StageCost({PHASES["plan"].fixed_s}, {PHASES["plan"].pair_us}),' in text
+    assert f'"plan": PhaseCost({PHASES["plan"].fixed_s}, {PHASES["plan"].pair_us}),' in text
 
 
 @pytest.mark.long
