@@ -1,6 +1,7 @@
 """Fixtures that more than one test module uses."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,15 @@ if TYPE_CHECKING:
     from csrm.training.model.relevance import PackedRelevanceModel
 
 # Short Spark programs spend most of their time in the JVM's optimising compiler; jobs that tests submit inherit this.
-# Without that compiler the code cache is small by default, and once it is full nothing is compiled any more.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m")
+# Without that compiler the code cache is small by default, and once it is full nothing is compiled any more. Loading
+# classes is what starting costs most; .ci/setup keeps them in an archive, see spark_classes.py.
+CLASSES = Path(sys.prefix) / "spark-classes.jsa"
+JVM_OPTIONS = (
+    f"-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:SharedArchiveFile={CLASSES} "
+    "-Xlog:cds=off -Xlog:cds+dynamic=off"
+)
+os.environ.setdefault("SPARK_SUBMIT_OPTS", JVM_OPTIONS)
+os.environ.setdefault("SPARK_DAEMON_JAVA_OPTS", JVM_OPTIONS)
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +39,11 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
 
     os.environ["SPARK_LOCAL_DIRS"] = str(tmp_path_factory.mktemp("spark-local"))
     session = build_session("csrm-tests")
-    # On a handful of rows, generating and compiling code takes longer than running without it. Jobs that tests submit,
-    # and the demo, keep Spark's default.
+    # On a handful of rows, generating code and planning by stages take longer than running without them. Jobs that
+    # tests submit, and the demo, keep Spark's default.
     session.conf.set("spark.sql.codegen.wholeStage", "false")
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
+    session.conf.set("spark.sql.adaptive.enabled", "false")  # a job for each stage, and its plan made again
     yield session
     session.stop()
 

@@ -186,7 +186,7 @@ class Cluster:
             "spark.executor.cores": cores,
             "spark.cores.max": 2 * cores,
             "spark.executor.resource.gpu.amount": 1,
-            "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
+            "spark.executor.extraJavaOptions": os.environ["SPARK_SUBMIT_OPTS"],  # see the tests' conftest.py
             "spark.executorEnv.CSRM_CACHE_DIR": self.folder / "cache",
             "spark.executorEnv.OMP_NUM_THREADS": 1,
             "spark.pyspark.python": sys.executable,
