@@ -4,6 +4,8 @@ SHELL := bash
 
 # A Spark of the machine would be used instead of the environment's.
 unexport SPARK_HOME
+# Some containers set this; each process of Spark or Airflow would then compile thousands of modules again.
+unexport PYTHONDONTWRITEBYTECODE
 export PYSPARK_PYTHON := $(CURDIR)/.venv/bin/python
 run = JAVA_HOME="$$(cat .venv/java-home)" PATH="$(CURDIR)/.venv/bin:$$PATH"
 
