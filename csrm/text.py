@@ -1,10 +1,29 @@
-"""Search terms of a text: what lexical retrieval matches on."""
+"""What text is: whether there is any, when two texts are the same, and the terms that lexical retrieval matches on.
 
+Every engine asks here. Spark and DuckDB have their own rules, which differ by engine and by version.
+"""
+
+import re
 import unicodedata
 
 import regex
 
-_VISIBLE = regex.compile(r"[^\s\p{Z}\p{C}]")
+_NOTHING = """
+    0-20 7f-a0 ad 34f 600-605 61c 6dd 70f 890-891 8e2 115f-1160 1680 17b4-17b5 180b-180f 2000-200f 2028-202f 205f-206f
+    2800 3000 3164 e000-f8ff fdd0-fdef fe00-fe0f feff ffa0 fff0-fffb fffe-ffff 110bd 110cd 13430-1343f 1bca0-1bca3
+    1d173-1d17a 1fffe-1ffff 2fffe-2ffff 3fffe-3ffff 4fffe-4ffff 5fffe-5ffff 6fffe-6ffff 7fffe-7ffff 8fffe-8ffff
+    9fffe-9ffff afffe-affff bfffe-bffff cfffe-cffff dfffe-e0fff efffe-10ffff
+"""
+_RANGES = [(part.partition("-")[0], part.rpartition("-")[2]) for part in _NOTHING.split()]
+NOTHING_CLASS = "".join(rf"\x{{{first}}}-\x{{{last}}}" for first, last in _RANGES)
+"""Characters that show nothing, as Java's and RE2's regular expressions write them between [ and ].
+
+They are white space; control, format and private characters; those that Unicode says to ignore; what is no character;
+and the empty Braille cell. `has_text` counts lone surrogates too, which neither engine can hold.
+"""
+_PYTHON_CLASS = r"\ud800-\udfff" + "".join(rf"\U{first:0>8}-\U{last:0>8}" for first, last in _RANGES)
+_NOTHING_RUN = re.compile(f"[{_PYTHON_CLASS}]+")
+_SOMETHING = re.compile(f"[^{_PYTHON_CLASS}]")
 _IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 # Script extensions, so that the prolonged sound mark of kana counts as kana. Each of the two groups is one kind of run.
 _RUNS = regex.compile(
@@ -19,7 +38,22 @@ def has_text(text: str | None) -> bool:
     >>> has_text("tea"), has_text("\\u3000\\u200b"), has_text(None)
     (True, False, False)
     """
-    return text is not None and _VISIBLE.search(text) is not None
+    return text is not None and _SOMETHING.search(text) is not None
+
+
+def text_key(text: str) -> str:
+    """The same for all spellings of a text: those that differ in Unicode form, case and invisible characters alone.
+
+    The text is put into NFKC, case-folded without regard to a language, and freed of the characters that Unicode says
+    to ignore (Unicode's NFKC_Casefold). So "ß" is "ss", "ﬁ" is "fi", and full-width letters are letters. Then a run of
+    white space, control and private characters is one space, and none is at an end. A key is its own key.
+
+    >>> text_key("Cafe\\u0301\\u00a0 STRASSE") == text_key("caf\\u00e9 stra\\u00dfe\\ufeff")
+    True
+    """
+    if text.isascii() and text.isprintable():
+        return " ".join(text.lower().split())
+    return _NOTHING_RUN.sub(" ", _folded(text)).strip(" ")
 
 
 def search_terms(text: str | None) -> list[str]:
@@ -38,13 +72,19 @@ def search_terms(text: str | None) -> list[str]:
     """
     if text is None:
         return []
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    visible = unicodedata.normalize("NFKC", _IGNORABLE.sub("", folded))
     terms: list[str] = []
-    for run in _RUNS.finditer(visible):
+    for run in _RUNS.finditer(_folded(text)):
         characters = run.group()
         if run.lastgroup == "word" or len(characters) == 1:
             terms.append(characters)
         else:
             terms.extend(characters[i : i + 2] for i in range(len(characters) - 1))
     return terms
+
+
+def _folded(text: str) -> str:
+    """Unicode's NFKC_Casefold."""
+    if text.isascii():
+        return text.lower()
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return unicodedata.normalize("NFKC", _IGNORABLE.sub("", folded))

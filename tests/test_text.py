@@ -1,8 +1,16 @@
+from pathlib import Path
+
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
-from csrm.text import search_terms
+from csrm.spark.text import is_blank, text_key_udf
+from csrm.text import has_text, search_terms, text_key
+from csrm.training.data.database import has_text as has_text_sql
+from csrm.training.data.database import open_database
 
 
 @pytest.mark.parametrize(
@@ -51,3 +59,90 @@ def test_terms_of_any_text_are_storable_and_are_found_by_themselves(text: str) -
     for term in search_terms(text):
         assert term.encode("utf-8")
         assert search_terms(term) == [term]
+
+
+SAME_TEXTS = [
+    ("cafe\u0301", "CAF\u00c9"),
+    ("Stra\u00dfe", "STRASSE"),
+    ("\u0130stanbul", "i\u0307stanbul"),
+    ("\ufb01ne", "FINE"),
+    ("\u03a3\u038a\u03a3\u03a5\u03a6\u039f\u03a3", "\u03c3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2"),  # final sigma
+    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u062e\u0648\u0627\u0647\u0645"),  # ZWNJ
+    ("\U0001f469\u200d\U0001f467", "\U0001f469\U0001f467"),  # ZWJ
+    ("\ufefftea", "tea"),
+    ("soft\u00adware", "software"),
+    ("tea\u200bpot", "teapot"),
+    ("\u1112\u1161\u11ab\u1100\u116e\u11a8", "\ud55c\uad6d"),  # Hangul Jamo
+    ("\uff34\uff25\uff21\u3000\uff11", "tea 1"),
+    ("\uff76\uff9e", "\u30ac"),  # half-width kana
+    ("red\u00a0 tea\t", " Red tea"),
+    ("red\x00tea", "red\ue000tea"),
+    ("red\u2028tea", "red\x1ftea"),
+]
+OTHER_TEXTS = [("istanbul", "\u0131stanbul"), ("cafe", "caf\u00e9"), ("tea pot", "teapot"), ("\u30ab", "\u30ac")]
+NOTHING = [
+    "",
+    " ",
+    "\u3000\u200b",
+    "\u3164",
+    "\u2800",
+    "\ufe0f",
+    "\U000e0020",
+    "\ue000",
+    "\uffff",
+    "\u200d",
+    "\x00",
+    "\u115f",
+]
+SOMETHING = ["a", "\u0301", "\U0001f469", "\u0378", "\U0001e4d0", "\u30fc", "\ufffd"]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_TEXTS)
+def test_spellings_of_one_text_have_one_key(one: str, other: str) -> None:
+    assert text_key(one) == text_key(other) != ""
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_TEXTS)
+def test_different_texts_have_different_keys(one: str, other: str) -> None:
+    assert text_key(one) != text_key(other)
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_a_key_is_its_own_key_and_is_empty_where_there_is_no_text(text: str) -> None:
+    key = text_key(text)
+    assert text_key(key) == key == " ".join(key.split())
+    assert has_text(text) or key == ""
+
+
+def test_what_shows_nothing_is_what_unicode_says() -> None:
+    nothing = regex.compile(
+        r"[\s\p{Z}\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\u2800]"
+    )
+    wrong = [code for code in range(0x110000) if has_text(chr(code)) == bool(nothing.match(chr(code)))]
+    assert not wrong
+
+
+def test_duckdb_knows_the_same_texts_as_python(tmp_path: Path) -> None:
+    texts = [*(text for pair in SAME_TEXTS + OTHER_TEXTS for text in pair), *NOTHING, *SOMETHING, None]
+    with open_database(str(tmp_path)) as database:
+        database.execute("CREATE TABLE texts AS SELECT unnest($texts::VARCHAR[]) AS text", {"texts": texts})
+        rows = database.execute(f"SELECT text, text_key(text), {has_text_sql('text')} FROM texts").fetchall()
+    assert rows == [(text, None if text is None else text_key(text), has_text(text)) for text in texts]
+
+
+@pytest.mark.spark
+def test_spark_knows_the_same_texts_as_python(spark: SparkSession) -> None:
+    texts = [*(text for pair in SAME_TEXTS + OTHER_TEXTS for text in pair), *NOTHING, *SOMETHING, None]
+    rows = (
+        spark.createDataFrame([(text,) for text in texts], "text string")
+        .select("text", text_key_udf("text"), ~is_blank(F.col("text")))
+        .collect()
+    )
+    assert [tuple(row) for row in rows] == [
+        (text, None if text is None else text_key(text), has_text(text)) for text in texts
+    ]
+
+
+def test_nothing_is_no_text_and_what_a_newer_unicode_knows_is_some() -> None:
+    assert not any(map(has_text, NOTHING))
+    assert all(map(has_text, SOMETHING))

@@ -14,6 +14,7 @@ from csrm.market.facts import GRADES, NOTHING, Facts, Pools, draw_products, grad
 from csrm.market.lexicon import Lexicon, builtin_lexicon
 from csrm.market.wording import product_titles, query_text
 from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES
+from csrm.text import text_key
 
 JUDGED_PER_QUERY = {"E": 6, "S": 6, "C": 4, "I": 8}
 """Most judged products of each grade."""
@@ -182,8 +183,8 @@ def _one_market(
 
 
 def split_of(query: str) -> str:
-    """train, dev or test (80, 10, 10 %) by a hash of the text, case ignored: a text is in one split everywhere."""
-    bucket = int.from_bytes(hashlib.sha256(query.casefold().encode()).digest()[:4], "big") % 10
+    """train, dev or test (80, 10, 10 %) by a hash of its text_key: a text is in one split everywhere."""
+    bucket = int.from_bytes(hashlib.sha256(text_key(query).encode()).digest()[:4], "big") % 10
     return {8: "dev", 9: "test"}.get(bucket, "train")
 
 
@@ -256,14 +257,14 @@ def _draw_queries(
 ) -> tuple[Facts, list[int], list[str]]:
     """What each query asks for, the product that it was drawn from (which has all of it), and its text.
 
-    Texts are different, case ignored.
+    No two texts have the same text_key.
     """
     found: dict[str, tuple[Facts, int, str]] = {}
     for _ in range(20 * num_queries):
         source = int(rng.integers(len(products.category)))
         wanted = _ask_for(rng, products.rows(slice(source, source + 1)))
         text = query_text(rng, lexicon, wanted)
-        found.setdefault(text.casefold(), (wanted, source, text))
+        found.setdefault(text_key(text), (wanted, source, text))
         if len(found) == num_queries:
             asked, sources, texts = zip(*found.values(), strict=True)
             facts = Facts(

@@ -5,7 +5,7 @@ from pyspark.sql import functions as F
 
 from csrm.retrieval.lexical import bm25_scores
 from csrm.schemas import PAIR_KEY, RETRIEVAL_TABLE
-from csrm.spark.text import is_blank, text_key
+from csrm.spark.text import is_blank, text_key_udf
 
 
 def split_judged(
@@ -27,10 +27,10 @@ def split_judged(
     judged_df = (
         judgments_df.select(*PAIR_KEY)
         .join(queries_df.select("market", "query_id", "query"), ["market", "query_id"], "inner")
-        .select("market", "product_id", text_key(F.col("query")).alias("query_key"))
+        .select("market", "product_id", text_key_udf("query").alias("query_key"))
         .distinct()
     )
-    keyed_df = behaviour_df.withColumn("query_key", text_key(F.col("query")))
+    keyed_df = behaviour_df.withColumn("query_key", text_key_udf("query"))
     on = ["market", "product_id", "query_key"]
     unjudged_df = keyed_df.join(judged_df, on, "left_anti").select(*behaviour_df.columns)
     return unjudged_df, keyed_df.join(judged_df, on, "left_semi").select(*behaviour_df.columns)
@@ -41,8 +41,8 @@ def behaviour_titles(
 ) -> DataFrame:
     """Titles of the products that were chosen most often after a query.
 
-    A behaviour row belongs to every query of the same text but for case and white space; counts of spellings that so
-    become one are summed.
+    A behaviour row belongs to every query of the same text, see csrm.text.text_key; counts of spellings that so become
+    one are summed.
 
     Args:
         behaviour_df: columns of `schemas.BEHAVIOUR`.
@@ -55,12 +55,12 @@ def behaviour_titles(
         Columns of `schemas.RETRIEVAL_TABLE`, source "behaviour".
     """
     counts_df = (
-        behaviour_df.groupBy("market", text_key(F.col("query")).alias("query_key"), "product_id")
+        behaviour_df.groupBy("market", text_key_udf("query").alias("query_key"), "product_id")
         .agg(F.sum("count").alias("strength"))
         .where(F.col("strength") >= min_count)
     )
     keys_df = queries_df.where(~is_blank(F.col("query"))).select(
-        "market", "query_id", text_key(F.col("query")).alias("query_key")
+        "market", "query_id", text_key_udf("query").alias("query_key")
     )
     strengths_df = counts_df.join(keys_df, ["market", "query_key"], "inner")
     return _strongest_titles(strengths_df, catalog_df, num_titles, "behaviour")
@@ -99,9 +99,10 @@ def _strongest_titles(strengths_df: DataFrame, catalog_df: DataFrame, num_titles
     titles_df = catalog_df.where(~is_blank(F.col("title"))).select("market", "product_id", "title")
     best_first = [F.desc("strength"), F.asc("product_id")]
     of_query = Window.partitionBy("market", "query_id")
-    of_title = Window.partitionBy("market", "query_id", text_key(F.col("title")))
+    of_title = Window.partitionBy("market", "query_id", "title_key")
     return (
         strengths_df.join(titles_df, ["market", "product_id"], "inner")
+        .withColumn("title_key", text_key_udf("title"))
         .withColumn("copy", F.row_number().over(of_title.orderBy(*best_first)))
         .where(F.col("copy") == 1)
         .withColumn("rank", F.row_number().over(of_query.orderBy(*best_first)))

@@ -64,6 +64,21 @@ def test_spellings_of_a_query_are_one_query_and_their_counts_are_summed(spark: S
     ]
 
 
+def test_the_same_text_in_another_unicode_form_is_one_query(spark: SparkSession) -> None:
+    spellings = ["caf\u00e9", "cafe\u0301", "\uff43\uff41\uff46\u00e9", "\ufeffCAF\u00c9", "ca\u00adf\u00e9"]
+    behaviour_df = behaviour(spark, ("fr", "cafe\u0301", "p1", 2))
+    queries_df = queries(spark, *[("fr", f"q{place}", spelling) for place, spelling in enumerate(spellings)])
+    titles_df = behaviour_titles(
+        behaviour_df, queries_df, catalog(spark, ("fr", "p1", "Moka")), num_titles=1, min_count=1
+    )
+    judgments_df = spark.createDataFrame(
+        [("fr", "q0", "p1", "E")], "market string, query_id string, product_id string, grade string"
+    )
+    unjudged_df, judged_df = split_judged(behaviour_df, queries_df, judgments_df)
+    assert [row[1] for row in titles(titles_df)] == ["q0", "q1", "q2", "q3", "q4"]
+    assert (unjudged_df.count(), judged_df.count()) == (0, 1)
+
+
 def test_equal_titles_are_used_once_and_products_without_a_title_not_at_all(spark: SparkSession) -> None:
     titles_df = behaviour_titles(
         behaviour(spark, *[("us", "shoe", f"p{i}", 20 - i) for i in range(1, 7)]),

@@ -21,6 +21,7 @@ from csrm.conversions import (
 )
 from csrm.errors import InputError
 from csrm.schemas import Column, Table
+from csrm.text import NOTHING_CLASS, text_key
 from csrm.training.data.conversions import MACROS, converted, sql_type, text_with_replacements
 from csrm.training.data.sources import Source, open_sources
 
@@ -29,11 +30,10 @@ MEMORY_LIMIT = "256MB"
 """Of the joins and sorts; what does not fit goes to a temporary folder."""
 _NUM_THREADS = 4
 """At most; each takes its part of MEMORY_LIMIT, and preparing text for the model takes longer than joining it."""
-_NOT_SEEN = r"\s\pZ\pC"
 
 
 def open_database(folder: str) -> duckdb.DuckDBPyConnection:
-    """A database in a folder. Joins run as they are written, with the smaller table on the right.
+    """A database in a folder. Joins run as they are written, with the smaller table on the right. SQL has `text_key`.
 
     DuckDB does not know the size of tables outside: left to choose, it joins all queries with all products of a market.
     """
@@ -44,6 +44,7 @@ def open_database(folder: str) -> duckdb.DuckDBPyConnection:
         SET disabled_optimizers = 'join_order,build_side_probe_side'"""
     )
     database.create_function("text_with_replacements", text_with_replacements, ["BLOB"], "VARCHAR")
+    database.create_function("text_key", text_key, ["VARCHAR"], "VARCHAR")
     database.execute(MACROS)
     return database
 
@@ -183,14 +184,9 @@ def language_of_query(markets: Mapping[str, str]) -> str:
     return f"coalesce(language, CASE market {cases} END)"
 
 
-def same_text(column: str) -> str:
-    """SQL of a text such that texts which differ in case, white space and Unicode form alone are equal."""
-    return f"lower(nfc_normalize(trim(regexp_replace({column}, '[{_NOT_SEEN}]+', ' ', 'g'))))"
-
-
 def has_text(column: str) -> str:
-    """SQL: it has more than white space and characters that nobody sees."""
-    return f"coalesce(regexp_matches({column}, '[^{_NOT_SEEN}]'), false)"
+    """SQL of csrm.text.has_text."""
+    return f"coalesce(regexp_matches({column}, '[^{NOTHING_CLASS}]'), false)"
 
 
 def random_number(seed: int, *values: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, JUDGMENTS, PAIR_KEY
-from csrm.training.data.database import add_table, check_markets, open_database, random_number, same_text
+from csrm.training.data.database import add_table, check_markets, open_database, random_number
 from csrm.training.data.groups import read_groups
 from csrm.training.data.pair_tables import (
     PAIR_COLUMNS_SQL,
@@ -57,15 +57,15 @@ class MeasuredQueries(NamedTuple):
     ids: frozenset[tuple[str, str]] = frozenset()
     """Market and query_id of all of them."""
     texts: frozenset[str] = frozenset()
-    """See same_text. Of those whose text is in a table of queries that was read; the texts of others are not known, so
-    that the same text in another market is not found."""
+    """See csrm.text.text_key. Of those whose text is in a table of queries that was read; the texts of others are not
+    known, so that the same text in another market is not found."""
 
     def has(self, market: str, query_id: str, text: str) -> bool:
         return (market, query_id) in self.ids or text in self.texts
 
 
 class Fold(NamedTuple):
-    """One of several parts of the queries; equal texts are in one part, whatever their market, see same_text."""
+    """One of several parts of the queries. Equal texts (csrm.text.text_key) are in one part, whatever their market."""
 
     number: int
     """From 0."""
@@ -74,7 +74,7 @@ class Fold(NamedTuple):
 
     def sql(self) -> str:
         """Condition that a row of `pairs` is in this part."""
-        return f"{random_number(self.seed, same_text('query'))} % {self.num_folds} = {self.number}"
+        return f"{random_number(self.seed, 'text_key(query)')} % {self.num_folds} = {self.number}"
 
 
 class JudgedPairs:
@@ -168,7 +168,7 @@ class JudgedPairs:
                 ANTI JOIN pairs USING (market, query_id, product_id)
                 ANTI JOIN measured_ids USING (market, query_id)
                 ANTI JOIN (
-                    FROM queries SEMI JOIN measured_texts ON text = {same_text("query")}
+                    FROM queries SEMI JOIN measured_texts ON text = text_key(query)
                 ) USING (market, query_id)
                 QUALIFY row_number() OVER (PARTITION BY market, query_id ORDER BY {place}) <= {pairs_per_query}"""
             )
@@ -202,14 +202,14 @@ class JudgedPairs:
         return [grade for (grade,) in rows.fetchall()]
 
     def check_apart(self, split: str, other: str) -> None:
-        """No query text, see same_text, may be in two splits: a model would be measured by what it was trained on.
+        """No query text (csrm.text.text_key) may be in two splits: a model would be measured by what it was trained on.
 
         Raises:
             InputError: some are.
         """
         shared = self._database.execute(
-            f"""SELECT count(*) OVER (), text FROM (
-                SELECT {same_text("query")} AS text
+            """SELECT count(*) OVER (), text FROM (
+                SELECT text_key(query) AS text
                 FROM (SELECT DISTINCT query_number, split FROM keys WHERE split IN ($split, $other))
                 JOIN query_texts USING (query_number)
                 GROUP BY text HAVING count(DISTINCT split) = 2

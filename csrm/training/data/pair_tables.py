@@ -13,7 +13,7 @@ import pyarrow as pa
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.schemas import CATALOG, QUERIES, RETRIEVAL_TABLE, Table
-from csrm.training.data.database import add_table, has_text, language_of_query, problem_list, same_text
+from csrm.training.data.database import add_table, has_text, language_of_query, problem_list
 
 logger = logging.getLogger(__name__)
 PAIR_TABLES = """
@@ -87,7 +87,7 @@ def add_text_tables(
 def add_measured_texts(database: duckdb.DuckDBPyConnection) -> None:
     """Keep the texts that these queries have of those that measure a model."""
     database.execute(
-        f"""INSERT INTO measured_texts SELECT DISTINCT {same_text("query")}
+        f"""INSERT INTO measured_texts SELECT DISTINCT text_key(query)
         FROM queries_of_all_markets SEMI JOIN measured_ids USING (market, query_id) WHERE {has_text("query")}"""
     )
 

@@ -12,7 +12,8 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.schemas import PARALLEL_TEXT
 from csrm.scoring.prompts import Translation
-from csrm.training.data.database import add_table, literal, open_database, same_text
+from csrm.text import has_text, text_key
+from csrm.training.data.database import add_table, literal, open_database
 
 NEAR_COPY_SHARE = 0.2
 """Texts that differ in at most this share of their UTF-8 bytes are near-copies (Levenshtein distance to the longer)."""
@@ -23,7 +24,7 @@ _OTHER_SCRIPTS = {
 }
 _SCRIPTS = {"ko": r"\p{Hangul}", "zh": r"\p{Han}", "ja": r"[\p{Han}\p{Hiragana}\p{Katakana}]"}
 _LATIN = ("en", "es", "fr", "de", "pt", "it", "nl", "id", "vi", "pl", "cs", "da", "sv", "fi", "nb", "tr", "hu", "ro")
-_SIDES = [f"concat_ws(' ', {side}_language, {same_text(f'{side}_text')})" for side in ("source", "target")]
+_SIDES = [f"concat_ws(' ', {side}_language, text_key({side}_text))" for side in ("source", "target")]
 _PAIR_OF_TEXTS = f"md5_number_lower(concat(least({', '.join(_SIDES)}), ' ', greatest({', '.join(_SIDES)})))"
 """SQL: the same for both directions, and for texts that are the same text."""
 _TEXTS_AT_ONCE = 1_024
@@ -81,8 +82,8 @@ class ParallelText:
             both = f"""
                 SELECT source_language, target_language, source_text, target_text, is_near_copy, copy FROM (
                     SELECT *,
-                        left(lower(source_text), $compared) AS source_start,
-                        left(lower(target_text), $compared) AS target_start,
+                        left(text_key(source_text), $compared) AS source_start,
+                        left(text_key(target_text), $compared) AS target_start,
                         levenshtein(source_start, target_start)
                             <= $near * greatest(strlen(source_start), strlen(target_start)) AS is_near_copy,
                         row_number() OVER (
@@ -127,10 +128,10 @@ class ParallelText:
 
 def why_left_out(text: Translation, is_near_copy: bool) -> str | None:
     """Why nothing can be learnt from a translation, None where something can: empty, copy, near_copy, wrong_script."""
-    source, target = (text.source_text or "").strip(), (text.target_text or "").strip()
-    if not source or not target:
+    source, target = text.source_text or "", text.target_text or ""
+    if not has_text(source) or not has_text(target):
         return "empty"
-    if source.casefold() == target.casefold():
+    if text_key(source) == text_key(target):
         return "copy"
     if is_near_copy:
         return "near_copy"

@@ -29,7 +29,6 @@ from csrm.training.data.database import (
     language_of_query,
     open_database,
     random_number,
-    same_text,
 )
 from csrm.training.data.judged import Fold, MeasuredQueries
 
@@ -72,8 +71,8 @@ class _Query(NamedTuple):
     query_id: str
     language: str
     query: str
-    same_text: str
-    """See csrm.training.data.same_text."""
+    text_key: str
+    """See csrm.text.text_key."""
     terms: frozenset[str]
     titles: tuple[str, ...]
     """All that were retrieved, best first."""
@@ -107,7 +106,7 @@ def title_pairs(
     num_groups = 0
     most = settings.max_queries
     for part in _parts(settings, seed, without):
-        queries = [each for each in part if each.named and not measured.has(each.market, each.query_id, each.same_text)]
+        queries = [each for each in part if each.named and not measured.has(each.market, each.query_id, each.text_key)]
         rows = []
         for query, title, others in _groups(queries, settings.irrelevant_per_query, np.random.default_rng([seed, 1])):
             if num_groups == most:
@@ -174,7 +173,7 @@ def _parts(settings: TitlePairs, seed: int, without: Fold | None) -> Iterator[li
         found = database.sql(
             f"""FROM (
                 SELECT market, query_id, {language_of_query(settings.markets)} AS language, query,
-                    {same_text("query")} AS same_text,
+                    text_key(query) AS text_key,
                     list(product_id ORDER BY rank) AS product_ids, list(title ORDER BY rank) AS titles
                 FROM retrieval_table JOIN queries USING (market, query_id) WHERE query IS NOT NULL AND {outside}
                 GROUP BY market, query_id, language, query
@@ -185,7 +184,7 @@ def _parts(settings: TitlePairs, seed: int, without: Fold | None) -> Iterator[li
 
 
 def _query(
-    market: str, query_id: str, language: str, query: str, same_text: str, product_ids: list[str], titles: list[str]
+    market: str, query_id: str, language: str, query: str, text_key: str, product_ids: list[str], titles: list[str]
 ) -> _Query:
     terms = frozenset(search_terms(query))
     said = [_without(title, query) for title in titles]
@@ -194,7 +193,7 @@ def _query(
         for product_id, title, words in zip(product_ids, titles, said, strict=True)
         if terms and words != title and (rest := search_terms(words)) and terms.isdisjoint(rest)
     ]
-    return _Query(market, query_id, language, query, same_text, terms, tuple(titles), tuple(named))
+    return _Query(market, query_id, language, query, text_key, terms, tuple(titles), tuple(named))
 
 
 def _without(title: str, query: str) -> str:
