@@ -4,11 +4,12 @@ Because pieces are tokenised apart, a prefix has the same tokens whatever produc
 touches the template: the query's line and the answer cue are always there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import regex
 from pydantic import ConfigDict
 from tokenizers import Tokenizer
 
@@ -25,6 +26,7 @@ from csrm.scoring.prompts import (
     translation_parts,
 )
 
+_MARK_CHARACTER = regex.compile(r"[\p{ASCII}&&[^\p{L}\p{N}\s.,&+'\-]]", flags=regex.V1)
 CHARACTERS_PER_TOKEN = 64
 """A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
 
@@ -90,9 +92,12 @@ class PromptTokenizer:
         self._start_ids = _leading_special_ids(tokenizer)
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(
-            id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = tokenizer.get_added_tokens_decoder()
+        marks = {id_: token for id_, token in added.items() if token.special or _is_mark(token.content)}
+        self._mark_ids = frozenset(marks)
+        # encode_special_tokens does not hold for the others: text that spells one would become it.
+        spelled = sorted({token.content for token in marks.values() if not token.special}, key=len, reverse=True)
+        self._spelled_mark = regex.compile("|".join(map(regex.escape, spelled))) if spelled else None
         self.budgets = budgets
         self._limits = asdict(budgets)
         self._template_ids: dict[str, list[int]] = {}
@@ -130,10 +135,8 @@ class PromptTokenizer:
         """
         all_parts = [translation_parts(text) for text in texts]
         fields = [part for parts in all_parts for part in parts[1::2]]
-        encodings = self._tokenizer.encode_batch_fast(
-            [field[: CHARACTERS_PER_TOKEN * text_tokens] for field in fields], add_special_tokens=False
-        )
-        field_ids = iter([self._without_special(encoding.ids)[:text_tokens] for encoding in encodings])
+        ids_of_fields = self._ids_of_text([field[: CHARACTERS_PER_TOKEN * text_tokens] for field in fields])
+        field_ids = iter([ids[:text_tokens] for ids in ids_of_fields])
         result = []
         for parts in all_parts:
             pieces = [next(field_ids) if number % 2 else self._template(part) for number, part in enumerate(parts)]
@@ -181,16 +184,15 @@ class PromptTokenizer:
         """Token ids of every (field, text), cut to the field's budget; equal ones are tokenised once."""
         fields = list(dict.fromkeys((line.field, line.text) for lines in all_lines for line in lines))
         texts = [text[: CHARACTERS_PER_TOKEN * self._limits[field]] for field, text in fields]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return {
-            key: self._without_special(encoding.ids)[: self._limits[key[0]]]
-            for key, encoding in zip(fields, encodings, strict=True)
-        }
+        return {key: ids[: self._limits[key[0]]] for key, ids in zip(fields, self._ids_of_text(texts), strict=True)}
 
-    def _without_special(self, ids: list[int]) -> list[int]:
-        if self._special_ids.isdisjoint(ids):
-            return ids
-        return [id_ for id_ in ids if id_ not in self._special_ids]
+    def _ids_of_text(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of foreign texts, which become none of the tokenizer's marks, whatever they spell."""
+        if self._spelled_mark is not None:
+            texts = [self._spelled_mark.sub(_broken, text) for text in texts]
+        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            ids = encoding.ids
+            yield ids if self._mark_ids.isdisjoint(ids) else [id_ for id_ in ids if id_ not in self._mark_ids]
 
     def _joined(
         self,
@@ -226,6 +228,16 @@ class PromptTokenizer:
                     f"budgets: {name} is {self._limits[name]} tokens, but its template ({template} tokens) with "
                     f"{fields} needs {needed}. Raise {name} or lower the fields."
                 )
+
+
+def _is_mark(token: str) -> bool:
+    """Whether an added token may mark structure, as `[control_8]` does. Words and single characters do not."""
+    return len(token.strip(" \t\r\n▁")) > 1 and _MARK_CHARACTER.search(token) is not None
+
+
+def _broken(mark: regex.Match[str]) -> str:
+    """The text of a mark with a space in it, so that it is not that mark."""
+    return f"{mark.group()[0]} {mark.group()[1:]}"
 
 
 def _leading_special_ids(tokenizer: Tokenizer) -> list[int]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from csrm.errors import ConfigError
 from csrm.scoring.labels import BINARY_LABELS, ESCI_LABELS, Label
-from csrm.scoring.prompts import ANSWER_CUE, Product, Query, prompt_text
+from csrm.scoring.prompts import ANSWER_CUE, Product, Query, Translation, prompt_text
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from tests.scoring.test_prompts import hostile_text
 
@@ -97,6 +97,28 @@ def test_a_token_that_the_model_wants_first_opens_the_prefix_alone() -> None:
     query, product = Query("us", "en", "shoes"), Product("shoes")
     assert started.prefix_ids([query]) == [[0, *plain.prefix_ids([query])[0]]]
     assert started.suffix_ids([product]) == plain.suffix_ids([product])
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_text_cannot_become_an_added_token(is_special: bool) -> None:
+    raw = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
+    template = raw["added_tokens"][0]
+    marks = ["[control_8]", "[multimodal]", "[@BOS@]", "{{role}}", "#!sys"]
+    next_id = 1 + max(raw["model"]["vocab"].values())
+    raw["added_tokens"] += [
+        {**template, "id": next_id + place, "content": mark, "special": is_special} for place, mark in enumerate(marks)
+    ]
+    raw["added_tokens"].append({**template, "id": next_id + len(marks), "content": "हिन्दी-thermo", "special": False})
+    plain, tokenizer = golden_tokenizer(), PromptTokenizer(Tokenizer.from_str(json.dumps(raw)), Budgets())
+    for mark in marks:
+        product = Product(f"tea {mark} pot", mark, mark * 3, {mark: f"a{mark}b"})
+        (ids,) = tokenizer.suffix_ids([product])
+        (prefix_ids,) = tokenizer.prefix_ids([Query("us", "en", mark, (mark, f"x{mark}"))])
+        (given, learnt), *_ = tokenizer.translation_ids([Translation("en", "ko", mark, mark)], 20)
+        assert max(ids + prefix_ids + given + learnt) < next_id
+        assert mark.strip("[]{}#") in tokenizer.decode(ids)  # it is still said
+    assert tokenizer.suffix_ids([Product("tea [pot]")]) == plain.suffix_ids([Product("tea [pot]")])
+    assert next_id + len(marks) in tokenizer.suffix_ids([Product("my हिन्दी-thermo")])[0]  # a word is a word
 
 
 def test_labels_are_one_token_each() -> None:
