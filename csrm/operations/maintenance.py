@@ -20,7 +20,7 @@ from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.schemas import OUTPUTS, REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.commits import USER_METADATA, delete_rows, session_settings
-from csrm.spark.storage import folder_size
+from csrm.spark.storage import AS_IT_IS, folder_size
 from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, table_exists, table_path
 
 _RETENTION = "delta.deletedFileRetentionDuration"
@@ -138,8 +138,7 @@ def missing_files(spark: SparkSession, path: str, names: frozenset[str]) -> froz
     """Those of some data files of a table that are no longer in its folder."""
     found_df = (
         spark.read.format("binaryFile")
-        .option("recursiveFileLookup", "true")
-        .option("pathGlobFilter", "*.parquet")
+        .options(recursiveFileLookup="true", pathGlobFilter="*.parquet", **AS_IT_IS)
         .load(path)
         .select(F.element_at(F.split("path", "/"), -1).alias("name"))
     )

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, DataType, MapType, StringType, StructField, StructType
 
@@ -17,7 +17,7 @@ from csrm.config import InputSpec
 from csrm.conversions import JSON, TEXT, Found, Kind, problem_of_records
 from csrm.errors import InputError
 from csrm.spark.conversions import found_in_spark, is_json_null
-from csrm.spark.storage import parquet_schemas
+from csrm.spark.storage import AS_IT_IS, PATTERN_CHARACTERS, parquet_schemas, path_options
 from csrm.spark.tables import open_table
 
 _BAD, _TEXT, _FILE, _RECORD = "_csrm_bad_record", "_csrm_text", "_csrm_file", "_csrm_record"
@@ -71,7 +71,8 @@ def open_sources(
             source, problems = read(spark, spec, needed)
             return [source], None, problems
         options = {"mergeSchema": "true", **spec.options} if spec.format == "orc" else spec.options
-        return [_source(spark.read.format(spec.format).options(**options).load(spec.path), needed)], None, []
+        reader = spark.read.format(spec.format).options(**path_options(spark, spec.path), **options)
+        return [_source(reader.load(spec.path), needed)], None, []
     except (PySparkException, Py4JJavaError) as error:
         why = reason(error)
         way_out = _QUOTE_IT if "CSV field" in why else "Are the path and the format right, and its files complete?"
@@ -103,8 +104,12 @@ def _source(df: DataFrame, needed: Sequence[str]) -> Source:
 
 def _folders(spark: SparkSession, spec: InputSpec) -> tuple[list[str], list[str]]:
     """Columns that name folders (market=kr), whose values stay text, and the files; nothing of them is read."""
-    listed_df = spark.read.format(spec.format).options(**spec.options).schema(f"{_BAD} string").load(spec.path)
+    listed_df = _reader(spark, spec).format(spec.format).schema(f"{_BAD} string").load(spec.path)
     return listed_df.columns[1:], listed_df.inputFiles()
+
+
+def _reader(spark: SparkSession, spec: InputSpec, **defaults: str) -> DataFrameReader:
+    return spark.read.options(**defaults, **path_options(spark, spec.path)).options(**spec.options)
 
 
 def _text_fields(names: Sequence[str]) -> list[StructField]:
@@ -130,21 +135,24 @@ def _parquet_sources(spark: SparkSession, spec: InputSpec, needed: Sequence[str]
         columns = {name: found for name, found, _ in layout} | {name: TEXT for name in folders if name in needed}
         fields = [StructField(name, type_) for name, _, type_ in layout if type_ is not None]
         schema = StructType([*fields, *_text_fields([name for name in folders if name in needed])])
-        reader = spark.read.options(**spec.options).schema(schema)
+        reader = _reader(spark, spec).schema(schema)
         if len(layouts) == 1:
             df = reader.parquet(spec.path)
         else:
-            df = reader.option("basePath", _base_path(spec)).parquet(*map(unquote, chosen))
+            reader = reader.options(basePath=_base_path(spark, spec), **AS_IT_IS)
+            df = reader.parquet(*map(unquote, chosen))
         sources.append(Source(df, [*names, *folders], columns))
     return sources or [Source(spark.createDataFrame([], StructType([])), folders, {})]
 
 
-def _base_path(spec: InputSpec) -> str:
+def _base_path(spark: SparkSession, spec: InputSpec) -> str:
     """The folder below which names of folders are columns: the path up to its first pattern."""
     if "basePath" in spec.options:
         return spec.options["basePath"]
+    if path_options(spark, spec.path):
+        return spec.path
     parts = spec.path.split("/")
-    fixed = next((place for place, part in enumerate(parts) if set(part) & set("*?{[")), len(parts))
+    fixed = next((place for place, part in enumerate(parts) if not PATTERN_CHARACTERS.isdisjoint(part)), len(parts))
     return "/".join(parts[:fixed])
 
 
@@ -203,11 +211,13 @@ def _csv_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) -> 
     quote = given.get("quote", '"')
     defaults = {"multiLine": str(bool(quote)).lower(), "quote": quote, "escape": quote}
     defaults["unescapedQuoteHandling"] = "RAISE_ERROR"  # else a stray quote takes rows into a field
-    reader = spark.read.options(**defaults).options(**spec.options).option("inferSchema", "false")
-    folders, _ = _folders(spark, spec)
-    names = [name for name in reader.csv(spec.path).columns if name not in folders]
+    folders, files = _folders(spark, spec)
+    # Spark takes paths for patterns once more, and splits them at commas, where a header may have line breaks.
+    is_odd = any(not (PATTERN_CHARACTERS | {","}).isdisjoint(unquote(file)) for file in files)
+    header = _reader(spark, spec, **defaults).options(inferSchema="false", **({"multiLine": "false"} if is_odd else {}))
+    names = [name for name in header.csv(spec.path).columns if name not in folders]
     fields = [*_text_fields([*names, _BAD]), *_text_fields([name for name in folders if name in needed])]
-    reader = reader.option("columnNameOfCorruptRecord", _BAD).option("enforceSchema", "false")
+    reader = _reader(spark, spec, **defaults).options(columnNameOfCorruptRecord=_BAD, enforceSchema="false")
     df = reader.schema(StructType(fields)).csv(spec.path)
     problems = _problems_of_csv(df, names, quote) if names else []
     columns = {name: TEXT for name in (*names, *folders) if name in needed}
@@ -238,7 +248,7 @@ def _problems_of_csv(df: DataFrame, names: Sequence[str], quote: str) -> list[st
 
 def _ends_with(spark: SparkSession, file: str, mark: str) -> bool:
     """Whether a mark is the last character of a file of text, but for white space."""
-    lines_df = spark.read.text(unquote(file)).where("trim(value) <> ''")
+    lines_df = spark.read.options(**AS_IT_IS).text(unquote(file)).where("trim(value) <> ''")
     last = lines_df.select("value").withColumn("place", F.monotonically_increasing_id()).orderBy(F.desc("place")).head()
     return last is None or last["value"].rstrip().endswith(mark)
 
@@ -251,7 +261,7 @@ def _json_source(spark: SparkSession, spec: InputSpec, needed: Sequence[str]) ->
     folders, _ = _folders(spark, spec)
     folders_needed = [name for name in folders if name in needed]
     is_whole = {key.lower(): value.lower() for key, value in spec.options.items()}.get("multiline") == "true"
-    reader = spark.read.options(**spec.options).schema(StructType(_text_fields(["value", *folders_needed])))
+    reader = _reader(spark, spec).schema(StructType(_text_fields(["value", *folders_needed])))
     texts_df = reader.text(spec.path, wholetext=is_whole)
     text = F.make_valid_utf8("value")
     texts_df = texts_df.select(text.alias(_TEXT), F.input_file_name().alias(_FILE), *map(_column, folders_needed))
@@ -314,7 +324,7 @@ def _place(spark: SparkSession, file: str, text: str) -> str | None:
     """File and line of a record of text; None where it is not found."""
     first = text.splitlines()[0] if text else ""
     try:
-        lines = spark.read.text(unquote(file)).rdd.zipWithIndex()
+        lines = spark.read.options(**AS_IT_IS).text(unquote(file)).rdd.zipWithIndex()
         found = lines.filter(lambda line: line[0]["value"][:_MOST_EXAMPLE] == first).take(1)
     except (PySparkException, Py4JJavaError):
         return None

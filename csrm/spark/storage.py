@@ -165,6 +165,20 @@ def require_one_place(spark: SparkSession, path: str) -> None:
         )
 
 
+PATTERN_CHARACTERS = frozenset("*?[]{}\\")
+"""Spark's readers take a path with one of these for a pattern."""
+AS_IT_IS = {"__globPaths__": "false"}
+"""Option of Spark's readers that takes a path as it is, whatever characters it has."""
+
+
+def path_options(spark: SparkSession, path: str) -> dict[str, str]:
+    """Options of Spark's readers for a path: one that exists as it is written is no pattern."""
+    if PATTERN_CHARACTERS.isdisjoint(path):
+        return {}
+    hadoop_path, files = _hadoop_path(spark, path)
+    return AS_IT_IS if files.exists(hadoop_path) else {}
+
+
 def delete_table(spark: SparkSession, path: str) -> None:
     """Delete a table's folder and all that is in it, where there is one."""
     folder, files = _hadoop_path(spark, path)

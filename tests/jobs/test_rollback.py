@@ -45,7 +45,7 @@ def market_rows(spark: SparkSession, path: str, market: str, version: int | None
 def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tables_dir = str(tmp_path)
+    tables_dir = str(tmp_path / "tables [old] {a,b}*")  # no pattern
     path = table_path(tables_dir, RELEVANCE_SCORES)
     publish_nights(spark, tables_dir)
     wanted, kr, version = market_rows(spark, path, HOSTILE_MARKET, 2), market_rows(spark, path, "kr"), 4

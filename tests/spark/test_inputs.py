@@ -17,6 +17,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES
 from csrm.spark.inputs import read_input
+from csrm.spark.storage import file_states
 
 pytestmark = pytest.mark.spark
 
@@ -172,6 +173,27 @@ def test_rows_without_a_market_are_found_whatever_markets_are_asked_for(spark: S
 def test_a_path_that_does_not_exist_is_an_input_error(spark: SparkSession, tmp_path: Path, format_: str) -> None:
     with pytest.raises(InputError, match=r"nothing.*(found none|PATH_NOT_FOUND)"):
         read_input(spark, CATALOG, InputSpec(path=str(tmp_path / "nothing"), format=format_))
+
+
+@pytest.mark.parametrize("format_", ["delta", "parquet", "csv", "json", "orc"])
+def test_a_path_that_exists_as_it_is_written_is_no_pattern(spark: SparkSession, tmp_path: Path, format_: str) -> None:
+    folder = tmp_path / "new [x] {a,b} st*r? 100%, 2" / "queries"
+    row_df = spark.sql(r"SELECT 'kr' AS market, 'q1' AS query_id, 'tea\npot' AS query")
+    row_df.write.format(format_).option("header", "true").save(str(folder))
+    if format_ == "parquet":  # files of two layouts are read one by one
+        spark.sql("SELECT 'kr' AS market, 2L AS query_id, 'pot' AS query").write.mode("append").parquet(str(folder))
+    options = {"header": "true"} if format_ == "csv" else {}
+    read = read_input(spark, QUERIES, InputSpec(path=str(folder), format=format_, options=options))
+    assert ("kr", "q1", "tea\npot") in [tuple(row)[:3] for row in read.df.collect()]
+    assert None not in file_states(spark, list(read.files)).values()
+
+
+def test_a_path_that_does_not_exist_may_be_a_pattern(spark: SparkSession, tmp_path: Path) -> None:
+    for day in ("monday", "tuesday", "other"):
+        row_df = spark.sql(f"SELECT 'kr' AS market, '{day}' AS query_id, 'tea' AS query")
+        row_df.write.parquet(str(tmp_path / day))
+    read = read_input(spark, QUERIES, InputSpec(path=str(tmp_path / "{mon,tues}da[xy]"), format="parquet"))
+    assert sorted(row["query_id"] for row in read.df.collect()) == ["monday", "tuesday"]
 
 
 def test_an_unknown_format_and_a_broken_file_are_input_errors(spark: SparkSession, tmp_path: Path) -> None:
