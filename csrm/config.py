@@ -79,7 +79,7 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
     try:
         return settings_class.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(details) for details in error.errors()]
+        problems = problems_of(error)
         raise ConfigError(
             f"config {str(path)!r}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems)
         ) from error
@@ -145,6 +145,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values[last] = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """One line for each value that is wrong: its place, what was expected, and what it is."""
+    return [_describe(details) for details in error.errors()]
 
 
 def _describe(details: Any) -> str:

@@ -22,7 +22,7 @@ class FileEntry(Settings):
 
     sha256: str
     """In hexadecimal."""
-    bytes: int
+    bytes: int = Field(ge=0)
 
 
 class Manifest(Settings):
@@ -160,6 +160,10 @@ def verify_manifest(folder: str | Path, kind: str) -> str:
 
 
 def _changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    if links := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink()):
+        return [
+            f"{name} is a symbolic link, whose target may change or stay behind; put the file there" for name in links
+        ]
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST_NAME}
     problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
     problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from csrm.config import Settings
 from csrm.scoring.labels import Label
@@ -15,6 +15,9 @@ MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.json"
 PLOT_NAME = "precisions.png"
+MOST_PACK_TOKENS = 2**20
+MOST_TOLERANCE = 0.5
+"""Of scores, which are in [0, 1]: with more, a comparison proves nothing."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
@@ -29,8 +32,8 @@ class Estimate(Settings):
 class Quality(Settings):
     """How well the scores of one precision rank labelled pairs, against those of fp32."""
 
-    num_pairs: int
-    num_queries: int
+    num_pairs: int = Field(ge=0)
+    num_queries: int = Field(ge=0)
     auc: float
     """ROC-AUC of the label with the highest gain."""
     ndcg: float
@@ -51,11 +54,11 @@ class PrecisionReport(Settings):
     precision: Precision
     recipe: str
     """How its weights are stored and multiplied."""
-    num_bytes: int
+    num_bytes: int = Field(ge=0)
     """Size of the graph with its weights; 0 where no graph was made."""
-    pairs_per_s: float
+    pairs_per_s: float = Field(ge=0)
     """Speed on the machine of the export, 0 where it did not run; compare within one bundle only."""
-    pack_spread: float | None
+    pack_spread: float | None = Field(ge=0)
     """Largest difference of one pair's score between 20 packs; None where the gate had refused it before."""
     quality: Quality | None = None
     """None where no labelled pairs were given."""
@@ -68,7 +71,7 @@ class PrecisionReport(Settings):
 class Parity(Settings):
     """How far the exported fp32 graph is from the trained model, over the same real pairs."""
 
-    num_pairs: int
+    num_pairs: int = Field(ge=0)
     largest_score_difference: float
     largest_logit_difference: float
     logit_margin_std: float
@@ -104,16 +107,16 @@ class BundleSettings(Settings):
 
     format_version: int = FORMAT_VERSION
     template_version: int = TEMPLATE_VERSION
-    labels: tuple[Label, ...]
+    labels: tuple[Label, ...] = Field(min_length=2)
     budgets: Budgets
-    pack_tokens: int
+    pack_tokens: int = Field(le=MOST_PACK_TOKENS)
     """Most tokens of a pack."""
     precision: Precision
     device: str
     """Device that it was proven on: cpu or cuda."""
-    pack_tolerance: float
+    pack_tolerance: float = Field(ge=0, le=MOST_TOLERANCE)
     """How far one pair's score may differ between two packs, or two runs."""
-    golden_tolerance: float
+    golden_tolerance: float = Field(ge=0, le=MOST_TOLERANCE)
     """How far a golden pair's score may be from that of the trained model."""
     golden_source: str
     """What computed the golden scores."""

@@ -17,8 +17,9 @@ from csrm.bundle.contents import (
     made_with,
 )
 from csrm.bundle.golden import GoldenPairs, check_golden_pairs
+from csrm.config import problems_of
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import load_manifest
+from csrm.manifest import MANIFEST_NAME, load_manifest
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -99,8 +100,17 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
             )
     try:
         settings = BundleSettings.model_validate(manifest.about)
-    except (ValidationError, ConfigError) as error:
+    except ConfigError as error:
         raise BundleError(f"{where}: does not describe a bundle: {error}") from error
+    except ValidationError as error:
+        problems = "\n".join(problems_of(error))
+        raise BundleError(f"{where}: {MANIFEST_NAME} does not describe a bundle:\n{problems}") from error
+    measured = sorted({report.precision for report in settings.precisions if report.pairs_per_s})
+    if settings.precision not in measured:
+        raise BundleError(
+            f"{where}: {MANIFEST_NAME}: precision is {settings.precision}, expected one that precisions measured: "
+            f"{measured}. Export the model again."
+        )
     return Bundle(folder, settings, manifest.digest, sum(entry.bytes for entry in manifest.files.values()))
 
 

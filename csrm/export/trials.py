@@ -17,6 +17,7 @@ from csrm.bundle.contents import (
     BUNDLE_KIND,
     GOLDEN_NAME,
     MODEL_NAME,
+    MOST_TOLERANCE,
     PLOT_NAME,
     TOKENIZER_NAME,
     BundleSettings,
@@ -129,8 +130,10 @@ def write_best_precision(
         update={
             "precision": best.recipe.precision,
             "precisions": tuple(reports),
-            "pack_tolerance": max(MIN_PACK_TOLERANCE, 2 * (best.report.pack_spread or 0.0)),
-            "golden_tolerance": SCORE_TOLERANCE if best.recipe.bits == 32 else max(SCORE_TOLERANCE, 2 * float(shift)),
+            "pack_tolerance": min(MOST_TOLERANCE, max(MIN_PACK_TOLERANCE, 2 * (best.report.pack_spread or 0.0))),
+            "golden_tolerance": SCORE_TOLERANCE
+            if best.recipe.bits == 32
+            else min(MOST_TOLERANCE, max(SCORE_TOLERANCE, 2 * float(shift))),
         }
     )
     with logged_step("golden pairs in the finished bundle"):

@@ -91,6 +91,13 @@ def test_the_digest_depends_on_the_settings(bundle_copy: Path) -> None:
         ({"surprise": 1}, "does not describe a bundle"),
         ({"labels": 3}, "does not describe a bundle"),
         ({"labels": [{"name": "a", "token": " a", "gain": 2.0}]}, "does not describe a bundle.*its gain is 2"),
+        ({"labels": []}, "labels: .* at least 2"),
+        ({"golden_tolerance": 1e9}, r"golden_tolerance: .* less than or equal to 0.5 \(got 1000000000.0\)"),
+        ({"golden_tolerance": -1e-4}, "golden_tolerance: .* greater than or equal to 0"),
+        ({"pack_tolerance": float("nan")}, "pack_tolerance: .* a finite number"),
+        ({"pack_tokens": 10**9}, "pack_tokens: .* less than or equal to 1048576"),
+        ({"precisions": []}, r"precision is fp32, expected one that precisions measured: \[\]"),
+        ({"budgets": {"query": -3}}, "budgets.*query is -3"),
     ],
 )
 def test_settings_of_another_version_are_refused(bundle_copy: Path, changes: dict[str, Any], message: str) -> None:
@@ -98,8 +105,26 @@ def test_settings_of_another_version_are_refused(bundle_copy: Path, changes: dic
         load_bundle(sealed(bundle_copy, **changes))
 
 
+@pytest.mark.parametrize("name", [*FILES, "more"])
+def test_a_link_in_a_bundle_is_refused_and_a_link_to_it_is_not(bundle_copy: Path, name: str) -> None:
+    outside = bundle_copy.parent / "outside"
+    if name == "more":
+        outside.mkdir()
+    else:
+        (bundle_copy / name).rename(outside)
+    (bundle_copy.parent / "current").symlink_to(bundle_copy, target_is_directory=True)
+    (bundle_copy / name).symlink_to(outside)
+    with pytest.raises(BundleError, match=f"{name} is a symbolic link"):
+        load_bundle(bundle_copy)
+    (bundle_copy / name).unlink()
+    if name != "more":
+        outside.rename(bundle_copy / name)
+    assert load_bundle(bundle_copy.parent / "current").digest == load_bundle(bundle_copy).digest
+
+
 def test_a_bfloat16_bundle_is_refused_on_the_cpu_with_the_way_out(bundle_copy: Path) -> None:
-    sealed(bundle_copy, precision="bf16")
+    report = load_bundle(bundle_copy).settings.report.model_dump()
+    sealed(bundle_copy, precision="bf16", precisions=[{**report, "precision": "bf16"}])
     assert load_bundle(bundle_copy).settings.precision == "bf16"
     with pytest.raises(BundleError, match=r"is bf16, which .* on GPUs only; got device 'cpu'\. Score with device cuda"):
         load_scorer(bundle_copy, "cpu")
