@@ -25,8 +25,7 @@ from csrm.bundle.contents import (
 )
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, load_bundle
-from csrm.errors import BundleError, ConfigError
-from csrm.export.families import check_model, check_weights
+from csrm.errors import BundleError
 from csrm.export.graph_files import check_locations
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
@@ -37,6 +36,7 @@ from csrm.scoring.runtime import graph_tensors, load_pack_scorer, require_device
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.model.base import BaseModel, load_language_model
+from csrm.training.model.families import check_model, check_tokens, check_weights
 from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.trained import MODEL_KIND, ModelCard, load_trained
 
@@ -159,13 +159,8 @@ def _matching_tokenizer(path: Path, card: ModelCard, model: PackedRelevanceModel
     Raises:
         ConfigError: the tokenizer knows tokens that the model has no embedding for.
     """
-    num_tokens = Tokenizer.from_file(str(path)).get_vocab_size()
     num_embeddings = model.language_model.get_input_embeddings().weight.shape[0]
-    if num_tokens > num_embeddings:
-        raise ConfigError(
-            f"model {card.base_model}: the tokenizer has {num_tokens} tokens, but the model has embeddings of "
-            f"{num_embeddings}. Is it another model's tokenizer? Train the model again."
-        )
+    check_tokens(Tokenizer.from_file(str(path)), num_embeddings, BaseModel(**card.base_model).name)
     return PromptTokenizer.from_file(path, card.budgets)
 
 

@@ -5,6 +5,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from csrm.manifest import check_replaceable, replace_folder
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -14,6 +16,7 @@ from csrm.training.dev_metrics import dev_metrics, evaluate_scored, scored_pairs
 from csrm.training.distillation.rounds import Distillation, RoundSetup, best_round, self_distill
 from csrm.training.distillation.soft_labels import label_issues
 from csrm.training.model.base import BaseModel
+from csrm.training.model.families import check_model
 from csrm.training.relevance import RelevanceStage, read_phrasebook
 from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
 from csrm.training.settings import TrainConfig
@@ -36,7 +39,8 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
 
     Raises:
         InputError: a table cannot be read, has problems, or lacks what a step needs.
-        ConfigError: model_dir holds something else, the base model is missing, or a loss is not a number.
+        ConfigError: model_dir holds something else, the base model is missing or broken or of a family that cannot be
+            exported, or a loss is not a number.
 
     Example:
         >>> from csrm.config import load_config
@@ -46,9 +50,9 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
         >>> result.evaluation.metrics  # doctest: +SKIP
     """
     check_replaceable(Path(config.model_dir), MODEL_KIND)
+    tokenizer = _checked_tokenizer(config)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         data = check_data(pairs, config)
-        tokenizer = PromptTokenizer.from_json(start_tokenizer_json(config.base_model), config.budgets)
         warn_of_unknown_scripts(pairs, tokenizer)
         translation = _translation(config, tokenizer)
         start: BaseModel | Path = config.base_model if translation is None else translation.model_dir
@@ -63,6 +67,21 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
         evaluation=None if scored is None else evaluate_scored(scored, config),
         report_path=write_report(config, scored, translation, distillation),
     )
+
+
+def _checked_tokenizer(config: TrainConfig) -> PromptTokenizer:
+    """The tokenizer of the base model, after checks of the base model's files and of the labels.
+
+    Raises:
+        ConfigError: the model's files are broken, it could not be exported, a token has no embedding, or a label is not
+            one token.
+    """
+    tokenizer_json = start_tokenizer_json(config.base_model)
+    prompt_tokens = config.budgets.prefix + config.budgets.suffix
+    check_model(config.base_model, prompt_tokens, tokenizer=Tokenizer.from_str(tokenizer_json))
+    tokenizer = PromptTokenizer.from_json(tokenizer_json, config.budgets)
+    tokenizer.label_ids(config.labels)
+    return tokenizer
 
 
 def _translation(config: TrainConfig, tokenizer: PromptTokenizer) -> TranslationResult | None:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from csrm.errors import ConfigError
-from csrm.export.families import check_config, check_model
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
 from csrm.scoring.packing import Group, PackBatch, build_packs
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PackScorer
 from csrm.training.model.base import BaseModel
+from csrm.training.model.families import check_config, check_model
 from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
 from tests.training.model.test_relevance import MISTAKES
 
@@ -244,5 +245,5 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"got pickles \['pytorch_model\.bin'\].* call save_pretrained"):
         check_model(BaseModel(folder=str(tmp_path)), PROMPT_TOKENS)
-    (tmp_path / "model.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     check_model(BaseModel(folder=str(tmp_path)), PROMPT_TOKENS)

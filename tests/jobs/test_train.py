@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,6 +320,20 @@ def test_bad_settings_end_with_exit_code_2_and_their_reason(
 ) -> None:
     assert run_job(train.main, setting_arguments(**{**settings, **change})) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_broken_base_model_ends_with_exit_code_2_before_any_table_is_read(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(settings["base_model"]["folder"], tmp_path / "base"))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    changes = {"base_model": {"folder": str(folder)}, "model_dir": str(tmp_path / "model")}
+    inputs = {name: {"path": "nowhere"} for name in ("judgments", "queries", "catalog")}
+    assert run_job(train.main, setting_arguments(**{**settings, **changes, "inputs": inputs})) == 2
+    message = capsys.readouterr().err
+    assert "it was cut off, or is still being copied" in message
+    assert "nowhere" not in message
+    assert not list(tmp_path.glob("model*"))
 
 
 def test_an_export_without_a_market_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

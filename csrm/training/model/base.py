@@ -13,6 +13,8 @@ from transformers.convert_slow_tokenizer import generate_merges
 from csrm.config import Settings
 from csrm.errors import ConfigError
 
+_MOST_REASON = 300
+
 
 class BaseModel(Settings):
     """Where the base model is."""
@@ -52,25 +54,65 @@ class BaseModel(Settings):
 
 
 def load_language_model(base_model: BaseModel) -> PreTrainedModel:
-    """The causal language model in float32, with scaled-dot-product attention."""
+    """The causal language model in float32, with scaled-dot-product attention.
+
+    Raises:
+        ConfigError: its files are missing, broken, or do not hold all weights that its configuration asks for.
+    """
     source = base_model.source()
     if base_model.gguf_file is None:
         source["use_safetensors"] = True
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    return model
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:  # each kind of broken file has an error of its own
+        raise ConfigError(
+            f"base_model {base_model.name!r}: its weights cannot be read: {_reason(error)}. Copy the model again."
+        ) from error
+    if absent := sorted(loading["missing_keys"]):  # transformers would make random ones
+        raise ConfigError(
+            f"base_model {base_model.name!r}: its files lack {len(absent)} weights of the model that its configuration "
+            f"describes, such as {absent[0]}. Are config.json and the weights of one model?"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def load_tokenizer(base_model: BaseModel) -> Tokenizer:
-    """The model's fast tokenizer."""
+    """The model's fast tokenizer.
+
+    Raises:
+        ConfigError: its files are missing or broken, or make none that is fast.
+    """
     source = base_model.source()
+    try:
+        tokenizer = _fast_tokenizer(base_model, source)
+    except Exception as error:  # each kind of broken file has an error of its own
+        raise ConfigError(
+            f"base_model {base_model.name!r}: its tokenizer cannot be read: {_reason(error)}. The folder needs the "
+            "model's tokenizer.json, or the files that transformers makes one of. Copy them from the same model."
+        ) from error
+    if not tokenizer.get_vocab_size():
+        raise ConfigError(
+            f"base_model {base_model.name!r}: its tokenizer has no tokens. Copy tokenizer.json from the same model."
+        )
+    return tokenizer
+
+
+def _fast_tokenizer(base_model: BaseModel, source: dict[str, Any]) -> Tokenizer:
     if base_model.gguf_file is not None:
         rebuilt = _gemma_tokenizer(Path(source["pretrained_model_name_or_path"]) / base_model.gguf_file)
         if rebuilt is not None:
             return rebuilt
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**source, use_fast=True).backend_tokenizer
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = (str(error).strip().splitlines() or [""])[0].strip().rstrip(".:")
+    return f"{text[:_MOST_REASON] or 'no reason given'} ({type(error).__name__})"
 
 
 def sliding_window(config: Any) -> int | None:

@@ -1,12 +1,14 @@
-"""Model families that can be exported: those whose packed graph is proven by tests against plain forward passes."""
+"""Model families that can be trained and exported: those whose packed graph is proven against plain forward passes."""
 
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from csrm.errors import ConfigError
 from csrm.training.model.base import BaseModel
+from csrm.training.model.weight_files import tensor_shapes
 
 FAMILIES = {
     "qwen2": "Qwen2 and Qwen2.5",
@@ -21,25 +23,52 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def check_model(base_model: BaseModel, prompt_tokens: int) -> None:
-    """Refuse a model that would not be exported right, from its configuration alone.
+def check_model(base_model: BaseModel, prompt_tokens: int, *, tokenizer: Tokenizer | None = None) -> None:
+    """Refuse a model that would not be exported right, before any weight is read.
 
     Args:
+        base_model: where it is.
         prompt_tokens: most tokens of a prompt.
+        tokenizer: the one that it is used with; None: it is not checked.
 
     Raises:
-        ConfigError: another family, or a setting of it that packs do not honour; weights in a pickle only.
+        ConfigError: another family, or a setting of it that packs do not honour; weights in a pickle only; files of
+            weights that are missing or cut off; fewer embeddings than the tokenizer has tokens.
     """
     source = base_model.source()
-    if base_model.folder is not None and base_model.gguf_file is None:
-        check_weights(Path(base_model.folder))
+    is_folder = base_model.folder is not None and base_model.gguf_file is None
+    if is_folder:
+        check_weights(Path(base_model.folder or ""))
     try:
         config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # each kind of broken file has an error of its own
         raise ConfigError(
             f"model {base_model.name!r}: {_supported()} Its configuration cannot be read: {error}"
         ) from error
     check_config(config, prompt_tokens)
+    shapes = tensor_shapes(Path(base_model.folder or "")) if is_folder else {}
+    embeddings = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
+    if tokenizer is not None:
+        check_tokens(tokenizer, embeddings[0] if embeddings else config.vocab_size, base_model.name)
+
+
+def check_tokens(tokenizer: Tokenizer, num_embeddings: int, name: str) -> None:
+    """Refuse a tokenizer of another model.
+
+    Args:
+        tokenizer: the tokenizer.
+        num_embeddings: rows of the model's input embeddings.
+        name: of the model, for the message.
+
+    Raises:
+        ConfigError: a token has no embedding.
+    """
+    token, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if largest >= num_embeddings:
+        raise ConfigError(
+            f"model {name!r}: the tokenizer has tokens up to id {largest} ({token!r}), but the model has "
+            f"{num_embeddings} embeddings. Is it another model's tokenizer?"
+        )
 
 
 def check_config(config: Any, prompt_tokens: int) -> None:
@@ -55,6 +84,8 @@ def check_config(config: Any, prompt_tokens: int) -> None:
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model of type {config.model_type!r}: {_supported()} Train from one of these.")
     problems = []
+    if getattr(config, "quantization_config", None):
+        problems.append("its weights are quantized (quantization_config), expected those of 16 or 32 bits")
     if getattr(config, "attn_logit_softcapping", None):
         problems.append(f"attn_logit_softcapping is {config.attn_logit_softcapping}, expected none")
     if getattr(config, "use_bidirectional_attention", False):
@@ -66,7 +97,7 @@ def check_config(config: Any, prompt_tokens: int) -> None:
             f"a prompt may take {prompt_tokens} tokens, but the model was made for {config.max_position_embeddings}"
         )
     if problems:
-        raise ConfigError(f"model of type {config.model_type!r} cannot be exported: {'; '.join(problems)}.")
+        raise ConfigError(f"model of type {config.model_type!r} cannot be trained and exported: {'; '.join(problems)}.")
 
 
 def check_weights(folder: Path) -> None:
