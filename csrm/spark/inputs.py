@@ -26,6 +26,7 @@ from csrm.conversions import (
 from csrm.errors import InputError
 from csrm.schemas import Table
 from csrm.spark.conversions import converted, json_example
+from csrm.spark.session import require_names, require_names_on_executors
 from csrm.spark.sources import Source, open_sources, reason
 from csrm.spark.storage import FileState, file_states
 
@@ -103,8 +104,12 @@ def read_inputs(
         Name of each table to its input.
 
     Raises:
+        ConfigError: a path or a market has letters that the driver's or an executor's JVM cannot write in file names.
         InputError: the problems of all tables in one message.
     """
+    names = [*(spec.path for spec in specs.values()), *(markets or ())]
+    require_names(spark, names)
+    require_names_on_executors(spark, names)
     with ThreadPoolExecutor() as pool:  # Spark runs their scans side by side
         reads = {table.name: pool.submit(read_input, spark, table, spec, markets) for table, spec in specs.items()}
     errors = [error for read in reads.values() if (error := read.exception()) is not None]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyspark
 from delta import configure_spark_with_delta_pip
@@ -83,16 +84,46 @@ def require_names(spark: SparkSession, names: Iterable[str]) -> None:
     Raises:
         ConfigError: its file names are ASCII, as in a POSIX locale, and a name is not.
     """
-    foreign = sorted({name for name in names if not name.isascii()})
+    foreign = _foreign(names)
     jvm = spark.sparkContext._jvm
     assert jvm is not None
     encoding = str(jvm.java.lang.System.getProperty("sun.jnu.encoding"))
-    if foreign and encoding.upper().replace("-", "") != "UTF8":
+    if foreign and not _is_utf8(encoding):
         raise ConfigError(
             f"Spark session: file names of its JVM are {encoding}, in which {foreign} cannot be written. Start Spark "
             "with LC_ALL=C.UTF-8 in the environment of the driver and of its executors "
             "(spark.executorEnv.LC_ALL=C.UTF-8)."
         )
+
+
+def require_names_on_executors(spark: SparkSession, names: Iterable[str]) -> None:
+    """Check the same of the executors' JVMs, by a job that is run where a name is not ASCII and executors are apart.
+
+    Raises:
+        ConfigError: file names of an executor are ASCII, and a name is not.
+    """
+    foreign = _foreign(names)
+    context: Any = spark.sparkContext
+    if not foreign or context._jsc.sc().isLocal():
+        return
+    num_tasks = context.defaultParallelism
+    asked_df = spark.range(0, num_tasks, 1, num_tasks).selectExpr(
+        "reflect('java.lang.System', 'getProperty', 'sun.jnu.encoding') AS encoding"
+    )
+    wrong = sorted({row["encoding"] for row in asked_df.collect() if not _is_utf8(row["encoding"])})
+    if wrong:
+        raise ConfigError(
+            f"Spark session: file names of executors are {wrong[0]}, in which {foreign} cannot be read or written. Set "
+            "spark.executorEnv.LC_ALL=C.UTF-8 (--conf spark.executorEnv.LC_ALL=C.UTF-8 of spark-submit)."
+        )
+
+
+def _foreign(names: Iterable[str]) -> list[str]:
+    return sorted({name for name in names if not name.isascii()})
+
+
+def _is_utf8(encoding: str) -> bool:
+    return encoding.upper().replace("-", "") == "UTF8"
 
 
 def _local_profile(master: str) -> dict[str, str]:

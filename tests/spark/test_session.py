@@ -7,7 +7,10 @@ import sys
 import pytest
 from pyspark.sql import SparkSession
 
+from csrm.config import InputSpec
 from csrm.errors import ConfigError
+from csrm.schemas import CATALOG
+from csrm.spark.inputs import read_inputs
 from csrm.spark.session import require_names
 
 pytestmark = pytest.mark.spark
@@ -17,6 +20,18 @@ from csrm.spark.session import build_session, require_names
 spark = build_session("test")
 require_names(spark, ["日本"])
 print(spark.sparkContext.master, spark.conf.get("spark.sql.session.timeZone"))
+"""
+
+ON_EXECUTORS = """
+from csrm.errors import ConfigError
+from csrm.spark.session import build_session, require_names, require_names_on_executors
+spark = build_session("test")
+require_names(spark, ["日本"])
+require_names_on_executors(spark, ["kr"])
+try:
+    require_names_on_executors(spark, ["日本", "kr"])
+except ConfigError as error:
+    print(error)
 """
 
 
@@ -31,6 +46,32 @@ def test_names_that_the_jvm_cannot_write_are_refused_with_the_way_out(spark: Spa
             require_names(spark, ["kr", "台灣", "/data/büro"])
     finally:
         system.setProperty("sun.jnu.encoding", encoding)
+
+
+def test_inputs_at_paths_that_the_jvm_cannot_read_are_refused_with_the_way_out(spark: SparkSession) -> None:
+    system = spark.sparkContext._jvm.java.lang.System
+    encoding = system.getProperty("sun.jnu.encoding")
+    system.setProperty("sun.jnu.encoding", "ANSI_X3.4-1968")
+    try:
+        with pytest.raises(ConfigError, match=r"\['/data/büro/catalog', '日本'\] cannot be written"):
+            read_inputs(spark, {CATALOG: InputSpec(path="/data/büro/catalog")}, ["日本", "us"])
+    finally:
+        system.setProperty("sun.jnu.encoding", encoding)
+
+
+@pytest.mark.slow
+def test_executors_that_cannot_write_a_name_are_found() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LANG"}
+    master = "local-cluster[1,1,1024]"
+    settings = "--conf spark.executor.memory=1g --conf spark.executorEnv.LC_ALL=POSIX --conf spark.driver.memory=1g"
+    environment |= {"LC_ALL": "C.UTF-8", "PYSPARK_SUBMIT_ARGS": f"--master {master} {settings} pyspark-shell"}
+
+    finished = subprocess.run(
+        [sys.executable, "-c", ON_EXECUTORS], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert finished.returncode == 0, finished.stderr
+    assert "file names of executors are ANSI_X3.4-1968, in which ['日本'] cannot be read or written" in finished.stdout
 
 
 @pytest.mark.slow
