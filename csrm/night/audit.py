@@ -30,7 +30,10 @@ class Bound(Settings):
 
 
 class AuditLimits(Settings):
-    """Bounds of the audit; each holds for every market on its own. Shares are in [0, 1]."""
+    """Bounds of the audit; each holds for every market on its own. Shares are in [0, 1].
+
+    A check is called as its bound; those of distributions have `drift.` before it.
+    """
 
     rejected_share: Bound = Bound(limit=0.05)
     """Most candidates that could not be scored."""
@@ -251,14 +254,14 @@ def _shares(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult
     """Checks of how many pairs, queries and products there are."""
     for name, part, whole, limit, text in (
         (
-            "rejected",
+            "rejected_share",
             outcome.num_rejected,
             outcome.num_candidates,
             limits.rejected_share,
             "candidate pairs cannot be scored",
         ),
         (
-            "deleted",
+            "deleted_share",
             outcome.num_deleted,
             outcome.num_published,
             limits.deleted_share,
@@ -310,7 +313,9 @@ def _changed(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResul
         for name in {*outcome.grades_before, *outcome.grades_after}
     )
     sentence = f"The share of predicted grade {grade!r} among all pairs moves by {shift:.3f}, more than any other."
-    yield _at_most(outcome, "drift.grades", shift, limits.grade_shift, sentence, total_after >= limits.fewest_pairs)
+    yield _at_most(
+        outcome, "drift.grade_shift", shift, limits.grade_shift, sentence, total_after >= limits.fewest_pairs
+    )
 
 
 def _new_bundle(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult]:
@@ -330,7 +335,7 @@ def _new_bundle(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditRe
         sentence = (
             f"The bundle is new: nDCG@10 over judged pairs is {after:.3f}, that of the published scores {before:.3f}."
         )
-        yield _at_most(outcome, "drift.ndcg", before - after, limits.ndcg_loss, sentence)
+        yield _at_most(outcome, "drift.ndcg_loss", before - after, limits.ndcg_loss, sentence)
 
 
 def _new_pairs(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult]:

@@ -13,7 +13,7 @@ from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
 from csrm.spark.tables import table_path, table_version
 
-_SCORED = ("relevance_score", "predicted_grade", "bundle_digest", "scored_at")
+_SCORED = ("scored_at", "relevance_score", "predicted_grade", "bundle_digest")
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
 
 
 def newest_scores(staged_df: DataFrame) -> DataFrame:
-    """The newest staged score of each pair and key; pairs that could not be scored are left out.
+    """The newest staged score of each pair and key, of those of one instant the largest; failed pairs are left out.
 
     Args:
         staged_df: columns of scores_staging.
 
     Returns:
-        market, query_id, product_id, pair_key, relevance_score, predicted_grade, bundle_digest, scored_at.
+        market, query_id, product_id, pair_key, scored_at, relevance_score, predicted_grade, bundle_digest.
     """
-    newest = F.max_by(F.struct(*_SCORED), "scored_at").alias("newest")
+    newest = F.max(F.struct(*_SCORED)).alias("newest")
     scored_df = staged_df.where(F.col("reason").isNull())
     return scored_df.groupBy(*PAIR_KEY, "pair_key").agg(newest).select(*PAIR_KEY, "pair_key", "newest.*")
 

@@ -52,6 +52,7 @@ from csrm.night.runs import (
     read_open_staging,
     read_run_rows,
     record_end,
+    record_lost,
     record_run,
     scoring_rate,
     write_run_rows,
@@ -161,14 +162,18 @@ def run_night(
         if earlier is not None and (num_rows := discard_distrusted(spark, config.tables, earlier)):
             text = f"run {run_id}: its canary had failed; its {num_rows:,} staged scores are made anew."
             console.say("distrusted", text, run_id=run_id, num_rows=num_rows)
-        with errors_of_workers(), errors_of_inputs(spark, context.inputs):
-            plan = plan_run(context)
-            scored = score_run(context, plan)
-            canaries = compare_canaries(context, scored)
-            changes_df = run_changes(scored.planned_df, context.published_df, scored.staged_df, run_id)
-            with persisted(changes_df):
-                audit = audit_run(context, scored, canaries, changes_df)
-                return publish_run(context, scored, audit, changes_df)
+        try:
+            with errors_of_workers(), errors_of_inputs(spark, context.inputs):
+                plan = plan_run(context)
+                scored = score_run(context, plan)
+                canaries = compare_canaries(context, scored)
+                changes_df = run_changes(scored.planned_df, context.published_df, scored.staged_df, run_id)
+                with persisted(changes_df):
+                    audit = audit_run(context, scored, canaries, changes_df)
+                    return publish_run(context, scored, audit, changes_df)
+        except LeaseError:
+            record_lost(spark, config.tables, context.first_row())
+            raise
 
 
 def plan_run(context: RunContext) -> RunPlan:

@@ -93,6 +93,21 @@ def record_end(
     record_run(spark, tables_dir, {**run, **end}, keep_published=verdict not in PUBLISHED)
 
 
+def record_lost(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> None:
+    """Write the end of a run that lost a lease, where its row is still the one that it wrote when it began.
+
+    Args:
+        spark: the session.
+        tables_dir: folder of CSRM's tables.
+        run: the row as it was when the run began.
+    """
+    own_df = read_run_rows(spark, SCORING_RUNS, tables_dir, run["run_id"]).where(
+        (F.col("verdict") == "running") & (F.col("started_at") == F.lit(run["started_at"]))
+    )
+    if not own_df.isEmpty():  # else a successor of the same id has written its own
+        record_end(spark, tables_dir, run, "superseded")
+
+
 def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:
     """The row of a run, or None."""
     if not table_exists(spark, table_path(tables_dir, SCORING_RUNS)):

@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
+from csrm.night.publish import newest_scores
 from csrm.operations.findings import (
     MOST_CHARACTERS,
     NUM_PLOT_BINS,
@@ -352,13 +353,7 @@ def _staged(spark: SparkSession, tables_dir: str) -> DataFrame:
         staged_df = read_table(spark, SCORES_STAGING, path)
     else:
         staged_df = spark.createDataFrame([], spark_schema(SCORES_STAGING))
-    order = F.struct("scored_at", *_VALUES)
-    return (
-        staged_df.where("reason IS NULL")
-        .groupBy(*_KEY, "pair_key")
-        .agg(F.max(order).alias("best"))
-        .select(*_KEY, "pair_key", "best.relevance_score", "best.predicted_grade")
-    )
+    return newest_scores(staged_df)
 
 
 def _run_pairs(spark: SparkSession, tables_dir: str, run_id: str) -> DataFrame | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -23,7 +22,7 @@ from csrm.night.runs import (
     read_newest,
     read_open_staging,
     read_run_rows,
-    record_run,
+    record_end,
     require_run,
 )
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
@@ -70,8 +69,8 @@ def publish_rejected(
             num_changes = count_changes(changes_df)
             publication = publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
         verdict = "published" if num_changes else "already_published"
-        end = {"verdict": verdict, "published_version": publication.version, "finished_at": datetime.now(UTC)}
-        record_run(spark, config.tables, {**run, **end, "audit": results, "changes": publication.totals})
+        row = {**run, "audit": results, "changes": publication.totals}
+        record_end(spark, config.tables, row, verdict, publication.version)
         say_publication(console, verdict, run_id, publication, config.tables)
         return publication
 
@@ -90,7 +89,7 @@ def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, cons
                 f"run {run_id!r}: was published, which discarding would not undo. To go back to an earlier state: "
                 "jobs/rollback.py."
             )
-        record_run(spark, config.tables, {**run, "verdict": "discarded", "finished_at": datetime.now(UTC)})
+        record_end(spark, config.tables, run, "discarded")
         num_rows = discard_staging(spark, config.tables, run_id)
     expected = (run["num_scored"] or 0) + (run["num_reused"] or 0)
     if expected and not num_rows and run["verdict"] != "discarded":

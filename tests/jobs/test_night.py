@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from csrm.commands import publish, rollback, score_catalog
 from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night import run
 from csrm.night.leases import hold_leases
-from csrm.night.runs import read_run_rows, write_run_rows
+from csrm.night.runs import read_run_rows, record_run, require_run, write_run_rows
 from csrm.schemas import RUN_PAIRS
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -218,21 +219,21 @@ def test_a_rejected_run_is_repeated_reused_and_published_by_a_person(
     market.candidates = market.candidates[market.candidates["product_id"] != "p0"]
     market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
     strict = {"audit": {"deleted_share": 0.1}}
-    with pytest.raises(AuditError, match=r"deleted: 0\.1667, expected <= 0\.1\. 4 of 24 published rows would be"):
+    with pytest.raises(AuditError, match=r"deleted_share: 0\.1667, expected <= 0\.1\. 4 of 24 published rows would be"):
         market.score("second", **strict)
     assert said()["plan"]["num_to_score"] == 8
     assert {result["name"] for result in json.loads(market.run("second")["audit"]) if not result["passed"]} == {
-        "deleted"
+        "deleted_share"
     }
     assert market.scores().equals(before)
 
-    with pytest.raises(AuditError, match=r"jobs/publish.py --run-id second --accept deleted --reason"):
+    with pytest.raises(AuditError, match=r"jobs/publish.py --run-id second --accept deleted_share --reason"):
         market.score("second", **strict)
     assert (said()["plan"]["num_to_score"], market.run("second")["num_reused"]) == (0, 8)
 
-    with pytest.raises(ConfigError, match=r"no failed check is called so; those of this run are \['deleted'\]"):
+    with pytest.raises(ConfigError, match=r"no failed check is called so; those of this run are \['deleted_share'\]"):
         market.publish("--run-id", "second", "--accept", "drift", "--reason", "because")
-    assert market.publish("--run-id", "second", "--accept", "deleted", "--reason", "season is over") == 0
+    assert market.publish("--run-id", "second", "--accept", "deleted_share", "--reason", "season is over") == 0
     run = market.run("second")
     assert (run["verdict"], run["changes"]) == ("published", {"update": 8, "delete": 8})
     assert "season is over" in run["audit"]
@@ -240,7 +241,7 @@ def test_a_rejected_run_is_repeated_reused_and_published_by_a_person(
     assert len(after) == 40
     assert set(after["run_id"]) == {"first", "second"}
     with pytest.raises(ConfigError, match="expected a run that its audit rejected, it is published"):
-        market.publish("--run-id", "second", "--accept", "deleted", "--reason", "again")
+        market.publish("--run-id", "second", "--accept", "deleted_share", "--reason", "again")
 
     market.score("third", **strict)
     assert said()["plan"]["num_unchanged"] == 40
@@ -387,6 +388,28 @@ def test_a_run_that_lost_a_lease_writes_no_plan(
         market.score("second")
 
     assert market.table("run_pairs").query("run_id == 'second'").empty
+    assert market.run("second")["verdict"] == "superseded"
+
+
+def test_a_run_that_lost_its_lease_to_a_successor_of_its_id_leaves_the_row_of_that_one(
+    spark: SparkSession, scored_market: Market, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    market, plan_pairs = scored_market, run.plan_pairs
+    tables = str(market.folder / "tables")
+
+    def plan_while_the_successor_begins(*arguments: Any) -> DataFrame:
+        row = require_run(spark, tables, "second")
+        record_run(spark, tables, {**row, "started_at": row["started_at"] + timedelta(hours=1)})
+        folder = market.folder / "tables" / "_leases" / f"market={KR}"
+        newest = max(int(path.stem) for path in folder.glob("*.lease"))
+        (folder / f"{newest + 1}.lease").write_text(json.dumps({"owner": "run second", "at": time.time()}))
+        return plan_pairs(*arguments)
+
+    monkeypatch.setattr(run, "plan_pairs", plan_while_the_successor_begins)
+    with pytest.raises(LeaseError, match="lost its lease"):
+        market.score("second")
+
+    assert market.run("second")["verdict"] == "running"
 
 
 def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(
@@ -398,7 +421,7 @@ def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catal
     before = market.scores()
     market.catalog = market.catalog.iloc[:0]
 
-    with pytest.raises(AuditError, match=r"rejected: 1, expected <= 0\.\d+\. 24 of 24 candidate pairs"):
+    with pytest.raises(AuditError, match=r"rejected_share: 1, expected <= 0\.\d+\. 24 of 24 candidate pairs"):
         market.score("second", markets=markets)
 
     assert said()["rejected_pairs"]["no_product"] == 48

@@ -60,7 +60,7 @@ def test_a_run_like_the_night_before_passes_every_check() -> None:
     results = audit_market(GOOD, LIMITS)
 
     assert failed(GOOD) == set()
-    assert {result["name"] for result in results} >= {"complete", "canary", "drift.changed_psi", "drift.grades"}
+    assert {result["name"] for result in results} >= {"complete", "canary", "drift.changed_psi", "drift.grade_shift"}
     assert all(result["market"] == "tw" and result["sentence"].endswith(".") for result in results)
 
 
@@ -72,25 +72,33 @@ def test_a_run_like_the_night_before_passes_every_check() -> None:
         ({"num_repeated": 1}, "unique"),
         ({"num_not_finite": 1}, "finite"),
         ({"num_out_of_range": 1}, "in_range"),
-        ({"num_rejected": 60, "num_unchanged": 50}, "rejected"),
-        ({"num_deleted": 101}, "deleted"),
+        ({"num_rejected": 60, "num_unchanged": 50}, "rejected_share"),
+        ({"num_deleted": 101}, "deleted_share"),
         ({"num_covered_queries": 24}, "query_coverage"),
         ({"num_covered_products": 99}, "product_coverage"),
         ({"canary": Canary(100, 2e-5, 1e-5)}, "canary"),
         ({"canary": Canary(100, float("nan"), 1e-5)}, "canary"),
-        ({"grades_after": {"E": 751, "I": 249}}, "drift.grades"),
+        ({"grades_after": {"E": 751, "I": 249}}, "drift.grade_shift"),
         ({"is_new_bundle": True, "rank_agreement": 0.4}, "drift.rank_agreement"),
-        ({"is_new_bundle": True, "ndcg": (0.70, 0.67)}, "drift.ndcg"),
+        ({"is_new_bundle": True, "ndcg": (0.70, 0.67)}, "drift.ndcg_loss"),
     ],
 )
 def test_each_fault_fails_its_own_check(fault: dict[str, Any], name: str) -> None:
     assert failed(replace(GOOD, **fault)) == {name}
 
 
+def test_a_check_is_called_as_its_bound() -> None:
+    outcome = replace(GOOD, rank_agreement=0.9, ndcg=(0.70, 0.71), reused_canary=GOOD.canary)
+    results = audit_market(outcome, LIMITS) + audit_market(replace(outcome, is_new_bundle=True), LIMITS)
+    facts = {"complete", "not_empty", "unique", "finite", "in_range", "canary", "canary_reused"}
+    names = {result["name"].removeprefix("drift.") for result in results}
+    assert names - facts == set(AuditLimits.model_fields) - {"fewest_pairs"}
+
+
 def test_a_market_without_a_score_is_not_published() -> None:
     empty = replace(GOOD, num_unchanged=0, num_new=0, num_changed=0, num_rejected=1_000, num_published=0)
 
-    assert failed(empty) == {"not_empty", "rejected"}
+    assert failed(empty) == {"not_empty", "rejected_share"}
 
 
 def test_scores_that_moved_fail_and_too_few_of_them_are_not_judged() -> None:
@@ -112,8 +120,8 @@ def test_a_new_bundle_is_judged_by_its_order_and_not_by_its_scores() -> None:
     names = {result["name"] for result in audit_market(outcome, LIMITS)}
 
     assert failed(outcome) == set()
-    assert {"drift.rank_agreement", "drift.ndcg"} <= names
-    assert not names & {"drift.changed_psi", "drift.changed_ks", "drift.grades"}
+    assert {"drift.rank_agreement", "drift.ndcg_loss"} <= names
+    assert not names & {"drift.changed_psi", "drift.changed_ks", "drift.grade_shift"}
 
 
 def test_nothing_is_compared_where_nothing_was_published() -> None:
@@ -147,7 +155,7 @@ def test_a_person_accepts_what_failed_with_a_reason() -> None:
 
     accepted = accept(results, ["drift"], "new season")
 
-    assert {result["name"] for result in failures(accepted)} == {"deleted"}
+    assert {result["name"] for result in failures(accepted)} == {"deleted_share"}
     assert failures(accept(results, ["drift", "deleted"], "new season")) == []
     assert {result["name"] for result in accepted if result["accepted"] == "new season"} == {
         "drift.changed_psi",
