@@ -103,7 +103,8 @@ def read_table(spark: SparkSession, table: Table, path: str, version: int | None
         spark: the session.
         table: the declaration.
         path: the table's folder.
-        version: the frame holds this one; None: what is newest whenever it is computed.
+        version: the frame holds this one; None: what is newest whenever it is computed. Columns that a migration added
+            since are null in it.
 
     Raises:
         InputError: no such table or version, or it lacks columns.
@@ -114,6 +115,10 @@ def read_table(spark: SparkSession, table: Table, path: str, version: int | None
         _require_table(spark, path)
         table_df = spark.read.format("delta").load(path)
     missing = [name for name in table.column_names if name not in table_df.columns]
+    if version is not None and missing:
+        added = {field.name: F.lit(None).cast(field.dataType) for field in spark_schema(table) if field.nullable}
+        table_df = table_df.withColumns({name: added[name] for name in missing if name in added})
+        missing = [name for name in missing if name not in added]
     if missing:
         raise InputError(
             f"table {table.name} at {path!r}: missing columns {missing}; it has {table_df.columns}. "

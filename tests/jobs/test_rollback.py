@@ -1,6 +1,7 @@
 """Rolling one market back to what a run left, and rebuilding any published state, on a real Delta."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from pyspark.sql import functions as F
 from csrm.cli import setting_arguments
 from csrm.commands import rollback
 from csrm.errors import ConfigError, InputError
+from csrm.night import publish as night_publish
 from csrm.night.runs import require_run
+from csrm.operations import rollback as rollback_of
 from csrm.operations.maintenance import remove_old_files, set_retention
-from csrm.operations.rollback import published_runs, read_published_state
-from csrm.schemas import RELEVANCE_SCORES
+from csrm.operations.rollback import RollbackConfig, published_runs, read_published_state, roll_back
+from csrm.schemas import RELEVANCE_SCORES, Column
+from csrm.spark.migration import migrate_table
 from csrm.spark.storage import delete_table
 from csrm.spark.tables import read_table, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
@@ -142,3 +146,28 @@ def test_a_run_is_not_rolled_back_to_in_a_table_that_was_made_anew(spark: SparkS
             rollback.main(["--market", "kr", "--to-run", run_id, *setting_arguments(tables=tables_dir)])
 
     assert {row["run_id"] for row in market_rows(spark, path, "kr")} == {"n4"}
+
+
+def test_a_market_is_rolled_back_across_a_migration(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables_dir = str(tmp_path)
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    publish_nights(spark, tables_dir)
+    wanted, other = market_rows(spark, path, HOSTILE_MARKET, 2), market_rows(spark, path, "kr")
+    *columns, last = RELEVANCE_SCORES.columns
+    newer = replace(
+        RELEVANCE_SCORES, columns=(*columns, Column("note", "string", "New", required=False), last), schema_version=2
+    )
+    assert migrate_table(spark, newer, path) == ["note"]
+    DeltaTable.forPath(spark, path).update("product_id = 'p1'", {"note": "'written since'"})
+    for module in (rollback_of, night_publish):
+        monkeypatch.setattr(module, "RELEVANCE_SCORES", newer)
+
+    publication = roll_back(spark, RollbackConfig(tables=tables_dir), HOSTILE_MARKET, run_id="r1")
+
+    assert publication.totals == {"delete": 1, "insert": 1, "update": 2}
+    assert market_rows(spark, path, HOSTILE_MARKET) == wanted
+    notes_df = read_table(spark, newer, path).select("market", "note")
+    assert {tuple(row) for row in notes_df.collect()} == {(HOSTILE_MARKET, None), ("kr", "written since")}
+    assert market_rows(spark, path, "kr") == other

@@ -156,7 +156,7 @@ def test_a_person_accepts_what_failed_with_a_reason() -> None:
     accepted = accept(results, ["drift"], "new season")
 
     assert {result["name"] for result in failures(accepted)} == {"deleted_share"}
-    assert failures(accept(results, ["drift", "deleted"], "new season")) == []
+    assert failures(accept(results, ["drift", "deleted_share"], "new season")) == []
     assert {result["name"] for result in accepted if result["accepted"] == "new season"} == {
         "drift.changed_psi",
         "drift.changed_ks",
