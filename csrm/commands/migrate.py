@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from csrm.cli import job_parser
 from csrm.config import Settings, TablesDir, load_config
-from csrm.schemas import OUTPUTS
+from csrm.night.leases import hold_leases
+from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
+from csrm.operations.maintenance import run_markets
+from csrm.schemas import OUTPUTS, SCORING_RUNS
 from csrm.spark.migration import migrate_table
 from csrm.spark.session import build_session
 from csrm.spark.tables import table_exists, table_path
@@ -16,6 +19,8 @@ class MigrationConfig(Settings):
 
     tables: TablesDir
     """Folder of the tables that CSRM writes."""
+    lease_seconds: LeaseSeconds = LEASE_SECONDS
+    """As in score_catalog.yaml."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = load_config(args.config, MigrationConfig, args.overrides)
     spark = build_session("csrm-migrate")
-    for table in OUTPUTS:
-        path = table_path(config.tables, table)
-        if table_exists(spark, path):
-            added = migrate_table(spark, table, path)
-            print(
-                f"{table.name}: " + (f"added {', '.join(added)}" if added else f"is at version {table.schema_version}")
-            )
+    has_runs = table_exists(spark, table_path(config.tables, SCORING_RUNS))
+    markets = run_markets(spark, config.tables) if has_runs else []
+    with hold_leases(spark, config.tables, markets, "jobs/migrate.py", config.lease_seconds):  # no run meanwhile
+        for table in OUTPUTS:
+            path = table_path(config.tables, table)
+            if table_exists(spark, path):
+                added = migrate_table(spark, table, path)
+                found = f"added {', '.join(added)}" if added else f"is at version {table.schema_version}"
+                print(f"{table.name}: {found}")
     return 0

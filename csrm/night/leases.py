@@ -173,7 +173,7 @@ def _settle(spark: SparkSession, tables_dir: str, seen: _Seen, lease: Lease) -> 
     scores_path = table_path(tables_dir, RELEVANCE_SCORES)
     if seen.last is not None and seen.last.needs_fence and table_exists(spark, scores_path):
         logger.warning("market %r: took over the lease of %s, which ended without notice.", seen.market, seen.last)
-        append_nothing(spark, RELEVANCE_SCORES, scores_path, Transaction(_app(seen.market), lease.fence))
+        append_nothing(spark, scores_path, Transaction(_app(seen.market), lease.fence))
     lease.is_settled = True
 
 

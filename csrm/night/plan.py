@@ -134,7 +134,7 @@ def plan_pairs(
         "market", "query_id", is_blank(F.col("query")).alias("is_query_blank"), _query_key(bundle_digest)
     )
     product_keys_df = catalog_df.select(
-        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), _product_key(bundle_digest)
+        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), product_key(bundle_digest)
     )
     published_df = published_df.select(*pair, F.col("pair_key").alias("published_key"))
     staged_df = staged_df.select(*pair, F.col("pair_key")).distinct().withColumn("is_staged", F.lit(True))
@@ -215,7 +215,7 @@ def pair_key(bundle_digest: str) -> Column:
     of a query share, one for the product. Each holds the bundle's digest and goes through SHA-256: who writes a title
     cannot choose another one with the same key.
     """
-    return F.xxhash64(_query_key(bundle_digest), _product_key(bundle_digest))
+    return F.xxhash64(_query_key(bundle_digest), product_key(bundle_digest))
 
 
 def _query_key(bundle_digest: str) -> Column:
@@ -223,7 +223,12 @@ def _query_key(bundle_digest: str) -> Column:
     return _keyed_hash(fields, bundle_digest).alias("query_key")
 
 
-def _product_key(bundle_digest: str) -> Column:
+def product_key(bundle_digest: str) -> Column:
+    """64 bits that stand for what a prompt says of a product, from title, brand, category and attributes.
+
+    Args:
+        bundle_digest: of the bundle that scores; who writes titles does not know it.
+    """
     attributes = F.array_sort(F.map_entries("attributes")).alias("attributes")
     return _keyed_hash([*map(F.col, ("title", "brand", "category")), attributes], bundle_digest).alias("product_key")
 

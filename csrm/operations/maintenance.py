@@ -102,7 +102,8 @@ def ended_runs(spark: SparkSession, tables_dir: str, now: datetime, days: int) -
 
 def run_markets(spark: SparkSession, tables_dir: str) -> list[str]:
     """Markets that a run was started for, sorted."""
-    markets_df = read_newest(spark, SCORING_RUNS, tables_dir).select(F.explode("markets").alias("market")).distinct()
+    runs_df, _ = open_table(spark, table_path(tables_dir, SCORING_RUNS))  # maybe of an older version
+    markets_df = runs_df.select(F.explode("markets").alias("market")).distinct()
     return sorted(row["market"] for row in markets_df.collect())
 
 

@@ -70,17 +70,19 @@ def retry_conflicts(commit: Callable[[], Result]) -> Result:
 
 def append_rows(df: DataFrame, table: Table, path: str, transaction: Transaction) -> None:
     """Append the declared columns of df to an existing table, in one commit; see Transaction."""
-    _appending(df, table, transaction).save(path)
+    writer = _appending(df.select(*table.column_names), transaction)
+    retry_conflicts(lambda: writer.save(path))
 
 
-def append_nothing(spark: SparkSession, table: Table, path: str, transaction: Transaction) -> None:
+def append_nothing(spark: SparkSession, path: str, transaction: Transaction) -> None:
     """A commit without rows, after which Delta skips what comes with an older version of the transaction."""
     no_rows_df = spark.read.format("delta").load(path).limit(0)
-    _appending(no_rows_df, table, transaction).option("userMetadata", json.dumps({"fence": transaction.app})).save(path)
+    writer = _appending(no_rows_df, transaction).option("userMetadata", json.dumps({"fence": transaction.app}))
+    retry_conflicts(lambda: writer.save(path))
 
 
-def _appending(df: DataFrame, table: Table, transaction: Transaction) -> DataFrameWriter:
-    writer = df.select(*table.column_names).write.format("delta").mode("append")
+def _appending(df: DataFrame, transaction: Transaction) -> DataFrameWriter:
+    writer = df.write.format("delta").mode("append")
     return writer.option("txnAppId", transaction.app).option("txnVersion", transaction.version)
 
 
@@ -154,21 +156,25 @@ def merge_changes(
         matched = matched & part
     values = {name: F.col(f"new.{name}") for name in table.column_names}
     operation = F.col("new.operation")
-    delta_table = DeltaTable.forPath(spark, path)
-    merge = (
-        delta_table.alias("old")
-        .merge(changes_df.alias("new"), matched)
-        .whenMatchedDelete(operation == "delete")
-        .whenMatchedUpdate(operation != "delete", set=values)
-        .whenNotMatchedInsert(operation != "delete", values=values)
-    )
+
+    def merge() -> None:
+        delta_table = DeltaTable.forPath(spark, path)
+        (
+            delta_table.alias("old")
+            .merge(changes_df.alias("new"), matched)
+            .whenMatchedDelete(operation == "delete")
+            .whenMatchedUpdate(operation != "delete", set=values)
+            .whenNotMatchedInsert(operation != "delete", values=values)
+            .execute()
+        )
+
     carried = json.dumps({**metadata, **slice_, "commit": new_commit_id()}, ensure_ascii=False)
     settings = {USER_METADATA: carried, _MERGE_BY_PARTITION: "false"}
     if transaction is not None:  # MERGE takes it from the session alone
         settings |= {_TXN_APP: transaction.app, _TXN_VERSION: str(transaction.version)}
     with session_settings(spark, settings):
         try:
-            merge.execute()
+            retry_conflicts(merge)  # with what does not know of leases, such as ALTER TABLE or OPTIMIZE of others
         except ConcurrentTransactionException:
             return None
     return find_version(spark, path, carried)

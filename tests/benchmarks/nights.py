@@ -2,11 +2,15 @@
 
     python tests/benchmarks/nights.py                                         # the demo's bundle, a million pairs
     python tests/benchmarks/nights.py --bundle FOLDER --queries 1000 --products-per-query 20
+    python tests/benchmarks/nights.py --keys                                  # what the keys of a million products cost
 
 Each query is paired with random products and augmented with the titles of five others. Nights follow each other on the
 same tables, each a process of its own whose seconds begin with its start: the first; one in which nothing changed; one
 product in a hundred has another title; then the retrieval table says those titles too. Then the first night again in
 another folder, killed when half of its pairs are staged, and started again.
+
+With --keys no night is run: the keys of a million products are made with SHA-256 as the plan makes them, with xxhash64
+alone, and not at all, three times each by turns; a row has the median of its seconds.
 """
 
 import argparse
@@ -129,6 +133,43 @@ class Nights:
         return num_staged
 
 
+NUM_KEYS = 1_000_000
+
+
+def key_cost(catalog: Path, num_times: int = 3) -> list[dict[str, Any]]:
+    """Seconds of a pass over NUM_KEYS products that makes their keys; nothing is written."""
+    from pyspark.sql import functions as F
+
+    from csrm.config import InputSpec
+    from csrm.night.plan import product_key
+    from csrm.schemas import CATALOG
+    from csrm.spark.inputs import read_rows
+    from csrm.spark.session import build_session
+
+    spark = build_session("csrm-key-cost")
+    products_df = read_rows(spark, CATALOG, InputSpec(path=str(catalog), format="parquet"))
+    times = -(-NUM_KEYS // products_df.count())
+    products_df = products_df.crossJoin(spark.range(times)).limit(NUM_KEYS).repartition(os.cpu_count() or 1)
+    products_df = products_df.withColumn("title", F.concat_ws(" ", "title", "id")).persist()
+    attributes = F.array_sort(F.map_entries("attributes"))
+    keys = {
+        "SHA-256 with the bundle's digest": product_key("0" * 64),
+        "xxhash64": F.xxhash64("title", "brand", "category", attributes.cast("string")),
+        "none": F.length("title"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in keys}
+    products_df.count()
+    for _ in range(num_times + 1):
+        for name, key in keys.items():
+            start = time.monotonic()
+            products_df.select(key.alias("key")).write.format("noop").mode("overwrite").save()
+            seconds[name].append(time.monotonic() - start)
+    return [
+        {"key": name, "products": f"{NUM_KEYS:,}", "seconds": f"{np.median(taken[1:]):.2f}"}  # the first is warm-up
+        for name, taken in seconds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default=str(REPOSITORY / "conf" / "demo_bundle"))
@@ -137,10 +178,14 @@ def main() -> None:
     parser.add_argument("--products-per-query", type=int, default=200)
     parser.add_argument("--chunk-minutes", type=float, default=1.0, help="as in conf/score_catalog.yaml")
     parser.add_argument("--no-kill", action="store_true", help="leave the killed run out")
+    parser.add_argument("--keys", action="store_true", help="run no night; see above")
     args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
     with tempfile.TemporaryDirectory(prefix="csrm-nights-") as folder:
         nights = Nights(Path(folder), args)
+        if args.keys:
+            print(markdown(key_cost(Path(folder, "catalog.parquet"))))
+            return
         rows = [nights.run("first", "1"), nights.run("nothing changed", "2")]
         nights.rename_products()
         rows.append(nights.run("1 % of the products renamed", "3"))

@@ -1,6 +1,8 @@
 """Tables on storage, on a real Delta."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,10 +10,14 @@ from pathlib import Path
 import pytest
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
-from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING
-from csrm.spark.commits import Transaction, append_rows
+from csrm.cli import setting_arguments
+from csrm.commands import migrate
+from csrm.errors import InputError, LeaseError
+from csrm.night.leases import hold_leases
+from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING, SCORING_RUNS
+from csrm.spark.commits import Transaction, append_rows, merge_changes
 from csrm.spark.migration import migrate_table
 from csrm.spark.tables import (
     create_table,
@@ -216,3 +222,69 @@ def test_a_relative_folder_starts_at_the_working_directory(
     assert table_path("s3://bucket/a/", CANDIDATES) == "s3://bucket/a/candidates"
     create_table(spark, CANDIDATES, table_path("tables", CANDIDATES))
     assert (tmp_path / "tables" / "candidates" / "_delta_log").is_dir()
+
+
+def test_a_publish_goes_on_where_something_without_a_lease_changes_the_table_meanwhile(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path, begun, changed = table_path(str(tmp_path), RELEVANCE_SCORES), tmp_path / "begun", tmp_path / "changed"
+    create_table(spark, RELEVANCE_SCORES, path)
+    replace_rows(scores(spark, ("kr", "q1", "p1", 0.5), ("kr", "q2", "p1", 0.5)), RELEVANCE_SCORES, path)
+
+    @F.udf("float")
+    def waits(score: float) -> float:
+        begun.touch()
+        deadline = time.monotonic() + 60
+        while not changed.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return score
+
+    def change() -> None:
+        while not begun.exists():
+            time.sleep(0.05)
+        spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('note' = 'mine')")
+        spark.sql(f"DELETE FROM {sql_path(path)} WHERE query_id = 'q2'")
+        changed.touch()
+
+    changes_df = scores(spark, ("kr", "q1", "p1", 0.25), ("kr", "q3", "p1", 0.75)).withColumn(
+        "relevance_score", waits("relevance_score")
+    )
+    with ThreadPoolExecutor() as pool:
+        changing = pool.submit(change)
+        version = merge_changes(
+            changes_df.withColumn("operation", F.lit("update")),
+            RELEVANCE_SCORES,
+            path,
+            {"market": "kr"},
+            {"run_id": "r"},
+        )
+        changing.result()
+
+    assert version == table_version(spark, path)
+    rows = read_table(spark, RELEVANCE_SCORES, path).select("query_id", "relevance_score").orderBy("query_id")
+    assert [tuple(row) for row in rows.collect()] == [("q1", 0.25), ("q3", 0.75)]
+
+
+def test_a_migration_waits_for_no_run_and_takes_a_table_of_runs_of_an_older_version(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables_dir, path = str(tmp_path), table_path(str(tmp_path), SCORING_RUNS)
+    columns = tuple(column for column in SCORING_RUNS.columns if column.name != "table_id")
+    older = replace(SCORING_RUNS, columns=columns, schema_version=SCORING_RUNS.schema_version - 1)
+    create_table(spark, older, path)
+    row = {
+        "run_id": "r",
+        "data_date": SCORED_AT.date(),
+        "markets": ["kr"],
+        "started_at": SCORED_AT,
+        "verdict": "running",
+    }
+    row |= {"bundle_digest": "d", "precision": "fp32", "device": "cpu", "inputs": {}, "versions": {}, "seconds": {}}
+    values = tuple(row.get(name) for name in older.column_names)
+    spark.createDataFrame([values], spark_schema(older)).write.format("delta").mode("append").save(path)
+    arguments = setting_arguments(tables=tables_dir, lease_seconds=3)
+    with hold_leases(spark, tables_dir, ["kr"], "run n1", 3), pytest.raises(LeaseError, match="run n1"):
+        migrate.main(arguments)
+    assert "table_id" not in spark.read.format("delta").load(path).columns
+    assert migrate.main(arguments) == 0
+    assert capsys.readouterr().out == "scoring_runs: added table_id\n"
