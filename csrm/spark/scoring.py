@@ -236,7 +236,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 
 
     The UDF is marked non-deterministic so that Spark does not compute it twice where the plan uses it twice; Spark then
     refuses it inside of an aggregate: add the scores as a column first. It scores with the bundle that is at the path
-    when it is made: after a bundle is replaced, make a new one.
+    when it is made: after a bundle is replaced, make a new one. It works in streams and through Spark Connect too.
 
     Args:
         bundle_dir: folder of the bundle, the same path on every machine, or its URI.

@@ -15,6 +15,7 @@ import pyspark
 from delta import configure_spark_with_delta_pip
 from pyspark import SparkConf, SparkContext, StorageLevel
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.utils import is_remote
 
 from csrm.errors import ConfigError
 from csrm.spark.jars import spark_jars_dir
@@ -32,8 +33,14 @@ def build_session(app_name: str) -> SparkSession:
     only where none is present.
 
     Raises:
-        ConfigError: spark-submit started Spark without Delta on its class path.
+        ConfigError: spark-submit started Spark without Delta on its class path, or the session is one of Spark Connect.
     """
+    if is_remote() or "SPARK_REMOTE" in os.environ:
+        raise ConfigError(
+            "Spark session: expected a driver of its own, got Spark Connect, through which jobs cannot reach the JVM. "
+            "Start the job with spark-submit, or unset SPARK_REMOTE and SPARK_CONNECT_MODE_ENABLED. Only "
+            "relevance_score_udf works through Spark Connect."
+        )
     logging.getLogger("py4j").setLevel(logging.WARNING)  # reports each connection it closes
     running = SparkSession.getActiveSession()
     if running is not None:

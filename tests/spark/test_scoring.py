@@ -4,8 +4,11 @@ import dataclasses
 import doctest
 import io
 import itertools
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +22,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME
+from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
-from csrm.manifest import write_manifest
+from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
@@ -406,6 +410,59 @@ def test_the_udf_can_be_registered_for_sql(spark: SparkSession, tiny_bundle: Pat
 
 
 @pytest.mark.spark
+def test_the_udf_scores_a_stream_and_stands_twice_in_a_plan_with_another_bundle(
+    spark: SparkSession, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
+    about = json.loads((other / MANIFEST_NAME).read_text(encoding="utf-8"))["about"]
+    golden = GoldenPairs.read(other / GOLDEN_NAME)
+    dataclasses.replace(golden, scores=np.full(len(golden), 0.5)).write(other / GOLDEN_NAME)
+    write_manifest(other, BUNDLE_KIND, {**about, "labels": [{**label, "gain": 0.5} for label in about["labels"]]})
+    columns = ["market", "language", "query", "title"]
+    given_df = spark.createDataFrame([("kr", "ko", "텐트", title) for title in TITLES], columns)
+    given_df.write.parquet(str(tmp_path / "in"))
+    one, half = relevance_score_udf(tiny_bundle), relevance_score_udf(other)
+    expected = load_scorer(tiny_bundle, "cpu").score(given_df.toPandas())["relevance_score"]
+
+    stream_df = spark.readStream.schema(given_df.schema).parquet(str(tmp_path / "in"))
+    scored_df = stream_df.withColumn("score", one(F.struct(*columns))).withColumn("half", half(F.struct(*columns)))
+    query = scored_df.withColumn("again", one(F.struct(*columns))).writeStream.trigger(availableNow=True)
+    query.format("memory").queryName("scored_stream").start().awaitTermination()
+
+    rows = {row["title"]: row for row in spark.table("scored_stream").collect()}
+    np.testing.assert_allclose([rows[title]["score"] for title in TITLES], expected, atol=1e-5)
+    assert all(rows[title]["again"] == rows[title]["score"] for title in TITLES)
+    np.testing.assert_allclose([rows[title]["half"] for title in TITLES], 0.5, atol=1e-5)
+
+
+THROUGH_CONNECT = """
+import sys
+from pyspark.sql import SparkSession, functions as F
+from csrm import relevance_score_udf
+spark = SparkSession.builder.remote("local[1]").getOrCreate()
+columns = ["market", "language", "query", "title"]
+rows = [("kr", "ko", "tent", "tent peg"), ("kr", "ko", "tent", None)]
+pairs_df = spark.createDataFrame(rows, ", ".join(f"{column} string" for column in columns))
+score = relevance_score_udf(sys.argv[1])
+print("scores", *(row["s"] for row in pairs_df.select(score(F.struct(*columns)).alias("s")).collect()))
+"""
+
+
+@pytest.mark.slow
+def test_the_udf_works_through_spark_connect(tiny_bundle: Path) -> None:
+    pytest.importorskip("grpc_status", reason="Spark Connect needs pip install pyspark[connect]")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYSPARK_", "SPARK_"))}
+    finished = subprocess.run(
+        [sys.executable, "-c", THROUGH_CONNECT, str(tiny_bundle)], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("scores")]
+    pair = pd.DataFrame([("kr", "ko", "tent", "tent peg")], columns=["market", "language", "query", "title"])
+    expected = float(load_scorer(tiny_bundle, "cpu").score(pair)["relevance_score"][0])
+    _, first, second = line.split()
+    assert (float(first), second) == (pytest.approx(expected, abs=1e-5), "None")
+
+
 def test_the_example_of_the_udf_gives_what_it_shows(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])  # the example names conf/demo_bundle
     names = {"spark": spark, "F": F, "relevance_score_udf": relevance_score_udf}

@@ -11,7 +11,7 @@ from csrm.config import InputSpec
 from csrm.errors import ConfigError
 from csrm.schemas import CATALOG
 from csrm.spark.inputs import read_inputs
-from csrm.spark.session import require_names
+from csrm.spark.session import build_session, require_names
 
 pytestmark = pytest.mark.spark
 
@@ -72,6 +72,13 @@ def test_executors_that_cannot_write_a_name_are_found() -> None:
 
     assert finished.returncode == 0, finished.stderr
     assert "file names of executors are ANSI_X3.4-1968, in which ['日本'] cannot be read or written" in finished.stdout
+
+
+@pytest.mark.parametrize("name", ["SPARK_REMOTE", "SPARK_CONNECT_MODE_ENABLED"])
+def test_jobs_refuse_spark_connect_with_the_way_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "sc://localhost")
+    with pytest.raises(ConfigError, match=r"got Spark Connect.*Start the job with spark-submit, or unset"):
+        build_session("test")
 
 
 @pytest.mark.slow
