@@ -63,10 +63,19 @@ bench: setup-bench  ## Compare the speed with what else could score, in tests/be
 	@$(run) python tests/benchmarks/speed.py --spark $(BENCH_ARGS)
 
 .PHONY: lint
-lint: setup-dev  ## Lint, check the format, check the types
+lint: setup-dev  ## Lint, check format, spelling and types
 	@$(run) ruff check
 	@$(run) ruff format --check
+	@$(run) typos
 	@$(run) mypy
+
+.PHONY: docs
+docs: setup-dev  ## Show the documentation as a site, while you write it
+	@$(run) NO_MKDOCS_2_WARNING=1 mkdocs serve
+
+.PHONY: docs-build
+docs-build: setup-dev  ## Build the documentation's site in build/site; any warning fails
+	@$(run) NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 .PHONY: format
 format: setup-dev  ## Format the code and fix what can be fixed
