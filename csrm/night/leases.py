@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.sql import SparkSession
 
-from csrm.errors import CsrmError, LeaseError
+from csrm.errors import ConfigError, CsrmError, LeaseError
 from csrm.night.settings import LEASE_SECONDS
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.commits import Transaction, append_nothing
+from csrm.spark.sources import reason
 from csrm.spark.storage import Folder, open_folder, require_one_place
 from csrm.spark.tables import table_exists, table_path
 
@@ -103,7 +105,7 @@ def hold_leases(
         seconds: for which the leases hold after a sign of life; see LEASE_SECONDS.
 
     Raises:
-        ConfigError: see require_one_place.
+        ConfigError: see require_one_place; or the storage does not let leases be written.
         LeaseError: another process holds one of them.
     """
     require_one_place(spark, tables_dir)
@@ -112,11 +114,24 @@ def hold_leases(
         stack.push(lambda kind, *_: _give_back(leases, pool, kind))
         # Leases that are held are renewed while the others are still being taken.
         stack.enter_context(_beating(leases, seconds / _BEATS_PER_LEASE))
-        seen = list(pool.map(lambda market: _look(spark, tables_dir, market), sorted(markets)))
-        for each in seen:  # in order: of two runs that want the same markets, one gets all of them
-            leases[each.market] = _create(each, owner, seconds)
-        list(pool.map(lambda each: _settle(spark, tables_dir, each, leases[each.market]), seen))
+        with _errors_of_storage(tables_dir):
+            seen = list(pool.map(lambda market: _look(spark, tables_dir, market), sorted(markets)))
+            for each in seen:  # in order: of two runs that want the same markets, one gets all of them
+                leases[each.market] = _create(each, owner, seconds)
+            list(pool.map(lambda each: _settle(spark, tables_dir, each, leases[each.market]), seen))
         yield dict(leases)
+
+
+@contextmanager
+def _errors_of_storage(tables_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, Py4JJavaError) as error:
+        why = reason(error) if isinstance(error, Py4JJavaError) else f"{error.strerror or error} ({error.filename})"
+        raise ConfigError(
+            f"tables at {tables_dir!r}: leases, which keep two runs apart, cannot be written in _leases: {why}. Is "
+            "the folder writable, and has its storage room?"
+        ) from error
 
 
 def _give_back(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, kind: type[BaseException] | None) -> None:

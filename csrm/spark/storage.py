@@ -1,5 +1,6 @@
 """Files and folders wherever the tables are. The only module that reaches Hadoop's file system."""
 
+import errno
 import logging
 import uuid
 from collections.abc import Collection
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _FOOTERS_AT_ONCE = 32
 """Of Parquet files. Reading one is waiting, mostly."""
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _ATOMIC_SCHEMES = ("hdfs", "viewfs", "abfs", "abfss", "gs")
 """Storages of Hadoop's that create a file only where there is none, as one step."""
 
@@ -62,13 +64,26 @@ class LocalFolder:
 
     def create(self, name: str, text: str) -> bool:
         written = self._path / f"{name}.{uuid.uuid4().hex}"
-        written.write_text(text, encoding="utf-8")
         try:
+            written.write_text(text, encoding="utf-8")
             (self._path / name).hardlink_to(written)  # one step, and the text is there with the name
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return self._create_empty_first(name, text)
         finally:
-            written.unlink()
+            written.unlink(missing_ok=True)
+        return True
+
+    def _create_empty_first(self, name: str, text: str) -> bool:
+        """For mounts without hard links: for a moment the file is there without its text."""
+        try:
+            with (self._path / name).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
         return True
 
     def write(self, name: str, text: str) -> None:

@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 
 from csrm import errors
 from csrm.errors import ConfigError, ScoringError
+from csrm.spark.sources import reason
 
 
 def task_threads(spark: SparkSession) -> int:
@@ -73,12 +74,13 @@ def errors_of_workers() -> Iterator[None]:
         if found is not None and hasattr(errors, found[1]):
             raise getattr(errors, found[1])(found[2]) from error
         raise ScoringError(
-            f"Spark gave up: {_cause(text)}\nEach market is as it was or published whole, and what was staged is kept: "
-            "start it again. The log of the executor that is named says more."
+            f"Spark gave up: {_cause(error)}\n"
+            "Each market is as it was or published whole, and what was staged is kept. Start it again. The log of the "
+            "executor that is named says more."
         ) from error
 
 
-def _cause(text: str) -> str:
-    """The line of a failure that says what it was: Spark's own about a task, where there is one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "Job aborted due to stage failure" in line), lines[0])
+def _cause(error: Exception) -> str:
+    """What a failure was, in one line: Spark's own about a task, where there is one, else its first and last reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "Job aborted due to stage failure" in line), reason(error))

@@ -1,10 +1,13 @@
 """Leases: one holder at a time, and none that comes back from the dead."""
 
+import errno
 import json
 import logging
 import multiprocessing
 import os
+import subprocess
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from csrm.spark.commits import merge_changes
 from csrm.spark.migration import migrate_table
 from csrm.spark.storage import HadoopFolder, LocalFolder, open_folder
 from csrm.spark.tables import create_table, read_table, spark_schema, table_path, table_version
+from tests.disks import small_disk
 
 pytestmark = pytest.mark.spark
 
@@ -333,3 +337,40 @@ def test_what_keeps_a_lease_from_being_given_back_does_not_hide_the_error_of_the
 
     with pytest.raises(ConfigError, match="ours"):
         fail_with_the_storage()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(spark: SparkSession, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        with hold_leases(spark, str(disk), ["tw"], "run a"):
+            pass
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        refused = pytest.raises(ConfigError, match=r"cannot be written in _leases: Read-only file system .*writable")
+        with refused, hold_leases(spark, str(disk), ["tw"], "run b"):
+            pass
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        with suppress(OSError), (disk / "full").open("wb") as file:
+            while True:
+                file.write(b"0" * 4096)
+                file.flush()
+        with (
+            pytest.raises(ConfigError, match="No space left on device"),
+            hold_leases(spark, str(disk), ["tw"], "run b"),
+        ):
+            pass
+        (disk / "full").unlink()
+        with hold_leases(spark, str(disk), ["tw"], "run b"):
+            pass
+
+
+def test_a_lease_is_taken_once_on_a_mount_without_hard_links(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with hold_leases(spark, str(tmp_path), ["tw"], "run a"):
+        with pytest.raises(LeaseError, match="run a"), hold_leases(spark, str(tmp_path), ["tw"], "run b"):
+            pass
+        assert not LocalFolder(tmp_path / "_leases" / "market=tw").create("1.lease", "other")
+    assert not list(tmp_path.rglob("1.lease.*"))

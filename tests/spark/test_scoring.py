@@ -31,6 +31,7 @@ from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
 from csrm.spark.workers import errors_of_workers, scoring_profile
+from tests.disks import small_disk
 
 TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 peg", "毛巾"]
 
@@ -222,6 +223,14 @@ def test_what_spark_gives_up_on_is_said_in_one_line(spark: SparkSession) -> None
     said = r"^Spark gave up: .*Python worker exited unexpectedly.*\nEach market is as it was or published whole"
     with pytest.raises(ScoringError, match=said), errors_of_workers():
         left_df.collect()
+
+
+@pytest.mark.spark
+def test_a_disk_that_is_full_is_said_in_one_line(spark: SparkSession, tmp_path: Path) -> None:
+    rows_df = spark.range(200_000).select("id", F.sha2(F.col("id").cast("string"), 256).alias("text"))
+    full = pytest.raises(ScoringError, match=r"^Spark gave up: .*No space left on device")
+    with small_disk(tmp_path / "disk", "2m") as disk, full, errors_of_workers():
+        rows_df.write.format("delta").save(str(disk / "table"))
 
 
 @pytest.mark.spark
