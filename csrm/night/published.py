@@ -24,7 +24,8 @@ def published_markets(spark: SparkSession, tables_dir: str) -> list[str]:
 def is_still_published(spark: SparkSession, tables_dir: str, run: Mapping[str, Any]) -> bool:
     """Whether a run was published, and only later runs and care came after it.
 
-    A rollback, a RESTORE, rows written by hand, or a table that was made anew are something else.
+    A rollback, a RESTORE, rows written by hand, or a table that was made anew are something else. So is a history whose
+    commits since the run were cleaned up: nothing says what they were.
 
     Args:
         spark: the session.
@@ -34,7 +35,7 @@ def is_still_published(spark: SparkSession, tables_dir: str, run: Mapping[str, A
     path = table_path(tables_dir, RELEVANCE_SCORES)
     if run["verdict"] not in PUBLISHED or not table_exists(spark, path) or not is_same_table(spark, path, run):
         return False
-    if run["published_version"] > table_version(spark, path):
+    if not has_history_since(spark, path, run["published_version"]):
         return False
     later = commits_since(spark, path, run["published_version"], markets=run["markets"])
     return all("run_id" in commit.carried for commit in later)
@@ -63,6 +64,14 @@ def commits_since(spark: SparkSession, path: str, version: int, *, markets: Coll
         and "fence" not in commit.carried
         and commit.carried.get("market") in (None, *markets)
     ]
+
+
+def has_history_since(spark: SparkSession, path: str, version: int) -> bool:
+    """Whether a table has reached a version, and all commits after it are in its history still.
+
+    Delta removes the log of old versions (delta.logRetentionDuration, 30 days).
+    """
+    return len(read_commits(spark, path, version)) == table_version(spark, path) - version
 
 
 def is_same_table(spark: SparkSession, path: str, run: Mapping[str, Any]) -> bool:

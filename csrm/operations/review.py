@@ -14,7 +14,7 @@ from csrm.night.audit import accept, failures
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import say_publication
 from csrm.night.publish import Publication, count_changes, publish_changes, run_changes
-from csrm.night.published import commits_since
+from csrm.night.published import commits_since, has_history_since
 from csrm.night.runs import (
     PUBLISHED,
     discard_staging,
@@ -127,6 +127,11 @@ def _require_publishable(spark: SparkSession, tables_dir: str, run: Mapping[str,
             f"run {run['run_id']!r}: run {later!r} was started after it and published the same market. Score again."
         )
     path = table_path(tables_dir, RELEVANCE_SCORES)
+    if not has_history_since(spark, path, run["base_version"]):
+        raise LeaseError(
+            f"run {run['run_id']!r}: the history of relevance_scores since the run compared with it, at version "
+            f"{run['base_version']}, was cleaned up, so that nobody knows what was changed since. Score again."
+        )
     commits = commits_since(spark, path, run["base_version"], markets=run["markets"])
     changed = sorted(
         {commit.carried.get("market", "all") for commit in commits if commit.carried.get("run_id") != run["run_id"]}

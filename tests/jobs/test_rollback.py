@@ -13,6 +13,7 @@ from csrm.cli import setting_arguments
 from csrm.commands import rollback
 from csrm.errors import ConfigError, InputError
 from csrm.night import publish as night_publish
+from csrm.night.published import is_still_published
 from csrm.night.runs import require_run
 from csrm.operations import rollback as rollback_of
 from csrm.operations.maintenance import remove_old_files, set_retention
@@ -20,7 +21,7 @@ from csrm.operations.rollback import RollbackConfig, published_runs, read_publis
 from csrm.schemas import RELEVANCE_SCORES, Column
 from csrm.spark.migration import migrate_table
 from csrm.spark.storage import delete_table
-from csrm.spark.tables import read_table, table_id, table_path, table_version
+from csrm.spark.tables import read_table, sql_path, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -171,3 +172,26 @@ def test_a_market_is_rolled_back_across_a_migration(
     notes_df = read_table(spark, newer, path).select("market", "note")
     assert {tuple(row) for row in notes_df.collect()} == {(HOSTILE_MARKET, None), ("kr", "written since")}
     assert market_rows(spark, path, "kr") == other
+
+
+def test_what_was_published_is_not_proven_where_the_log_since_was_cleaned_up(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    tables_dir = str(tmp_path)
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    publish_nights(spark, tables_dir)
+    assert is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r1"))
+    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('delta.checkpointInterval' = '1')")
+    version = publish(spark, tables_dir, "r5", {"kr": {("q1", "p1"): 0.9}}, day=5)
+    record(spark, tables_dir, "r5", ["kr"], "published", 5, published_version=version, table_id=table_id(spark, path))
+    log = Path(path, "_delta_log")
+    for file in [*log.glob("0*"), *log.glob(".0*")]:
+        if int(file.name.lstrip(".").partition(".")[0]) < version:
+            file.unlink()
+    spark.sparkContext._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
+
+    assert not is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r1"))
+    assert is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r5"))
+    with pytest.raises(InputError, match=r"'r2': its state of market 'kr'.*was removed. The oldest that is left: r5"):
+        rollback.main(["--market", "kr", "--to-run", "r2", *setting_arguments(tables=tables_dir)])
+    assert len(market_rows(spark, path, "kr")) == 1
