@@ -34,7 +34,7 @@ def test_without_a_cuda_device_it_says_so_and_ends_with_exit_code_2() -> None:
 def test_on_a_cpu_padding_prefix_caching_and_packs_give_the_same_scores(tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.onnx")
     words = ["--device", "cpu", "--tiny", "--torch-precision", "fp32", "--pairs", "60", "--batch", "40"]
-    found = run_benchmark(*words, "--repeats", "1", "--packs-per-batch", "2", "--work", str(tmp_path))
+    found = run_benchmark(*words, "--repeats", "1", "--tokens-per-call", "1024", "--work", str(tmp_path))
     assert found.returncode == 0, found.stderr
     cells = {row[0]: row for row in map(read_row, found.stdout.splitlines()) if row}
     assert set(cells) == {"contender", "---", "ours-fp32", "ours-fp16", "torch-packs", "torch-padded", "torch-prefix"}

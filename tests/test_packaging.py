@@ -257,8 +257,4 @@ def test_the_demo_bundle_is_what_its_training_makes() -> None:
 
     settings = load_bundle(ROOT / "conf" / "demo_bundle").settings
     config = load_config(ROOT / "conf" / "train.yaml", TrainConfig)
-    assert (settings.labels, settings.budgets, settings.pack_tokens) == (
-        config.labels,
-        config.budgets,
-        config.pack_tokens,
-    )
+    assert (settings.labels, settings.budgets) == (config.labels, config.budgets)

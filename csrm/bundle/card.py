@@ -18,7 +18,7 @@ def bundle_card(bundle: Bundle) -> str:
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
         f"labels      {labels}",
         f"prompt      template {settings.template_version}; at most {settings.budgets.prefix} tokens of a query and "
-        f"{settings.budgets.suffix} of a product; packs of {settings.pack_tokens}",
+        f"{settings.budgets.suffix} of a product",
         f"parity      fp32 within {parity.largest_score_difference:.1e} of the trained model on {parity.num_pairs} "
         f"pairs, allowed {parity.tolerance:.0e}; margin std {parity.logit_margin_std:.2f}",
         f"tolerance   {settings.pack_tolerance:.1e} between packs; {settings.golden_tolerance:.1e} from golden scores "

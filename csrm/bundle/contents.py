@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from csrm.config import Settings
 from csrm.scoring.labels import Label
@@ -10,12 +10,11 @@ from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.tokenization import Budgets
 
 BUNDLE_KIND = "bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.json"
 PLOT_NAME = "precisions.png"
-MOST_PACK_TOKENS = 2**20
 MOST_TOLERANCE = 0.5
 """Of scores, which are in [0, 1]: with more, a comparison proves nothing."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -109,8 +108,6 @@ class BundleSettings(Settings):
     template_version: int = TEMPLATE_VERSION
     labels: tuple[Label, ...] = Field(min_length=2)
     budgets: Budgets
-    pack_tokens: int = Field(le=MOST_PACK_TOKENS)
-    """Most tokens of a pack."""
     precision: Precision
     device: str
     """Device that it was proven on: cpu or cuda."""
@@ -134,16 +131,6 @@ class BundleSettings(Settings):
         """What the export measured of this bundle's own graph; of one precision, it may have tried several recipes."""
         own = [report for report in self.precisions if report.precision == self.precision]
         return next((report for report in own if report.verdict == "passed"), own[-1])
-
-    @model_validator(mode="after")
-    def _room_for_a_pair(self) -> "BundleSettings":
-        longest = self.budgets.prefix + self.budgets.suffix
-        if self.pack_tokens < longest:
-            raise ValueError(
-                f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens. "
-                "Raise pack_tokens or lower the budgets"
-            )
-        return self
 
 
 def made_with(settings: BundleSettings) -> str:

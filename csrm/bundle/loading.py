@@ -24,8 +24,9 @@ from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 
-CUDA_TOKENS_PER_CALL = 16_384
-"""Tokens of one forward pass on a GPU: issuing a layer's kernels takes the same time for 512 tokens and for these."""
+TOKENS_PER_CALL = {"cpu": 1_024, "cuda": 16_384}
+"""Most tokens of one forward pass on a device. On a CPU they hold a usual query's group, and what attention computes of
+it stays in the cache. On a GPU issuing a layer's kernels takes the same time for 512 tokens and for these."""
 GOLDEN_AT_LOAD = 8
 """Golden pairs that are scored whenever a bundle is loaded: about the pairs of two packs."""
 
@@ -131,7 +132,7 @@ def load_scorer(
         threads: threads of one forward pass on the CPU; None for one per core.
         digest: see load_bundle.
         num_golden: golden pairs to score; None for all.
-        tokens_per_call: most tokens of one forward pass; None: see default_tokens_per_call.
+        tokens_per_call: most tokens of one forward pass; None: see TOKENS_PER_CALL.
 
     Raises:
         BundleError: see load_bundle; or a golden pair has another score here.
@@ -156,8 +157,7 @@ def load_scorer(
         tokenizer=tokenizer,
         labels=settings.labels,
         pack_scorer=pack_scorer,
-        pack_tokens=settings.pack_tokens,
-        tokens_per_call=tokens_per_call or default_tokens_per_call(device, settings.pack_tokens),
+        tokens_per_call=tokens_per_call or default_tokens_per_call(device),
         digest=bundle.digest,
         provider=provider,
     )
@@ -176,9 +176,9 @@ def load_scorer(
     return scorer
 
 
-def default_tokens_per_call(device: str, pack_tokens: int) -> int:
-    """Most tokens of one forward pass: one pack on a CPU; on a GPU so many that starting its kernels costs little."""
-    return max(CUDA_TOKENS_PER_CALL, pack_tokens) if device.startswith("cuda") else pack_tokens
+def default_tokens_per_call(device: str) -> int:
+    """Most tokens of one forward pass on cpu, cuda or cuda:<number>, see TOKENS_PER_CALL."""
+    return TOKENS_PER_CALL[device.partition(":")[0]]
 
 
 def _runtime() -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from csrm.bundle.loading import Bundle
+from csrm.bundle.loading import Bundle, default_tokens_per_call
 from csrm.capacity.formula import PHASES, TABLE_BYTES, Figures, Machines, PhaseCost
 from csrm.errors import InputError, MissingDependencyError
 from csrm.night.settings import BYTES_PER_TITLE
@@ -30,11 +30,12 @@ class Run:
     """Bytes of a pair in each of TABLE_BYTES."""
 
 
-def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None) -> Figures:
+def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None, *, device: str = "cpu") -> Figures:
     """Figures of a bundle, with Spark's as they were measured for the constants above.
 
     Args:
         tokens_per_s: of the model in one slot; None: what the export measured, with pairs that share no prefix.
+        device: cpu or cuda, which scores.
     """
     golden, tokenizer = bundle.golden_pairs(), bundle.prompt_tokenizer()
     queries, products = zip(*pair_texts(golden.pairs), strict=True)
@@ -53,7 +54,7 @@ def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None) -> Figures
         titles_bytes=_mean(
             _num_bytes(*query.retrieved_titles) + BYTES_PER_TITLE * len(query.retrieved_titles) for query in queries
         ),
-        pack_tokens=bundle.settings.pack_tokens,
+        tokens_per_call=default_tokens_per_call(device),
         tokens_per_s=tokens_per_s,
         phases=PHASES,
         table_bytes=TABLE_BYTES,

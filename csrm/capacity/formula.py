@@ -14,13 +14,13 @@ of
 
 with `us`, microseconds of one core for a pair, and the fixed seconds of each phase in PHASES; slots, what scores one
 pack at a time: a GPU, or a core where there are none; rate, tokens a second of the model in one slot; and t, tokens
-computed for a pair. With p tokens of a query, s of a product, packs of L tokens, and k products behind one prefix (x K,
-for what changed lies among all queries, but at least 1 and at most products_per_chunk),
+computed for a pair. With p tokens of a query, s of a product, calls of at most L tokens, and k products behind one
+prefix (x K, for what changed lies among all queries, but at least 1 and at most products_per_chunk),
 
-    t = (p / k + s) / (1 - p i / (L - w)),  i = (k - 1) s / (p + k s),  w = ((p + s)^2 + (k - 1) s^2) / (2 (p + k s))
+    t = s + p n / k,  n = 1 where p + k s <= L, else k s / (L - p - s / 2) + 1 / 2
 
-for where a pack ends between two products of a query, which is the share i of all ends, the prefix is computed again in
-the next one; and w tokens of a pack stay empty, half of what did not fit.
+for a query that fits a call stays whole, and one that does not is cut into n parts, each behind its prefix; half a
+product of each call stays empty, and half a part of each query.
 
 Bytes follow the pairs: those of the tables (TABLE_BYTES), what is shuffled (SHUFFLED_KEY_BYTES, and SHUFFLED_TEXT times
 a pair's text), and the retrieved titles follow the queries, as csrm.night.plan estimates them for their broadcast.
@@ -80,7 +80,8 @@ class Figures:
     suffix_bytes: float
     titles_bytes: float
     """Of a query's retrieved titles in a broadcast."""
-    pack_tokens: int
+    tokens_per_call: int
+    """Most tokens of one forward pass."""
     tokens_per_s: float
     """Of the model in one slot."""
     phases: Mapping[str, PhaseCost]
@@ -90,10 +91,9 @@ class Figures:
         """Tokens that are computed for a pair, where a query has so many to score; see the formula above."""
         k = min(max(1.0, products_per_query), PRODUCTS_PER_CHUNK)
         p, s = self.prefix_tokens, self.suffix_tokens
-        query = p + k * s
-        inside = (k - 1) * s / query
-        empty = ((p + s) ** 2 + (k - 1) * s**2) / (2 * query)
-        return (p / k + s) / (1 - p * inside / (self.pack_tokens - empty))
+        room = self.tokens_per_call - p
+        parts = 1.0 if k * s <= room else k * s / (room - s / 2) + 0.5
+        return s + p * parts / k
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
     bundle = load_bundle(args.bundle)
-    figures = bundle_figures(bundle, args.tokens_per_second)
+    figures = bundle_figures(bundle, args.tokens_per_second, device="cpu" if args.gpus is None else "cuda")
     source = "the bundle's export, a rough figure" if args.tokens_per_second is None else "--tokens-per-second"
     if args.run_id is not None:
         run = read_run(args.tables, args.run_id)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     slots = cores if args.gpus is None else f"{args.gpus} GPUs"
     print(
         f"bundle {bundle.digest[:12]} ({bundle.settings.precision}): {figures.prefix_tokens:.1f} tokens of a query "
-        f"with its titles, {figures.suffix_tokens:.1f} of a product, packs of {figures.pack_tokens}\n"
+        f"with its titles, {figures.suffix_tokens:.1f} of a product, calls of {figures.tokens_per_call}\n"
         f"{figures.tokens_per_pair(products):.1f} tokens are computed for a pair, {products:g} pairs of a query\n"
         f"{figures.tokens_per_s:,.0f} tokens/s on each of {slots} (from {source}); {cores} for the rest\n"
     )

@@ -24,7 +24,7 @@ from csrm.bundle.contents import (
     TensorSpec,
 )
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
-from csrm.bundle.loading import Bundle, load_bundle
+from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle
 from csrm.errors import BundleError
 from csrm.export.graph_files import check_locations
 from csrm.export.packed_onnx import export_packed_graph
@@ -99,7 +99,11 @@ def export_bundle(
         with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
             pack_scorer, provider = load_pack_scorer(graph_path, device)
             onnx_scorer = PairScorer(
-                tokenizer, card.labels, pack_scorer=pack_scorer, pack_tokens=card.pack_tokens, provider=provider
+                tokenizer,
+                card.labels,
+                pack_scorer=pack_scorer,
+                tokens_per_call=default_tokens_per_call(device),
+                provider=provider,
             )
             parity = compare_logits(
                 pairs, torch_logits, onnx_scorer.logits(pairs), card.labels, ("torch", provider), SCORE_TOLERANCE
@@ -148,7 +152,11 @@ def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.
     tokenizer = PromptTokenizer.from_file(model_dir / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(card.labels))
     scorer = PairScorer(
-        tokenizer, card.labels, pack_scorer=torch_pack_scorer(model), pack_tokens=card.pack_tokens, provider="adapters"
+        tokenizer,
+        card.labels,
+        pack_scorer=torch_pack_scorer(model),
+        tokens_per_call=card.pack_tokens,
+        provider="adapters",
     )
     check_parity(pairs, scorer, merged, SCORE_TOLERANCE)
 
@@ -180,7 +188,6 @@ def _settings(
     return BundleSettings(
         labels=card.labels,
         budgets=card.budgets,
-        pack_tokens=card.pack_tokens,
         precision="fp32",
         device=device,
         pack_tolerance=0.0,

@@ -11,8 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from csrm.errors import ParityError
 from csrm.export.graph_files import save_graph
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import open_session
+from csrm.training.model.attention import HIDDEN
 
 FLOAT16_LIMIT = 30_000.0
 """Largest activation of the sample with which float16 may be used. It holds 65,504; other pairs may need more."""
@@ -23,7 +24,7 @@ HALF_TYPES: dict[str, tuple[int, torch.dtype]] = {
 """Precision to its type in ONNX and in torch."""
 _COMPARE = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Shape", "Cast")
 """Operators whose output is not of the type that they read; a Cast names its type."""
-_MOVE = ("Concat", "Expand", "Gather", "GatherElements", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_MOVE = ("Concat", "Expand", "Gather", "Neg", "ReduceMax", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that give the magnitudes that they are given."""
 
 
@@ -71,7 +72,7 @@ def fuse_norms(fp32_path: Path, path: Path) -> None:
     onnx.save(model, path)
 
 
-def largest_activation(fused_path: Path, batches: Iterable[PackBatch], device: str = "cpu") -> Peak:
+def largest_activation(fused_path: Path, packs: Iterable[Pack], device: str = "cpu") -> Peak:
     """The largest absolute value among all that a 16-bit graph would compute, taken in float32.
 
     These are the outputs of every matrix product, norm, residual sum and elementwise step between the embedding and the
@@ -80,7 +81,7 @@ def largest_activation(fused_path: Path, batches: Iterable[PackBatch], device: s
 
     Args:
         fused_path: graph of fuse_norms; a graph without weights is written beside it.
-        batches: packs of the sample, at least one.
+        packs: of the sample, at least one.
         device: see csrm.scoring.runtime.load_pack_scorer.
     """
     model = onnx.load(fused_path, load_external_data=False)
@@ -90,7 +91,7 @@ def largest_activation(fused_path: Path, batches: Iterable[PackBatch], device: s
     places: list[str] = []
     reductions = []
     for number, node in enumerate(graph.node):
-        if hidden.intersection(node.input) and node.op_type != "Softmax":
+        if hidden.intersection(node.input) and node.op_type not in ("Softmax", "ReduceMax"):
             hidden.update(node.output)
         elif number not in exact and node.op_type not in _MOVE and node.output[0] in floats:
             places.append(node.output[0])
@@ -103,7 +104,7 @@ def largest_activation(fused_path: Path, batches: Iterable[PackBatch], device: s
     onnx.save(model, path)
     session, _ = open_session(path, device)
     names = [node.output[0] for node in reductions]
-    peaks = np.max([np.abs(session.run(names, batch.model_inputs())) for batch in batches], axis=0)
+    peaks = np.max([np.abs(session.run(names, pack._asdict())) for pack in packs], axis=0)
     peaks = peaks.reshape(-1, 2).max(axis=1)  # numpy's maximum of a NaN is NaN
     worst = int(np.argmax(peaks))
     return Peak(places[worst].removesuffix("_output_0"), float(peaks[worst]))
@@ -126,7 +127,8 @@ def write_half(fused_path: Path, precision: str, path: Path) -> None:
     """Write a graph of fuse_norms with weights and activations in 16 bits.
 
     Kept in float32: rotary tables up to sine and cosine, whose angles 16 bits cannot hold; the label logits, from the
-    last hidden state on, because two of them are often equal in bfloat16; the inside of norms, softmax and products.
+    last hidden state on, because two of them are often equal in bfloat16; the share of a product's own tokens in what
+    it reads, whose logarithms need more digits; the inside of norms, softmax and products.
 
     Args:
         precision: fp16 or bf16.
@@ -214,7 +216,11 @@ def _tensors_of(graph: onnx.GraphProto, type_: int) -> set[str]:
 
 
 def _exact_nodes(graph: onnx.GraphProto) -> set[int]:
-    """Numbers of the nodes that stay in float32: rotary tables, and label logits once the last tokens are taken."""
+    """Numbers of the nodes that stay in float32.
+
+    These are rotary tables; label logits, once the last tokens are taken; and what is computed from the largest scores
+    and weights of attention alone, up to the share of a product's own tokens.
+    """
     exact = set()
     needed: set[str] = set()
     for number, node in reversed(list(enumerate(graph.node))):
@@ -223,36 +229,39 @@ def _exact_nodes(graph: onnx.GraphProto) -> set[int]:
             if node.op_type != "Shape":
                 needed.update(node.input)
     last: set[str] = set()
+    floats = _tensors_of(graph, TensorProto.FLOAT) - {tensor.name for tensor in graph.initializer}
+    largest: set[str] = set()
     for number, node in enumerate(graph.node):
-        if not last.isdisjoint(node.input):
+        read = floats.intersection(node.input)
+        if not last.isdisjoint(node.input) or (read and read <= largest):
             exact.add(number)
+        if not last.isdisjoint(node.input) or "last_index" in node.input:
             last.update(node.output)
-        elif node.op_type == "GatherElements":
-            last.update(node.output)
+        if node.op_type == "ReduceMax" or (read and read <= largest):
+            largest.update(node.output)
     return exact
 
 
 def _is_mask(tensor: onnx.TensorProto) -> bool:
     """Whether it is the number that an attention bias hides tokens with."""
     is_scalar = tensor.data_type == TensorProto.FLOAT and int(np.prod(tensor.dims)) == 1
-    return is_scalar and float(numpy_helper.to_array(tensor).min()) < -torch.finfo(torch.float16).max
+    return is_scalar and float(numpy_helper.to_array(tensor).min()) == HIDDEN
 
 
 def _round_weights(tensor: onnx.TensorProto, precision: str) -> None:
-    """In place. The least float32, with which a bias hides tokens, becomes the least number of the type.
+    """In place.
 
     Raises:
         ParityError: another number is too large for the type.
     """
     type_, dtype = HALF_TYPES[precision]
     values = torch.from_numpy(np.array(numpy_helper.to_array(tensor)))
-    largest = torch.finfo(dtype).max
-    if precision == "fp16" and not _is_mask(tensor) and (peak := float(values.abs().max())) > largest:
+    if not (peak := float(values.abs().max())) <= torch.finfo(dtype).max:
         raise ParityError(
             f"weights reach {peak:,.0f} in {tensor.name}, expected at most 65,504, where float16 ends. Use bf16, which "
             "has the range of float32"
         )
-    halves = values.clamp(-largest, largest).to(dtype)
+    halves = values.to(dtype)
     name, shape = tensor.name, list(tensor.dims)
     tensor.Clear()
     tensor.name, tensor.data_type, tensor.raw_data = name, type_, halves.view(torch.int16).numpy().tobytes()

@@ -8,24 +8,35 @@ from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import DummyInputGenerator, NormalizedTextConfig
 
-from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.packing import Group, Pack, lay_out
 from csrm.training.model.relevance import PackedRelevanceModel
 
 OPSET = 18
 
 
-def example_packs() -> PackBatch:
-    """Two packs, with two prefixes, ragged products and padding: every kind of token that a graph meets."""
-    groups = [Group([1, 2, 3], [[4, 5], [6]]), Group([7, 8], [[9, 10, 11]]), Group([2, 4], [[3], [1, 5, 9, 7]])]
-    (batch,) = build_packs(groups, pack_tokens=11, packs_per_batch=2)
-    return batch
+_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "input_ids": ("tokens",),
+    "position_ids": ("tokens",),
+    "group_index": ("groups", "group_tokens"),
+    "prefix_index": ("groups", "prefix_tokens"),
+    "product_index": ("products", "product_tokens"),
+    "group_place": ("tokens",),
+    "product_place": ("tokens_of_products",),
+    "last_index": ("products",),
+}
+"""Names of the dimensions of each field of Pack."""
+
+
+def example_pack() -> Pack:
+    """Prefixes and products of several lengths, also of one token: every kind of token that a graph meets."""
+    return lay_out([Group([1, 2, 3], [[4, 5], [6]]), Group([7, 8], [[9, 10, 11]]), Group([2], [[3], [1, 5, 9, 7]])])
 
 
 class _ExampleInputs(DummyInputGenerator):
-    SUPPORTED_INPUT_NAMES = tuple(example_packs().model_inputs())
+    SUPPORTED_INPUT_NAMES = Pack._fields
 
     def __init__(self, task: str, normalized_config: Any, **kwargs: Any) -> None:
-        self._inputs = example_packs().model_inputs()
+        self._inputs = example_pack()._asdict()
 
     def generate(self, input_name: str, **kwargs: Any) -> torch.Tensor:
         return torch.from_numpy(self._inputs[input_name])
@@ -40,13 +51,11 @@ class PackedRelevanceOnnxConfig(OnnxConfig):
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
-        tokens = {0: "packs", 1: "tokens"}
-        pairs = {0: "packs", 1: "pairs"}
-        return {name: pairs if name == "last_index" else tokens for name in example_packs().model_inputs()}
+        return {name: dict(enumerate(dimensions)) for name, dimensions in _DIMENSIONS.items()}
 
     @property
     def outputs(self) -> dict[str, dict[int, str]]:
-        return {"logits": {0: "packs", 1: "pairs"}}
+        return {"logits": {0: "products"}}
 
 
 class _ExportedModel(PackedRelevanceModel):
@@ -63,7 +72,7 @@ class _ExportedModel(PackedRelevanceModel):
 
 
 def export_packed_graph(model: PackedRelevanceModel, path: Path) -> None:
-    """Write the model as an ONNX graph from PackBatch's model inputs to logits, float32.
+    """Write the model as an ONNX graph from a Pack to logits, float32.
 
     Args:
         model: adapters merged, float32, on the CPU.

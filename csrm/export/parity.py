@@ -66,22 +66,25 @@ def pack_spread(
     tokenizer: PromptTokenizer,
     labels: tuple[Label, ...],
     pack_scorer: PackScorer,
-    pack_tokens: int,
+    tokens_per_call: int,
     num_packings: int = NUM_PACKINGS,
 ) -> float:
     """Largest difference of one pair's score over packs of other sizes with other pairs in another order.
 
     Args:
         pairs: see csrm.scoring.PAIR_COLUMNS; every one is scored in every packing.
-        pack_tokens: most tokens of a pack; packings have that many, down to one prefix with one suffix.
+        tokens_per_call: most tokens of a pack; packings have that many, down to one prefix with one suffix.
     """
     rng = np.random.default_rng(0)
-    longest = tokenizer.budgets.prefix + tokenizer.budgets.suffix
+    longest = tokenizer.budgets.prompt
     scores = np.empty((num_packings, len(pairs)))
     for row in scores:
         order = rng.permutation(len(pairs))
         scorer = PairScorer(
-            tokenizer, labels, pack_scorer=pack_scorer, pack_tokens=int(rng.integers(longest, pack_tokens + 1))
+            tokenizer,
+            labels,
+            pack_scorer=pack_scorer,
+            tokens_per_call=int(rng.integers(longest, max(longest, tokens_per_call) + 1)),
         )
         row[order] = scorer.score(pairs.iloc[order])["relevance_score"]
     return float(np.ptp(scores, axis=0).max())

@@ -25,7 +25,7 @@ from csrm.bundle.contents import (
     PrecisionReport,
 )
 from csrm.bundle.golden import GoldenPairs
-from csrm.bundle.loading import load_scorer
+from csrm.bundle.loading import default_tokens_per_call, load_scorer
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ParityError
 from csrm.export.graph_files import check_locations
 from csrm.export.half import Peak, check_range, fuse_norms, largest_activation
@@ -34,7 +34,7 @@ from csrm.export.precision import RECIPES, Recipe, write_precision
 from csrm.export.quality import gate, measure_quality, plot_precisions
 from csrm.manifest import write_manifest
 from csrm.scoring.labels import Label
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PackScorer, PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -124,8 +124,7 @@ def write_best_precision(
     golden.write(folder / GOLDEN_NAME)
     if gains is not None:
         plot_precisions(reports, folder / PLOT_NAME)
-    scorer = PairScorer(tokenizer, settings.labels, pack_scorer=best.pack_scorer, pack_tokens=settings.pack_tokens)
-    shift = np.abs(scorer.score(golden.pairs)["relevance_score"] - golden.scores).max()
+    shift = np.abs(trials.scorer(best.pack_scorer).score(golden.pairs)["relevance_score"] - golden.scores).max()
     finished = settings.model_copy(
         update={
             "precision": best.recipe.precision,
@@ -153,6 +152,7 @@ class _Trials:
         gains: np.ndarray | None,
     ) -> None:
         self._settings, self._tokenizer, self._sample = settings, tokenizer, sample
+        self._tokens_per_call = default_tokens_per_call(settings.device)
         self._judged, self._gains = judged, gains
         self._reference: _Graph | None = None
         self._reference_scores = np.empty(0)
@@ -178,7 +178,7 @@ class _Trials:
             if self._peak is None:
                 source.parent.mkdir(exist_ok=True)
                 fuse_norms(fp32_path, source)
-                self._peak = largest_activation(source, self._batches(pairs), device)
+                self._peak = largest_activation(source, self._packs(pairs), device)
         if recipe.precision == "fp16":
             assert self._peak is not None
             check_range(self._peak)
@@ -204,7 +204,7 @@ class _Trials:
         if self._judged is not None and self._gains is not None:
             start = time.perf_counter()
             try:
-                scores = self._scorer(pack_scorer).score(self._judged)["relevance_score"].to_numpy()
+                scores = self.scorer(pack_scorer).score(self._judged)["relevance_score"].to_numpy()
             except Exception as error:  # onnxruntime's errors have no common base
                 if self._reference is None:
                     raise
@@ -228,7 +228,7 @@ class _Trials:
         else:
             rate = self._pairs_per_s(pack_scorer)
         if not problems:
-            spread = pack_spread(self._sample, self._tokenizer, settings.labels, pack_scorer, settings.pack_tokens)
+            spread = pack_spread(self._sample, self._tokenizer, settings.labels, pack_scorer, self._tokens_per_call)
         report = PrecisionReport(
             precision=recipe.precision,
             recipe=str(recipe),
@@ -251,7 +251,7 @@ class _Trials:
         for _ in range(3):
             for scorer, taken in zip(scorers, seconds, strict=True):
                 start = time.perf_counter()
-                self._scorer(scorer).logits(self._sample)
+                self.scorer(scorer).logits(self._sample)
                 taken.append(time.perf_counter() - start)
         medians = [statistics.median(taken) for taken in seconds]
         if self._reference is None:
@@ -261,13 +261,14 @@ class _Trials:
     def _largest_activation(self, recipe: Recipe) -> float | None:
         return self._peak.value if self._peak and recipe.bits == 16 and np.isfinite(self._peak.value) else None
 
-    def _batches(self, pairs: pd.DataFrame) -> list[PackBatch]:
+    def _packs(self, pairs: pd.DataFrame) -> list[Pack]:
         assert self._reference is not None
-        return [batch for _, batch in self._scorer(self._reference.pack_scorer).prepare(pairs).batches]
+        return [pack for _, pack in self.scorer(self._reference.pack_scorer).prepare(pairs).packs]
 
-    def _scorer(self, pack_scorer: PackScorer) -> PairScorer:
+    def scorer(self, pack_scorer: PackScorer) -> PairScorer:
+        """Scorer with a graph, in calls as long as those of a night on the device."""
         return PairScorer(
-            self._tokenizer, self._settings.labels, pack_scorer=pack_scorer, pack_tokens=self._settings.pack_tokens
+            self._tokenizer, self._settings.labels, pack_scorer=pack_scorer, tokens_per_call=self._tokens_per_call
         )
 
 

@@ -1,12 +1,11 @@
-"""Packs: one prefix followed by the suffixes of many products, scored in one forward pass.
+"""Packs: prefixes, each with the suffixes of its products, in one row of tokens that one forward pass scores.
 
-    tokens    [prefix of q1][product 1][product 2][prefix of q2][product 3] pad
-    group      0 0 0 0 0 0   0 0 0 0    0 0 0      1 1 1 1 1     1 1 1 1    -1
-    segment    0 0 0 0 0 0   1 1 1 1    2 2 2      0 0 0 0 0     1 1 1 1     0
-    position   0 1 2 3 4 5   6 7 8 9    6 7 8      0 1 2 3 4     5 6 7 8     0
+    tokens    [prefix of q1][prefix of q2][product 1 of q1][product 2 of q1][product 3, of q2]
+    position   0 1 2 3 4 5   0 1 2         6 7 8 9          6 7 8            3 4 5
 
-A token attends to itself and to earlier tokens of its own group that are in the prefix or in its own product. So a
-pair's score is that of its own prompt alone, and the prefix is computed once.
+A token attends to itself and to earlier tokens of its own prefix and its own product. So a pair's score is that of its
+own prompt alone, and a prefix is computed once for all its products. Nothing is padded but the indexes, by which
+attention alone reads the row: groups to their prefixes, and products to themselves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,27 +14,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-PADDING_GROUP = -1
+PADDING = -1
+"""Ends a row of an index that is shorter than the longest one."""
 
 
-class PackBatch(NamedTuple):
-    """Model inputs of one or more packs, padded on the end to the longest; all int64."""
+class Pack(NamedTuple):
+    """Model inputs of one forward pass, all int64. Tokens stand in one row: all prefixes, then all products."""
 
     input_ids: np.ndarray
-    """Shape (packs, tokens)."""
+    """Shape (tokens,)."""
     position_ids: np.ndarray
-    """Shape (packs, tokens); restart after the prefix for each product."""
-    group_ids: np.ndarray
-    """Shape (packs, tokens); which prefix of the pack, from 0; PADDING_GROUP for padding."""
-    segment_ids: np.ndarray
-    """Shape (packs, tokens); 0 in a prefix, from 1 in its products."""
+    """Shape (tokens,); those of a product follow its prefix."""
+    group_index: np.ndarray
+    """Shape (groups, most tokens of a group); places in the row of a group's tokens: prefix, then products."""
+    prefix_index: np.ndarray
+    """Shape (groups, most tokens of a prefix); places of a prefix's tokens."""
+    product_index: np.ndarray
+    """Shape (products, most tokens of a product); places of a product's tokens."""
+    group_place: np.ndarray
+    """Shape (tokens,); where each token of the row is in group_index, counted through its rows."""
+    product_place: np.ndarray
+    """Shape (tokens of products,); where each of the last tokens of the row is in product_index."""
     last_index: np.ndarray
-    """Shape (packs, pairs); place of each pair's last token; 0 where a pack has fewer pairs."""
-    pair_index: np.ndarray
-    """Shape (packs, pairs); the pair's number in the order given, -1 where a pack has fewer. Not a model input."""
-
-    def model_inputs(self) -> dict[str, np.ndarray]:
-        return {name: array for name, array in self._asdict().items() if name != "pair_index"}
+    """Shape (products,); place in the row of each product's last token, in the order of the groups' suffixes."""
 
 
 class Group(NamedTuple):
@@ -44,105 +45,108 @@ class Group(NamedTuple):
     prefix_ids: Sequence[int]
     suffixes: Sequence[Sequence[int]]
 
-
-class _Pack:
-    """A pack while it is filled: pieces of tokens, each a prefix or a product."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._pieces: list[Sequence[int]] = []
-        self._places: list[tuple[int, int, int]] = []
-        """Of each piece its first token's position, its group and its segment."""
-        self._pair_index: list[int] = []
-        self._num_groups = 0
-
-    def add_prefix(self, ids: Sequence[int]) -> None:
-        self._add(ids, 0, self._num_groups, 0)
-        self._num_groups += 1
-
-    def add_suffix(self, ids: Sequence[int], start: int, segment: int, pair: int) -> None:
-        self._add(ids, start, self._num_groups - 1, segment)
-        self._pair_index.append(pair)
-
-    def as_batch(self) -> PackBatch:
-        lengths = np.array([len(piece) for piece in self._pieces])
-        ends = lengths.cumsum()
-        starts, groups, segments = np.array(self._places, dtype=np.int64).T
-        rows = (
-            np.fromiter(chain.from_iterable(self._pieces), dtype=np.int64, count=self.num_tokens),
-            np.arange(self.num_tokens) + np.repeat(starts - ends + lengths, lengths),
-            np.repeat(groups, lengths),
-            np.repeat(segments, lengths),
-            ends[segments > 0] - 1,
-            np.array(self._pair_index, dtype=np.int64),
-        )
-        return PackBatch(*(row[np.newaxis] for row in rows))
-
-    def _add(self, ids: Sequence[int], start: int, group: int, segment: int) -> None:
-        self._pieces.append(ids)
-        self._places.append((start, group, segment))
-        self.num_tokens += len(ids)
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix and of all suffixes."""
+        return len(self.prefix_ids) + sum(map(len, self.suffixes))
 
 
-def build_packs(groups: Sequence[Group], pack_tokens: int, packs_per_batch: int = 1) -> Iterator[PackBatch]:
-    """Fill packs in order; a group that does not fit goes on in the next pack, behind its prefix again.
+def lay_out(groups: Sequence[Group]) -> Pack:
+    """One pack of groups, each with at least one suffix.
+
+    >>> pack = lay_out([Group([1, 2, 3], [[4, 5], [6]])])
+    >>> pack.input_ids.tolist(), pack.position_ids.tolist(), pack.last_index.tolist()
+    ([1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 3], [4, 5])
+    """
+    pieces = [*(group.prefix_ids for group in groups), *chain.from_iterable(group.suffixes for group in groups)]
+    num_groups = len(groups)
+    lengths = np.array([len(piece) for piece in pieces])
+    ends = lengths.cumsum()
+    starts = ends - lengths
+    num_tokens = int(ends[-1])
+    products = np.array([len(group.suffixes) for group in groups])
+    group_of_product = np.repeat(np.arange(num_groups), products)
+    prefix_lengths = lengths[:num_groups]
+    offsets = np.concatenate([np.zeros(num_groups, dtype=np.int64), prefix_lengths[group_of_product]])
+    prefix_index = _index(starts[:num_groups], prefix_lengths)
+    product_index = _index(starts[num_groups:], lengths[num_groups:])
+    own_lengths = np.bincount(group_of_product, lengths[num_groups:], num_groups).astype(np.int64)
+    group_index = _index(starts[:num_groups], prefix_lengths + own_lengths)
+    jumps = starts[num_groups:][np.cumsum(products) - products] - ends[:num_groups]
+    is_product = np.arange(group_index.shape[1]) >= prefix_lengths[:, None]
+    group_index = np.where((group_index >= 0) & is_product, group_index + jumps[:, None], group_index)
+    group_place = np.empty(num_tokens, dtype=np.int64)
+    places = np.flatnonzero(group_index >= 0)
+    group_place[group_index.ravel()[places]] = places
+    return Pack(
+        input_ids=np.fromiter(chain.from_iterable(pieces), dtype=np.int64, count=num_tokens),
+        position_ids=np.arange(num_tokens) + np.repeat(offsets - starts, lengths),
+        group_index=group_index,
+        prefix_index=prefix_index,
+        product_index=product_index,
+        group_place=group_place,
+        product_place=np.flatnonzero(product_index >= 0),
+        last_index=ends[num_groups:] - 1,
+    )
+
+
+def build_packs(groups: Sequence[Group], pack_tokens: int) -> Iterator[Pack]:
+    """Packs of groups in their order, see split_groups."""
+    return map(lay_out, split_groups(groups, pack_tokens))
+
+
+def split_groups(groups: Sequence[Group], pack_tokens: int) -> Iterator[list[Group]]:
+    """The groups of each pack, in order. Pairs stay in order too, and none is left out.
+
+    A group that fits a pack stays whole. A longer one goes on in the next pack, behind its prefix again.
 
     Args:
-        groups: pairs of each query; pairs are numbered from 0 through all groups in this order.
+        groups: pairs of each query; one without pairs is left out.
         pack_tokens: most tokens of a pack.
-        packs_per_batch: packs of one forward pass.
 
     Raises:
         ValueError: a prefix with one of its suffixes has more than pack_tokens tokens, or a part is empty.
+
+    >>> [[len(group.suffixes) for group in part] for part in split_groups([Group([1, 2], [[3], [4], [5]])], 4)]
+    [[2], [1]]
     """
-    packs: list[PackBatch] = []
-    for pack in _filled_packs(groups, pack_tokens):
-        packs.append(pack.as_batch())
-        if len(packs) == packs_per_batch:
-            yield merge_packs(packs)
-            packs = []
-    if packs:
-        yield merge_packs(packs)
-
-
-def merge_packs(packs: Sequence[PackBatch]) -> PackBatch:
-    """One batch of several, each padded on the end to the longest."""
-    if len(packs) == 1:
-        return packs[0]
-    fills = (0, 0, PADDING_GROUP, 0, 0, -1)
-    return PackBatch(*(_stacked(arrays, fill) for arrays, fill in zip(zip(*packs, strict=True), fills, strict=True)))
-
-
-def _stacked(arrays: Sequence[np.ndarray], fill: int) -> np.ndarray:
-    stacked = np.full((sum(map(len, arrays)), max(array.shape[1] for array in arrays)), fill, dtype=np.int64)
-    row = 0
-    for array in arrays:
-        stacked[row : row + len(array), : array.shape[1]] = array
-        row += len(array)
-    return stacked
-
-
-def _filled_packs(groups: Sequence[Group], pack_tokens: int) -> Iterator[_Pack]:
-    pack = _Pack()
-    pair = 0
-    for prefix_ids, suffixes in groups:
-        segment = 0
-        in_pack = False
-        for suffix_ids in suffixes:
-            alone = len(prefix_ids) + len(suffix_ids)
-            if alone > pack_tokens or not prefix_ids or not suffix_ids:
+    pack: list[Group] = []
+    room = pack_tokens
+    num_pairs = 0
+    for group in groups:
+        for suffix_ids in group.suffixes:
+            alone = len(group.prefix_ids) + len(suffix_ids)
+            if alone > pack_tokens or not group.prefix_ids or not suffix_ids:
                 raise ValueError(
-                    f"pair {pair}: {len(prefix_ids)} prefix and {len(suffix_ids)} suffix tokens; both must be at "
-                    f"least 1 and together at most pack_tokens ({pack_tokens})"
+                    f"pair {num_pairs}: {len(group.prefix_ids)} prefix and {len(suffix_ids)} suffix tokens; both must "
+                    f"be at least 1 and together at most pack_tokens ({pack_tokens})"
                 )
-            if pack.num_tokens + (len(suffix_ids) if in_pack else alone) > pack_tokens:
+            num_pairs += 1
+        for part in _parts(group, pack_tokens):
+            if part.num_tokens > room:
                 yield pack
-                pack, in_pack = _Pack(), False
-            if not in_pack:
-                pack.add_prefix(prefix_ids)
-                in_pack, segment = True, 0
-            segment += 1
-            pack.add_suffix(suffix_ids, len(prefix_ids), segment, pair)
-            pair += 1
-    if pack.num_tokens:
+                pack, room = [], pack_tokens
+            pack.append(part)
+            room -= part.num_tokens
+    if pack:
         yield pack
+
+
+def _parts(group: Group, pack_tokens: int) -> Iterator[Group]:
+    """The group, in so many parts that each fits a pack."""
+    suffixes: list[Sequence[int]] = []
+    num_tokens = len(group.prefix_ids)
+    for suffix_ids in group.suffixes:
+        if num_tokens + len(suffix_ids) > pack_tokens:
+            yield Group(group.prefix_ids, suffixes)
+            suffixes, num_tokens = [], len(group.prefix_ids)
+        suffixes.append(suffix_ids)
+        num_tokens += len(suffix_ids)
+    if suffixes:
+        yield Group(group.prefix_ids, suffixes)
+
+
+def _index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Rows of so many places from each start; PADDING on their ends."""
+    steps = np.arange(lengths.max())
+    return np.where(steps < lengths[:, None], starts[:, None] + steps, PADDING)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from csrm.errors import BundleError, ConfigError, DeviceError, MissingDependencyError
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.scorer import PackScorer
 
 
@@ -29,15 +29,15 @@ def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) 
         BundleError: the graph cannot be read, or is not a packed graph.
     """
     session, provider = open_session(model_path, device, threads)
-    expected = set(PackBatch._fields) - {"pair_index"}
+    expected = set(Pack._fields)
     if {tensor.name for tensor in session.get_inputs()} != expected or "logits" not in _names(session.get_outputs()):
         raise BundleError(
             f"model {str(model_path)!r}: expected inputs {sorted(expected)} and output logits, got inputs "
             f"{_names(session.get_inputs())} and outputs {_names(session.get_outputs())}. Is it another model's graph?"
         )
 
-    def score(batch: PackBatch) -> np.ndarray:
-        (logits,) = session.run(["logits"], batch.model_inputs())
+    def score(pack: Pack) -> np.ndarray:
+        (logits,) = session.run(["logits"], pack._asdict())
         return np.asarray(logits)
 
     return score, provider

@@ -10,13 +10,13 @@ import pandas as pd
 from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import Label, expected_gain
-from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.prompts import Product, Query
 from csrm.scoring.tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
-PackScorer = Callable[[PackBatch], np.ndarray]
-"""Logits of a batch of packs, shape (packs, pairs, labels), any float dtype; rows of absent pairs may hold anything."""
+PackScorer = Callable[[Pack], np.ndarray]
+"""Logits of a pack's pairs, shape (pairs, labels), any float dtype."""
 PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "brand", "category", "attributes"]
 """What a score depends on, apart from the bundle."""
 OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
@@ -28,8 +28,8 @@ TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "no
 class PreparedPairs(NamedTuple):
     """Pairs that are ready for the model."""
 
-    batches: list[tuple[np.ndarray, PackBatch]]
-    """Batches of packs, each with the row numbers of its pairs."""
+    packs: list[tuple[np.ndarray, Pack]]
+    """Packs, each with the row numbers of its pairs."""
     num_prompt_tokens: int
     """Of all prompts, prefixes counted once per pair."""
 
@@ -45,9 +45,9 @@ class PairScorer:
 
     >>> from csrm.bundle import load_bundle
     >>> bundle = load_bundle("conf/demo_bundle")
-    >>> def no_idea(batch):
-    ...     return np.zeros((*batch.last_index.shape, len(bundle.settings.labels)))
-    >>> scorer = PairScorer(bundle.prompt_tokenizer(), bundle.settings.labels, pack_scorer=no_idea, pack_tokens=512)
+    >>> def no_idea(pack):
+    ...     return np.zeros((len(pack.last_index), len(bundle.settings.labels)))
+    >>> scorer = PairScorer(bundle.prompt_tokenizer(), bundle.settings.labels, pack_scorer=no_idea, tokens_per_call=512)
     >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "mouse", "title": ["Mouse Pad XL"]})
     >>> f"{scorer.score(pairs)['relevance_score'].item():.4f}"  # the mean gain of the four labels
     '0.2775'
@@ -59,8 +59,7 @@ class PairScorer:
         labels: Sequence[Label],
         *,
         pack_scorer: PackScorer,
-        pack_tokens: int,
-        tokens_per_call: int = 0,
+        tokens_per_call: int,
         digest: str = "",
         provider: str = "",
     ) -> None:
@@ -70,8 +69,8 @@ class PairScorer:
             tokenizer: of the model, with the budgets of its prompts.
             labels: answers of the model, in the order of its logits.
             pack_scorer: the model, see PackScorer.
-            pack_tokens: most tokens of a pack; at least a prefix with one suffix.
-            tokens_per_call: most tokens of one forward pass, as whole packs; at least one pack.
+            tokens_per_call: most tokens of one forward pass, which scores one pack; where a prompt may be longer, that
+                many.
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
         """
@@ -88,10 +87,9 @@ class PairScorer:
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self._tokenizer = tokenizer
         self._pack_scorer = pack_scorer
-        self._pack_tokens = pack_tokens
-        self._tokens_per_call = tokens_per_call
-        self._known_good: tuple[PackBatch, np.ndarray] | None = None
-        """The first batch that was scored, and its logits: what a healthy process gives again."""
+        self._tokens_per_call = max(tokens_per_call, tokenizer.budgets.prompt)
+        self._known_good: tuple[Pack, np.ndarray] | None = None
+        """The first pack that was scored, and its logits: what a healthy process gives again."""
 
     def score(self, pairs: pd.DataFrame) -> pd.DataFrame:
         """Score pairs.
@@ -124,25 +122,26 @@ class PairScorer:
     def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
         """Tokens and packs of pairs, with which score and score_or_reject begin.
 
-        Reads nothing that scoring changes but the size of packs and calls: another thread may prepare the next pairs
-        meanwhile.
+        Groups of about one length share a pack: its indexes then have little padding. Reads nothing that scoring
+        changes but the size of packs: another thread may prepare the next pairs meanwhile.
         """
         groups, rows = pair_groups(pairs, self._tokenizer)
         num_prompt_tokens = sum(
             len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
         )
-        batches = [
-            (rows[batch.pair_index[batch.pair_index >= 0]], batch)
-            for batch in build_packs(groups, self._pack_tokens, max(1, self._tokens_per_call // self._pack_tokens))
-        ]
-        return PreparedPairs(batches, num_prompt_tokens)
+        rows_of_groups = _split(rows, [len(group.suffixes) for group in groups])
+        order = sorted(range(len(groups)), key=lambda number: groups[number].num_tokens)
+        packs = list(build_packs([groups[number] for number in order], self._tokens_per_call))
+        rows = np.concatenate([rows[:0], *(rows_of_groups[number] for number in order)])
+        rows_of_packs = _split(rows, [len(pack.last_index) for pack in packs])
+        return PreparedPairs(list(zip(rows_of_packs, packs, strict=True)), num_prompt_tokens)
 
     def score_or_reject(self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None) -> pd.DataFrame:
         """Score pairs, and set those aside that cannot be scored.
 
-        Where a batch of packs fails, its pairs are halved until those that fail are alone: for one such pair at most
-        twice the logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy.
-        Where all halves succeed, the batch was too large: later calls have half as many packs, or packs half as long.
+        Where a pack fails, its pairs are halved until those that fail are alone: for one such pair at most twice the
+        logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy. Where all
+        halves succeed, the pack was too large: later ones have half as many tokens.
 
         Args:
             pairs: see score.
@@ -154,7 +153,7 @@ class PairScorer:
 
         Raises:
             InputError: a column is missing.
-            DeviceError: a batch that was scored before fails too: the process is broken, not the pair.
+            DeviceError: a pack that was scored before fails too: the process is broken, not the pair.
         """
         pairs = with_pair_columns(pairs)
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
@@ -170,10 +169,10 @@ class PairScorer:
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
-        batches, num_prompt_tokens = self.prepare(pairs)
+        packs, num_prompt_tokens = self.prepare(pairs)
         self.num_prompt_tokens += num_prompt_tokens
-        for rows, batch in batches:
-            logits[rows] = self._batch_logits(batch)
+        for rows, pack in packs:
+            logits[rows] = self._pack_logits(pack)
         return logits
 
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,12 +180,12 @@ class PairScorer:
         names = np.array([label.name for label in self.labels], dtype=object)
         return expected_gain(logits, gains), names[logits.argmax(axis=1)]
 
-    def _batch_logits(self, batch: PackBatch) -> np.ndarray:
-        """Of the pairs in a batch, shape (num_pairs, num_labels)."""
-        logits = self._pack_scorer(batch)[batch.pair_index >= 0]
-        self.num_tokens += int((batch.group_ids >= 0).sum())
+    def _pack_logits(self, pack: Pack) -> np.ndarray:
+        """Of the pairs in a pack, shape (num_pairs, num_labels)."""
+        logits = self._pack_scorer(pack)
+        self.num_tokens += len(pack.input_ids)
         if self._known_good is None:
-            self._known_good = batch, logits
+            self._known_good = pack, logits
         return logits
 
     def _try_rows(
@@ -199,7 +198,7 @@ class PairScorer:
     ) -> None:
         """Fill in the logits of some rows of `pairs`, or their reasons."""
         try:
-            batches, num_prompt_tokens = prepared or self.prepare(pairs.iloc[rows])
+            packs, num_prompt_tokens = prepared or self.prepare(pairs.iloc[rows])
         except Exception as error:  # tokenizers raises Exception itself
             if len(rows) == 1:
                 _reject(pairs, rows[0], TOKENIZER_ERROR, error, reasons)
@@ -208,10 +207,10 @@ class PairScorer:
                     self._try_rows(pairs, half, logits, reasons)
             return
         self.num_prompt_tokens += num_prompt_tokens
-        for places, batch in batches:
+        for places, pack in packs:
             own = rows[places]
             try:
-                found = self._batch_logits(batch)
+                found = self._pack_logits(pack)
                 if not np.isfinite(found).all():
                     raise _NotFiniteError(f"logits are not finite: {found[:4].tolist()}")
                 logits[own] = found
@@ -224,20 +223,19 @@ class PairScorer:
                 for half in np.array_split(own, 2):
                     self._try_rows(pairs, half, logits, reasons)
                 if all(reason is None for reason in reasons[own]):
-                    self._ask_for_less(batch, error)
+                    self._ask_for_less(pack, error)
 
     def _require_health(self, error: Exception) -> None:
-        """Score the first batch again, which a healthy process can.
+        """Score the first pack again, which a healthy process can.
 
         Raises:
             DeviceError: what could be scored once can not be scored any more.
         """
         if self._known_good is None:
             raise error
-        batch, expected = self._known_good
-        present = batch.pair_index >= 0
+        pack, expected = self._known_good
         try:
-            is_healthy = np.allclose(self._pack_scorer(batch)[present], expected, rtol=0.01, atol=0.01)
+            is_healthy = np.allclose(self._pack_scorer(pack), expected, rtol=0.01, atol=0.01)
         except Exception:
             is_healthy = False
         if not is_healthy:
@@ -247,17 +245,18 @@ class PairScorer:
                 "fresh one."
             ) from error
 
-    def _ask_for_less(self, batch: PackBatch, error: Exception) -> None:
-        """After a batch whose halves can be scored, as it is where memory runs out: fewer packs, then shorter ones."""
+    def _ask_for_less(self, pack: Pack, error: Exception) -> None:
+        """After a pack whose halves can be scored, as it is where memory runs out: shorter ones."""
         self.num_halved_packs += 1
-        if len(batch.group_ids) > 1:
-            self._tokens_per_call = min(self._tokens_per_call, len(batch.group_ids) * self._pack_tokens // 2)
-            logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
-            return
-        longest = self._tokenizer.budgets.prefix + self._tokenizer.budgets.suffix
-        num_tokens = int((batch.group_ids[0] >= 0).sum())
-        self._pack_tokens = max(min(self._pack_tokens, num_tokens // 2), longest)
-        logger.warning("packs of at most %d tokens from now on; longer ones fail: %s", self._pack_tokens, error)
+        fewer = min(self._tokens_per_call, len(pack.input_ids) // 2)
+        self._tokens_per_call = max(fewer, self._tokenizer.budgets.prompt)
+        logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
+
+
+def _split(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """The rows, so many in each part."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _reject(pairs: pd.DataFrame, row: int, reason: str, error: Exception, reasons: np.ndarray) -> None:

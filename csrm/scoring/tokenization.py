@@ -58,6 +58,11 @@ class Budgets:
     suffix: int = 128
     """The whole suffix; attributes, category and brand give way first, in this order."""
 
+    @property
+    def prompt(self) -> int:
+        """Most tokens of a prompt."""
+        return self.prefix + self.suffix
+
     def __post_init__(self) -> None:
         wrong = [
             f"{name} is {value}" for name, value in asdict(self).items() if not isinstance(value, int) or value < 1

@@ -88,7 +88,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _a_prompt_fits_a_pack(self) -> "TrainConfig":
-        longest = self.budgets.prefix + self.budgets.suffix
+        longest = self.budgets.prompt
         if self.pack_tokens < longest:
             raise ValueError(
                 f"pack_tokens is {self.pack_tokens}, but a prefix with one suffix may take {longest} tokens"

@@ -14,7 +14,6 @@ from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
-from csrm.training.model.attention import use_block_attention
 from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
 from csrm.training.model.relevance import PackedRelevanceModel, TrainingPrecision, torch_pack_scorer
 
@@ -54,7 +53,7 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
 
 
 def trained_scorer(model_dir: str | Path, precision: TrainingPrecision) -> PairScorer:
-    """The scorer of a trained folder, in a precision, with attention and on a device as in training.
+    """The scorer of a trained folder, in a precision, on a device as in training.
 
     Raises:
         BundleError, ConfigError: see load_trained.
@@ -62,8 +61,6 @@ def trained_scorer(model_dir: str | Path, precision: TrainingPrecision) -> PairS
     model, tokenizer, card = _load(Path(model_dir))
     if torch.cuda.is_available():
         model.to("cuda")
-    else:
-        use_block_attention(model.language_model)
     return scorer_of(model, tokenizer, card, precision)
 
 
@@ -171,6 +168,6 @@ def scorer_of(
         tokenizer,
         card.labels,
         pack_scorer=torch_pack_scorer(model, precision),
-        pack_tokens=card.pack_tokens,
+        tokens_per_call=card.pack_tokens,
         provider="torch",
     )

@@ -20,7 +20,6 @@ from transformers.integrations import TensorBoardCallback
 
 from csrm.errors import ConfigError
 from csrm.training.data.packs import PackFile, collate
-from csrm.training.model.attention import use_block_attention
 from csrm.training.model.base import BaseModel, load_language_model
 from csrm.training.model.relevance import TASKS, PackedRelevanceModel, task_totals
 from csrm.training.processes import num_processes
@@ -58,8 +57,6 @@ def run_training(
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if on_cpu:
-        use_block_attention(language_model)
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
     packs = PackFile(paths.packs)
     steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
@@ -179,7 +176,7 @@ class _StageTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """A step's batches in this process, and task_totals over all processes."""
         batches, _ = super().get_batch_samples(*args)
-        own = torch.stack([task_totals(batch["targets"], batch["is_translation"]) for batch in batches]).sum(0)
+        own = torch.stack([task_totals(batch["targets"], batch["translation_index"]) for batch in batches]).sum(0)
         totals = self.accelerator.reduce(own.to(self.args.device), "sum")
         self._num_steps += np.array([1, *(totals > 0).tolist()])
         return batches, totals

@@ -56,7 +56,7 @@ def _loss(
         for pack in translation_packs([texts], tokenizer, max(512, 4 * text_tokens), text_tokens):
             batch = collate([pack], num_labels)
             del batch["keys"]
-            count = int(batch["is_translation"].sum())
+            count = batch["translation_index"].shape[1]
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
             total, num_tokens = total + float(loss) * count, num_tokens + count
     return total / num_tokens

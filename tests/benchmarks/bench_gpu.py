@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from speed import MIN_CORRELATION, machine
 from speed_inputs import (
-    PACK_TOKENS,
     REPOSITORY,
     SEEDED_MODELS,
     Workload,
@@ -55,6 +54,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from csrm.bundle.contents import TOKENIZER_NAME
+from csrm.bundle.loading import TOKENS_PER_CALL
 from csrm.errors import CsrmError
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
 from csrm.scoring.packing import Group
@@ -104,8 +104,7 @@ class Contender:
             self.tokenizer,
             ESCI_LABELS,
             pack_scorer=pack_scorer,
-            pack_tokens=args.pack_tokens,
-            tokens_per_call=args.packs_per_batch * args.pack_tokens,
+            tokens_per_call=args.tokens_per_call,
         )
 
         def run() -> tuple[np.ndarray, int]:
@@ -333,9 +332,9 @@ def report(results: dict[str, dict[str, Any]], about: dict[str, Any], args: argp
     head = (
         f"`tests/benchmarks/bench_gpu.py`, {made_by['date']}, commit {made_by['commit']}, {device}: "
         f"{about['num_parameters'] / 1e6:,.1f} M weights, {about['layer_weights'] / 1e6:,.1f} M in the layers; "
-        f"{len(reference):,} pairs, {args.products_per_query} products a query; packs of {args.pack_tokens} tokens, "
-        f"{args.packs_per_batch} at a time; batches of {args.batch}; torch in {args.torch_precision}; medians of "
-        f"{args.repeats} runs, with the smallest and the largest. torch {torch.__version__}, "
+        f"{len(reference):,} pairs, {args.products_per_query} products a query; "
+        f"calls of {args.tokens_per_call:,} tokens; batches of {args.batch}; torch in {args.torch_precision}; "
+        f"medians of {args.repeats} runs, with the smallest and the largest. torch {torch.__version__}, "
         f"onnxruntime {made_by['versions']['onnxruntime']}."
     )
     return "\n\n".join([head, *voids, "\n".join(lines), markdown(rows)]), not voids
@@ -349,8 +348,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of real text (speed_inputs.py); else of the generated market")
     parser.add_argument("--pairs", type=int, default=12_000, help="about; a query is never cut")
     parser.add_argument("--products-per-query", type=int, default=12)
-    parser.add_argument("--pack-tokens", type=int, default=PACK_TOKENS)
-    parser.add_argument("--packs-per-batch", type=int, default=16)
+    parser.add_argument("--tokens-per-call", type=int, default=TOKENS_PER_CALL["cuda"], help="of a pack")
     parser.add_argument("--batch", type=int, default=256, help="prompts of a padded batch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "bench_gpu", help="where graphs are kept")

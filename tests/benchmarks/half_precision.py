@@ -29,7 +29,7 @@ from csrm.errors import CsrmError, ParityError
 from csrm.export.half import check_range, fuse_norms, largest_activation, write_half, write_rounded
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.scoring.labels import ESCI_LABELS
-from csrm.scoring.packing import PackBatch, build_packs
+from csrm.scoring.packing import Pack, build_packs
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import pair_groups
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
@@ -40,7 +40,7 @@ LIMITS = {"fp16": 0.01, "bf16": 0.03}
 """Largest error of a logit, as a share of the range of all."""
 PACK_TOKENS = 512
 
-Case = tuple[str, Callable[[], PackedRelevanceModel], list[PackBatch]]
+Case = tuple[str, Callable[[], PackedRelevanceModel], list[Pack]]
 """Name of a model, what loads it, and the packs that it scores."""
 
 
@@ -50,14 +50,14 @@ def tiny_cases() -> Iterator[Case]:
     from tests.export.loud_models import make_loud
     from tests.export.test_families import LABEL_IDS, random_groups, tiny_model
 
-    batches = list(build_packs(random_groups(), pack_tokens=60, packs_per_batch=2))
+    packs = list(build_packs(random_groups(), pack_tokens=120))
     for family in ("qwen2", "qwen3", "llama", "mistral", "gemma3"):
         norm_input = 104_061 if family == "gemma3" else 24_926
 
         def load(family: str = family, norm_input: float = norm_input) -> PackedRelevanceModel:
-            return make_loud(PackedRelevanceModel(tiny_model(family), LABEL_IDS).eval(), batches, norm_input)
+            return make_loud(PackedRelevanceModel(tiny_model(family), LABEL_IDS).eval(), packs, norm_input)
 
-        yield f"{family}, seeded", load, batches
+        yield f"{family}, seeded", load, packs
 
 
 def real_cases(paths: Sequence[Path]) -> Iterator[Case]:
@@ -66,12 +66,12 @@ def real_cases(paths: Sequence[Path]) -> Iterator[Case]:
         is_file = path.suffix == ".gguf"
         base_model = BaseModel(folder=str(path.parent if is_file else path), gguf_file=path.name if is_file else None)
         tokenizer = PromptTokenizer(load_tokenizer(base_model), Budgets())
-        batches = list(build_packs(pair_groups(pairs(), tokenizer)[0], PACK_TOKENS))
+        packs = list(build_packs(pair_groups(pairs(), tokenizer)[0], PACK_TOKENS))
 
         def load(base_model: BaseModel = base_model, tokenizer: PromptTokenizer = tokenizer) -> PackedRelevanceModel:
             return PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(ESCI_LABELS)).eval()
 
-        yield path.stem, load, batches
+        yield path.stem, load, packs
 
 
 def pairs() -> pd.DataFrame:
@@ -96,11 +96,11 @@ def pairs() -> pd.DataFrame:
 
 def measure(case: Case, folder: Path) -> tuple[dict[str, Any], bool]:
     """A row of the table, and whether the error is within its limit."""
-    name, load, batches = case
+    name, load, packs = case
     start = time.monotonic()
     export_packed_graph(load(), folder / "fp32.onnx")
     fuse_norms(folder / "fp32.onnx", folder / "fused.onnx")
-    peak = largest_activation(folder / "fused.onnx", batches)
+    peak = largest_activation(folder / "fused.onnx", packs)
     precision = "fp16"
     try:
         check_range(peak)
@@ -108,7 +108,7 @@ def measure(case: Case, folder: Path) -> tuple[dict[str, Any], bool]:
         precision = "bf16"
     write_half(folder / "fused.onnx", precision, folder / "half.onnx")
     write_rounded(folder / "half.onnx", folder / "rounded.onnx")
-    expected, found = (logits(folder / f"{graph}.onnx", batches) for graph in ("fp32", "rounded"))
+    expected, found = (logits(folder / f"{graph}.onnx", packs) for graph in ("fp32", "rounded"))
     share = float(np.abs(found - expected).max() / np.ptp(expected))
     is_right = share <= LIMITS[precision]  # not where it is no number
     row = {
@@ -125,10 +125,10 @@ def measure(case: Case, folder: Path) -> tuple[dict[str, Any], bool]:
     return row, is_right
 
 
-def logits(path: Path, batches: Sequence[PackBatch]) -> np.ndarray:
+def logits(path: Path, packs: Sequence[Pack]) -> np.ndarray:
     """Label logits of all pairs, shape (num_pairs, num_labels)."""
     scorer, _ = load_pack_scorer(path, "cpu")
-    return np.concatenate([scorer(batch)[batch.pair_index >= 0] for batch in batches])
+    return np.concatenate([scorer(pack) for pack in packs])
 
 
 def main() -> int:

@@ -49,11 +49,11 @@ from speed_report import markdown
 
 from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, Origin
 from csrm.bundle.golden import GoldenPairs
-from csrm.bundle.loading import Bundle, load_bundle
+from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle
 from csrm.capacity.figures import Run, bundle_figures, read_run, with_run
 from csrm.capacity.formula import PHASES, TABLE_BYTES, Machines, PhaseCost, Plan
 from csrm.manifest import write_manifest
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer
 
@@ -90,9 +90,9 @@ def write_bundle_without_model(source: Bundle, folder: Path) -> None:
         for name, spec in settings.outputs.items()
     )
     factors = 0.01 * np.arange(len(settings.labels), dtype=np.float32)
-    constants = [numpy_helper.from_array(factors, "factors"), numpy_helper.from_array(np.array([2]), "axis")]
+    constants = [numpy_helper.from_array(factors, "factors"), numpy_helper.from_array(np.array([1]), "axis")]
     nodes = [
-        helper.make_node("GatherElements", ["position_ids", "last_index"], ["place"], axis=1),
+        helper.make_node("Gather", ["position_ids", "last_index"], ["place"]),
         helper.make_node("Cast", ["place"], ["number"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["number", "axis"], ["column"]),
         helper.make_node("Mul", ["column", "factors"], [output.name]),
@@ -105,7 +105,10 @@ def write_bundle_without_model(source: Bundle, folder: Path) -> None:
     shutil.copyfile(source.folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, "cpu")
     scorer = PairScorer(
-        source.prompt_tokenizer(), settings.labels, pack_scorer=pack_scorer, pack_tokens=settings.pack_tokens
+        source.prompt_tokenizer(),
+        settings.labels,
+        pack_scorer=pack_scorer,
+        tokens_per_call=default_tokens_per_call("cpu"),
     )
     golden = source.golden_pairs()
     scores = scorer.score(golden.pairs)["relevance_score"].to_numpy(dtype=np.float64)
@@ -281,15 +284,18 @@ def bare_loop(pairs: pd.DataFrame, bundle_dir: str) -> dict[str, float]:
     pack_scorer, _ = load_pack_scorer(bundle.folder / MODEL_NAME, "cpu", threads=1)
     in_model = 0.0
 
-    def timed(batch: PackBatch) -> np.ndarray:
+    def timed(pack: Pack) -> np.ndarray:
         nonlocal in_model
         start = time.perf_counter()
-        logits = pack_scorer(batch)
+        logits = pack_scorer(pack)
         in_model += time.perf_counter() - start
         return logits
 
     scorer = PairScorer(
-        bundle.prompt_tokenizer(), bundle.settings.labels, pack_scorer=timed, pack_tokens=bundle.settings.pack_tokens
+        bundle.prompt_tokenizer(),
+        bundle.settings.labels,
+        pack_scorer=timed,
+        tokens_per_call=default_tokens_per_call("cpu"),
     )
     scorer.score_or_reject(pairs.head(PAIRS_PER_CALL).reset_index(drop=True))
     in_model, start = 0.0, time.perf_counter()

@@ -3,11 +3,11 @@
     python tests/benchmarks/packed_training.py --model FOLDER/gemma-3-270m --data FOLDER/esci_us
 
 A pair is a query with three retrieved titles and a product's title, twelve pairs a query. Both contenders take the same
-optimiser steps: same weights and adapters, same pairs in each step, as many tokens in each forward pass. Packs attend
-by blocks, as stages do on a CPU. The padded contender sends one prompt a pair through the decoder as it is, with
-torch's scaled-dot-product attention; it too computes the labels' logits at the last token only, not those of the whole
-vocabulary. Each runs in a process of its own, which gives its memory, and they take turns. Where the machine is busy,
-seconds of processor say more than seconds. With `--precision bf16` both multiply matrices by autocast.
+optimiser steps: same weights and adapters, same pairs in each step, as many tokens in each forward pass. The padded
+contender sends one prompt a pair through the decoder as it is, with torch's scaled-dot-product attention; it too
+computes the labels' logits at the last token only, not those of the whole vocabulary. Each runs in a process of its
+own, which gives its memory, and they take turns. Where the machine is busy, seconds of processor say more than seconds.
+With `--precision bf16` both multiply matrices by autocast.
 Their losses must agree in the first step, or the run is void.
 """
 
@@ -30,7 +30,6 @@ from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Group, build_packs
 from csrm.scoring.prompts import Product, Query
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
-from csrm.training.model.attention import use_block_attention
 from csrm.training.model.base import BaseModel, load_language_model
 from csrm.training.model.relevance import PackedRelevanceModel
 from csrm.training.tuning import Tuning
@@ -73,16 +72,16 @@ def judged_groups(data: Path, tokenizer: PromptTokenizer, num_queries: int) -> t
     return groups, torch.nn.functional.one_hot(torch.tensor(numbers.to_list()), len(ESCI_LABELS)).float()
 
 
-def packed_losses(model: PackedRelevanceModel, pack_tokens: int, batch_tokens: int) -> Losses:
-    """The model's own loss over batches of packs."""
+def packed_losses(model: PackedRelevanceModel, batch_tokens: int) -> Losses:
+    """The model's own loss over packs."""
 
     def losses(groups: Sequence[Group], targets: torch.Tensor) -> Iterator[torch.Tensor]:
-        for batch in build_packs(groups, pack_tokens, batch_tokens // pack_tokens):
-            pair_index = torch.from_numpy(batch.pair_index)
-            inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
-            present = (pair_index >= 0)[:, :, None]
-            loss = model(**inputs, targets=targets[pair_index.clamp(min=0)] * present)["loss"]
-            yield loss * int(present.sum()) / len(targets)
+        first = 0
+        for pack in build_packs(groups, batch_tokens):
+            inputs = {name: torch.from_numpy(array) for name, array in pack._asdict().items()}
+            own = targets[first : first + len(pack.last_index)]
+            first += len(own)
+            yield model(**inputs, targets=own)["loss"] * len(own) / len(targets)
 
     return losses
 
@@ -127,10 +126,8 @@ def take_steps(args: argparse.Namespace) -> None:
     )
     language_model = get_peft_model(load_language_model(BaseModel(folder=str(args.model))), adapters)
     model = PackedRelevanceModel(language_model, tokenizer.label_ids(ESCI_LABELS)).train()
-    if args.contender == CONTENDERS[0]:
-        use_block_attention(language_model)
     losses = (
-        packed_losses(model, args.pack_tokens, args.batch_tokens)
+        packed_losses(model, args.batch_tokens)
         if args.contender == CONTENDERS[0]
         else padded_losses(model, args.batch_tokens)
     )
@@ -165,7 +162,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with judgments.tsv.gz and products.parquet")
     parser.add_argument("--repeats", type=int, default=3, help="optimiser steps of each contender")
     parser.add_argument("--queries", type=int, default=2, help=f"queries a step, {PAIRS_PER_QUERY} pairs each")
-    parser.add_argument("--pack-tokens", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=512, help="tokens of a forward pass, with padding")
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
     parser.add_argument("--contender", choices=CONTENDERS, help="take steps as this one, for each line of input")

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csrm.bundle.loading import load_bundle
+from csrm.bundle.loading import default_tokens_per_call, load_bundle
 from csrm.capacity.figures import Run, bundle_figures, read_run, with_run
 from csrm.capacity.formula import Figures, Machines, PhaseCost, Plan
 from csrm.capacity.report import find_limits
 from csrm.cli import run_job
 from csrm.commands.capacity import main
 from csrm.errors import InputError
-from csrm.scoring.packing import Group, build_packs
+from csrm.scoring.packing import Group, Pack, split_groups
 from csrm.scoring.scorer import PairScorer, pair_texts
 
 DEMO_BUNDLE = Path(__file__).parents[2] / "conf" / "demo_bundle"
@@ -34,7 +34,7 @@ FIGURES = Figures(
     prefix_bytes=300.0,
     suffix_bytes=60.0,
     titles_bytes=512.0,
-    pack_tokens=1_000_000_000,
+    tokens_per_call=1_000_000_000,
     tokens_per_s=1_000.0,
     phases=STAGES,
     table_bytes={"scores_staging": 30.0, "run_pairs": 20.0, "relevance_scores": 25.0},
@@ -42,7 +42,7 @@ FIGURES = Figures(
 
 
 def test_a_night_worked_by_hand() -> None:
-    """10,000 queries of 10 products: 30 tokens a pair, in packs so long that no prefix is repeated."""
+    """10,000 queries of 10 products: 30 tokens a pair, in calls so long that no prefix is repeated."""
     needs = Plan(FIGURES, Machines(slots=2, cores=8), products_per_query=10).needs(10_000)
     assert needs.num_pairs == 100_000
     assert needs.num_tokens == pytest.approx(3_000_000)
@@ -72,9 +72,9 @@ def test_a_night_that_scores_a_tenth_looks_at_all_pairs_but_stages_a_tenth() -> 
 
 
 @pytest.mark.parametrize("products_per_query", [1, 3, 12, 100, 256])
-@pytest.mark.parametrize(("prefix", "suffix", "pack_tokens"), [(60, 18, 512), (150, 40, 512), (150, 40, 2048)])
-def test_the_tokens_of_a_pair_are_those_of_real_packs(
-    products_per_query: int, prefix: int, suffix: int, pack_tokens: int
+@pytest.mark.parametrize(("prefix", "suffix", "tokens_per_call"), [(60, 18, 512), (150, 40, 512), (150, 40, 2048)])
+def test_the_tokens_of_a_pair_are_those_of_real_calls(
+    products_per_query: int, prefix: int, suffix: int, tokens_per_call: int
 ) -> None:
     rng = np.random.default_rng(0)
 
@@ -85,12 +85,12 @@ def test_the_tokens_of_a_pair_are_those_of_real_packs(
         Group([0] * length, [[0] * size for size in lengths(suffix, products_per_query)])
         for length in lengths(prefix, max(20, 6_000 // products_per_query))
     ]
-    num_tokens = sum(int((batch.group_ids >= 0).sum()) for batch in build_packs(groups, pack_tokens))
+    num_tokens = sum(group.num_tokens for part in split_groups(groups, tokens_per_call) for group in part)
     figures = replace(
         FIGURES,
         prefix_tokens=float(np.mean([len(group.prefix_ids) for group in groups])),
         suffix_tokens=float(np.mean([len(ids) for group in groups for ids in group.suffixes])),
-        pack_tokens=pack_tokens,
+        tokens_per_call=tokens_per_call,
     )
     num_pairs = products_per_query * len(groups)
     assert figures.tokens_per_pair(products_per_query) == pytest.approx(num_tokens / num_pairs, rel=0.05)
@@ -128,7 +128,7 @@ def finished_run(plan: Plan, num_queries: int) -> Run:
 
 def test_a_run_tells_what_its_night_took_and_so_what_others_take() -> None:
     run_machines = Machines(slots=2, cores=4)
-    truth = replace(FIGURES, pack_tokens=512)
+    truth = replace(FIGURES, tokens_per_call=512)
     run = finished_run(Plan(truth, run_machines, products_per_query=20), 10_000)
     other_costs = {name: STAGES[name]._replace(pair_us=1.0) for name in ("inputs", "plan", "audit", "publish")}
     guess = replace(truth, tokens_per_s=1.0, phases=STAGES | other_costs, table_bytes={})
@@ -293,10 +293,11 @@ def test_a_real_scorer_computes_as_many_tokens_as_foretold() -> None:
     crossed = golden[queries].head(8).merge(golden[products], how="cross")
     settings = bundle.settings
 
-    def zeros(batch: Any) -> np.ndarray:
-        return np.zeros((*batch.last_index.shape, len(settings.labels)))
+    def zeros(pack: Pack) -> np.ndarray:
+        return np.zeros((len(pack.last_index), len(settings.labels)))
 
-    scorer = PairScorer(bundle.prompt_tokenizer(), settings.labels, pack_scorer=zeros, pack_tokens=settings.pack_tokens)
+    tokens_per_call = default_tokens_per_call("cpu")
+    scorer = PairScorer(bundle.prompt_tokenizer(), settings.labels, pack_scorer=zeros, tokens_per_call=tokens_per_call)
     scorer.score(crossed)
     expected = bundle_figures(bundle).tokens_per_pair(len(golden)) * len(crossed)
     assert scorer.num_tokens == pytest.approx(expected, rel=0.1)

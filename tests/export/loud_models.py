@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.training.model.relevance import PackedRelevanceModel
 
 
-def largest_norm_input(model: PackedRelevanceModel, batches: Iterable[PackBatch]) -> float:
+def largest_norm_input(model: PackedRelevanceModel, packs: Iterable[Pack]) -> float:
     """The largest absolute value that any norm reads, from hooks in the torch model."""
     largest = 0.0
 
@@ -19,25 +19,25 @@ def largest_norm_input(model: PackedRelevanceModel, batches: Iterable[PackBatch]
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     handles = [norm.register_forward_pre_hook(look) for norm in norms]
     with torch.inference_mode():
-        for batch in batches:
-            model(**{name: torch.from_numpy(array) for name, array in batch.model_inputs().items()})
+        for pack in packs:
+            model(**{name: torch.from_numpy(array) for name, array in pack._asdict().items()})
     for handle in handles:
         handle.remove()
     return largest
 
 
-def make_loud(model: PackedRelevanceModel, batches: Iterable[PackBatch], norm_input: float) -> PackedRelevanceModel:
+def make_loud(model: PackedRelevanceModel, packs: Iterable[Pack], norm_input: float) -> PackedRelevanceModel:
     """Scale a model's residual stream until its norms read values as large as `norm_input`.
 
     Norms take the factor out of all that a layer and the head read, so the logits stay what they are, but for the
     epsilon of norms.
     """
-    batches = list(batches)
+    packs = list(packs)
     language_model = model.language_model
     head = language_model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())  # it may be the embedding itself
     language_model.config.tie_word_embeddings = False
-    while (found := largest_norm_input(model, batches)) < 0.99 * norm_input:  # q_norm and k_norm read no residual
+    while (found := largest_norm_input(model, packs)) < 0.99 * norm_input:  # q_norm and k_norm read no residual
         _scale_residual(language_model.get_decoder(), norm_input / found)
     return model
 

@@ -20,7 +20,7 @@ from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
 from csrm.manifest import write_manifest
 from csrm.scoring.labels import ESCI_LABELS
-from csrm.scoring.packing import PackBatch, build_packs
+from csrm.scoring.packing import Pack, build_packs, lay_out
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
@@ -37,22 +37,20 @@ def graph(loud_model: PackedRelevanceModel, tmp_path_factory: pytest.TempPathFac
     return path
 
 
-@pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (600, 3), (2000, 1)])
+@pytest.mark.parametrize("pack_tokens", [352, 600, 2000, 100_000])
 def test_onnx_equals_torch_for_any_shape(
     graph: Path,
     loud_model: PackedRelevanceModel,
     prompt_tokenizer: PromptTokenizer,
     pairs_pdf: pd.DataFrame,
     pack_tokens: int,
-    packs_per_batch: int,
 ) -> None:
     onnx_scorer, _ = load_pack_scorer(graph, "cpu", threads=1)
     torch_scorer = torch_pack_scorer(loud_model)
     groups, _ = pair_groups(pairs_pdf, prompt_tokenizer)
-    for batch in build_packs(groups, pack_tokens, packs_per_batch):
-        present = batch.pair_index >= 0
-        expected = torch_scorer(batch)[present]
-        np.testing.assert_allclose(onnx_scorer(batch)[present], expected, atol=1e-5 * np.abs(expected).max())
+    for pack in build_packs(groups, pack_tokens):
+        expected = torch_scorer(pack)
+        np.testing.assert_allclose(onnx_scorer(pack), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
@@ -61,12 +59,12 @@ def test_a_mistake_in_the_pack_is_seen_by_the_graph(
     loud_model: PackedRelevanceModel,
     prompt_tokenizer: PromptTokenizer,
     pairs_pdf: pd.DataFrame,
-    mistake: Callable[[PackBatch], PackBatch],
+    mistake: Callable[[Pack], Pack],
 ) -> None:
     onnx_scorer, _ = load_pack_scorer(graph, "cpu", threads=1)
-    (batch,) = build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=5000)
-    expected = torch_pack_scorer(loud_model)(batch)
-    assert np.abs(onnx_scorer(mistake(batch)) - expected).max() >= 100 * 1e-5 * np.abs(expected).max()
+    pack = lay_out(pair_groups(pairs_pdf, prompt_tokenizer)[0])
+    expected = torch_pack_scorer(loud_model)(pack)
+    assert np.abs(onnx_scorer(mistake(pack)) - expected).max() >= 100 * 1e-5 * np.abs(expected).max()
 
 
 def test_only_the_label_rows_of_an_untied_head_are_exported(
@@ -80,9 +78,9 @@ def test_only_the_label_rows_of_an_untied_head_are_exported(
     export_packed_graph(untied, tmp_path / "model.onnx")
     shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
     assert sum(vocabulary in shape for shape in shapes) == 1
-    (batch,) = build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=5000)
-    expected = torch_pack_scorer(untied)(batch)
-    actual = load_pack_scorer(tmp_path / "model.onnx", "cpu", threads=1)[0](batch)
+    pack = lay_out(pair_groups(pairs_pdf, prompt_tokenizer)[0])
+    expected = torch_pack_scorer(untied)(pack)
+    actual = load_pack_scorer(tmp_path / "model.onnx", "cpu", threads=1)[0](pack)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -102,7 +100,7 @@ def test_another_model_fails_parity(
     """Negative control: the adapters of two training steps are difference enough."""
     bundle = load_scorer(tiny_bundle, "cpu", threads=1)
     untrained = PairScorer(
-        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512, provider="torch"
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), tokens_per_call=512, provider="torch"
     )
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with torch and .* The bundle was not written"):
         check_parity(pairs_pdf, untrained, bundle, tolerance=1e-4)
@@ -123,7 +121,7 @@ def test_merged_adapters_score_as_the_adapted_model(tiny_bundle: Path, pairs_pdf
     adapted = PeftModel.from_pretrained(base, str(tiny_bundle.parent / "model" / "weights"))
     tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", card.budgets)
     model = PackedRelevanceModel(adapted, tokenizer.label_ids(ESCI_LABELS))
-    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(model), pack_tokens=512)
+    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(model), tokens_per_call=512)
     np.testing.assert_allclose(merged.logits(pairs_pdf), scorer.logits(pairs_pdf), atol=1e-4)
 
 
@@ -135,7 +133,7 @@ def test_adapters_that_were_not_merged_are_seen(
     _, merged, card = load_trained(model_dir)
     export_module.check_merge(model_dir, card, merged, pairs_pdf)
     base = PairScorer(
-        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512, provider="base"
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), tokens_per_call=512, provider="base"
     )
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with adapters and .* with base"):
         export_module.check_merge(model_dir, card, base, pairs_pdf)

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from csrm.errors import ConfigError
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
-from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PackScorer
+from csrm.training.model.attention import PackAttention
 from csrm.training.model.base import BaseModel
 from csrm.training.model.families import check_config, check_model
 from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
@@ -102,7 +103,7 @@ def tiny_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     plain = tiny_model(request.param)
-    model = PackedRelevanceModel(plain, LABEL_IDS).eval()
+    model = PackedRelevanceModel(tiny_model(request.param), LABEL_IDS).eval()
     path = tmp_path_factory.mktemp("family") / "model.onnx"
     export_packed_graph(model, path)
     return Exported(plain, torch_pack_scorer(model), load_pack_scorer(path, "cpu", threads=1)[0])
@@ -135,14 +136,9 @@ def packed(
     scorer: PackScorer,
     groups: list[Group],
     pack_tokens: int,
-    packs_per_batch: int,
-    change: Callable[[PackBatch], PackBatch] = lambda batch: batch,
+    change: Callable[[Pack], Pack] = lambda pack: pack,
 ) -> np.ndarray:
-    logits = np.full((sum(len(group.suffixes) for group in groups), len(LABEL_IDS)), np.nan, dtype=np.float32)
-    for batch in build_packs(groups, pack_tokens, packs_per_batch):
-        present = batch.pair_index >= 0
-        logits[batch.pair_index[present]] = scorer(change(batch))[present]
-    return logits
+    return np.concatenate([scorer(change(pack)) for pack in build_packs(groups, pack_tokens)])
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -156,28 +152,26 @@ def test_the_model_tells_pairs_apart(alone: np.ndarray) -> None:
     assert expected_gain(alone, GAINS).std() >= 0.1
 
 
-# One pair a pack; two queries in some packs; a batch of ragged packs, padded on the end; all queries in one pack.
-@pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(42, 1), (60, 1), (60, 3), (500, 1)])
+# One pair in most packs; two queries in some; all queries in one.
+@pytest.mark.parametrize("pack_tokens", [42, 60, 500])
 def test_packs_give_each_pair_the_logits_of_its_prompt_alone(
-    exported: Exported, alone: np.ndarray, pack_tokens: int, packs_per_batch: int
+    exported: Exported, alone: np.ndarray, pack_tokens: int
 ) -> None:
-    assert_same(packed(exported.torch_scorer, random_groups(), pack_tokens, packs_per_batch), alone)
-    assert_same(packed(exported.onnx_scorer, random_groups(), pack_tokens, packs_per_batch), alone)
+    assert_same(packed(exported.torch_scorer, random_groups(), pack_tokens), alone)
+    assert_same(packed(exported.onnx_scorer, random_groups(), pack_tokens), alone)
 
 
 def test_a_pack_with_one_pair_of_two_tokens(exported: Exported) -> None:
     groups = [Group([7], [[8]])]
     with torch.inference_mode():
         expected = exported.plain(input_ids=torch.tensor([[7, 8]])).logits[0, -1:, list(LABEL_IDS)].numpy()
-    assert_same(packed(exported.onnx_scorer, groups, 500, 1), expected)
+    assert_same(packed(exported.onnx_scorer, groups, 500), expected)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_a_mistake_in_the_pack_is_seen(
-    exported: Exported, alone: np.ndarray, mistake: Callable[[PackBatch], PackBatch]
-) -> None:
+def test_a_mistake_in_the_pack_is_seen(exported: Exported, alone: np.ndarray, mistake: Callable[[Pack], Pack]) -> None:
     """Negative control: off by a hundred times what is allowed, in scores and in logits."""
-    actual = packed(exported.onnx_scorer, random_groups(), 500, 1, mistake)
+    actual = packed(exported.onnx_scorer, random_groups(), 500, mistake)
     assert np.abs(expected_gain(actual, GAINS) - expected_gain(alone, GAINS)).max() >= 100 * TOLERANCE
     assert np.abs(actual - alone).max() >= 100 * TOLERANCE * np.ptp(alone)
 
@@ -186,9 +180,10 @@ def test_a_mistake_in_the_pack_is_seen(
 def test_a_window_that_is_ignored_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of sliding windows: the longest prompts see 42 tokens instead of 9."""
     model = PackedRelevanceModel(tiny_model(name), LABEL_IDS)
-    expected = packed(torch_pack_scorer(model), random_groups(), 500, 1)
-    monkeypatch.setattr("csrm.training.model.relevance.sliding_window", lambda config: None)
-    actual = packed(torch_pack_scorer(model), random_groups(), 500, 1)
+    expected = packed(torch_pack_scorer(model), random_groups(), 500)
+    biases = PackAttention.biases
+    monkeypatch.setattr(PackAttention, "biases", lambda self, window: biases(self, None))
+    actual = packed(torch_pack_scorer(model), random_groups(), 500)
     assert np.abs(actual - expected).max() >= 100 * TOLERANCE * np.ptp(expected)
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from csrm.errors import BundleError, ParityError
 from csrm.export.half import Peak, check_range, fuse_norms, largest_activation, write_half, write_rounded
 from csrm.export.packed_onnx import export_packed_graph
-from csrm.scoring.packing import PackBatch, build_packs
+from csrm.scoring.packing import Pack, build_packs
 from csrm.scoring.runtime import load_pack_scorer, open_session
 from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
 from tests.export.loud_models import largest_norm_input, make_loud
@@ -23,12 +23,12 @@ LARGEST_ERROR = {"fp16": 0.01, "bf16": 0.05}
 """Of a label logit, as a share of the range of all; these seeded models round worse than trained ones."""
 
 
-def packs() -> list[PackBatch]:
-    return list(build_packs(random_groups(), pack_tokens=60, packs_per_batch=2))
+def packs() -> list[Pack]:
+    return list(build_packs(random_groups(), pack_tokens=120))
 
 
-def logits_of(scorer: Callable[[PackBatch], np.ndarray]) -> np.ndarray:
-    return np.concatenate([scorer(batch)[batch.pair_index >= 0] for batch in packs()])
+def logits_of(scorer: Callable[[Pack], np.ndarray]) -> np.ndarray:
+    return np.concatenate([scorer(pack) for pack in packs()])
 
 
 def graph_logits(path: Path) -> np.ndarray:
@@ -122,7 +122,7 @@ def halves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_every_norm_is_one_node_and_casts_are_for_rotary_tables_and_the_last_tokens_only(
+def test_every_norm_is_one_node_and_casts_are_for_rotary_tables_the_last_tokens_and_shares_only(
     halves: tuple[str, Path], precision: str
 ) -> None:
     name, folder = halves
@@ -131,10 +131,13 @@ def test_every_norm_is_one_node_and_casts_are_for_rotary_tables_and_the_last_tok
     assert [node.op_type for node in graph.node].count("SimplifiedLayerNormalization") == NORMS[name]
     assert not {"ReduceMean", "Pow", "Sqrt"} & {node.op_type for node in graph.node}
     casts = [makers.get(node.input[0], node.input[0]) for node in graph.node if node.op_type == "Cast"]
+    layers = 4 if name == "gemma3" else 2
+    assert casts.count("ReduceMax") == 4 * layers  # the largest scores and weights, of prefixes and of products
+    assert casts.count("Unsqueeze") == 1 + layers  # the positions, from whole numbers to float32, and shares
     tables = 2 if name == "gemma3" else 1  # Gemma's sliding layers have one of their own
     assert sorted(maker for maker in casts if maker in ("Sin", "Cos")) == ["Cos"] * tables + ["Sin"] * tables
-    assert casts.count("GatherElements") == 1
-    assert len(casts) == 2 * tables + 2  # and the positions, from whole numbers to float32
+    assert casts.count("Gather") == 1  # the last tokens
+    assert len(casts) == 2 * tables + 2 + 5 * layers
 
 
 @pytest.mark.parametrize(("precision", "type_"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])

@@ -25,7 +25,7 @@ def export(folder: Path) -> None:
     from csrm.export.half import fuse_norms, largest_activation
     from csrm.export.packed_onnx import export_packed_graph
     from csrm.export.precision import RECIPES, write_precision
-    from csrm.scoring.packing import build_packs
+    from csrm.scoring.packing import lay_out
     from csrm.scoring.runtime import load_pack_scorer
     from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
     from tests.export.test_families import LABEL_IDS, random_groups
@@ -40,8 +40,8 @@ def export(folder: Path) -> None:
         initializer_range=0.02,
     )
     model = PackedRelevanceModel(transformers.LlamaForCausalLM(config), LABEL_IDS).eval()
-    (batch,) = build_packs(random_groups()[:2], pack_tokens=200)
-    expected = torch_pack_scorer(model)(batch)
+    pack = lay_out(random_groups()[:2])
+    expected = torch_pack_scorer(model)(pack)
     paths = [folder / name / "model.onnx" for name in ("fp32", "int8", "fp16", "fused")]
     for path in paths:
         path.parent.mkdir()
@@ -50,12 +50,12 @@ def export(folder: Path) -> None:
     gc.collect()
     write_precision(paths[0], RECIPES["int8"][0], paths[1])
     fuse_norms(paths[0], paths[3])
-    peak = largest_activation(paths[3], [batch])
+    peak = largest_activation(paths[3], [pack])
     write_precision(paths[3], RECIPES["fp16"][0], paths[2])
     differences = []
     for path in paths[:3]:
         check_locations(path)
-        actual = load_pack_scorer(path, "cpu")[0](batch)
+        actual = load_pack_scorer(path, "cpu")[0](pack)
         differences.append(float(np.abs(actual - expected).max() / np.ptp(expected)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     sizes = [{file.name: file.stat().st_size / 1e9 for file in path.parent.iterdir()} for path in paths[:3]]

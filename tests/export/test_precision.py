@@ -45,7 +45,7 @@ def fp32_graph(loud_model: PackedRelevanceModel, tmp_path_factory: pytest.TempPa
 
 def scores_of(path: Path, tokenizer: PromptTokenizer, pairs: pd.DataFrame) -> np.ndarray:
     scorer = PairScorer(
-        tokenizer, ESCI_LABELS, pack_scorer=load_pack_scorer(path, "cpu", threads=1)[0], pack_tokens=512
+        tokenizer, ESCI_LABELS, pack_scorer=load_pack_scorer(path, "cpu", threads=1)[0], tokens_per_call=512
     )
     return scorer.score(pairs)["relevance_score"].to_numpy()
 
@@ -304,7 +304,7 @@ def half_bundle(
     export_packed_graph(model, folder / "fp32" / "model.onnx")
     tokenizer = PromptTokenizer.from_file(tiny_bundle / "tokenizer.json", settings.budgets)
     pack_scorer, _ = load_pack_scorer(folder / "fp32" / "model.onnx", "cpu", threads=1)
-    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=pack_scorer, pack_tokens=settings.pack_tokens)
+    scorer = PairScorer(tokenizer, ESCI_LABELS, pack_scorer=pack_scorer, tokens_per_call=512)
     scores = scorer.score(pairs)["relevance_score"]
     grades = pd.cut(scores.rank(pct=True), [0, 0.3, 0.5, 0.7, 1], labels=["I", "C", "S", "E"]).astype(str)
     judged = pairs.assign(query_id=pairs["query"], grade=grades)
@@ -329,8 +329,8 @@ def loud(
     loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
 ) -> Callable[[float], PackedRelevanceModel]:
     """The model with norms that read values as large as a number."""
-    batches = list(build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=512))
-    return lambda norm_input: make_loud(copy.deepcopy(loud_model), batches, norm_input)
+    packs = list(build_packs(pair_groups(pairs_pdf, prompt_tokenizer)[0], pack_tokens=512))
+    return lambda norm_input: make_loud(copy.deepcopy(loud_model), packs, norm_input)
 
 
 def test_a_half_precision_bundle_says_its_largest_activation_and_bf16_is_not_tried(

@@ -51,7 +51,6 @@ def _add_faults(graph: onnx.GraphProto, first: dict[str, int], longest_pack: int
         "true": np.array(True),
         "longest_pack": np.array([longest_pack or 2**31], dtype=np.int64),
         "axis_1": np.array([1], dtype=np.int64),
-        "axis_2": np.array([2], dtype=np.int64),
         "marks_error": np.array(first[ERROR_MARK], dtype=np.int64),
         "marks_nan": np.array(first[NAN_MARK], dtype=np.int64),
         "marks_nan_pack": np.array(first[NAN_PACK_MARK], dtype=np.int64),
@@ -70,7 +69,7 @@ def _add_faults(graph: onnx.GraphProto, first: dict[str, int], longest_pack: int
         return add("ReduceMax", [number], f"has_{mark}", keepdims=0)
 
     # An index that is out of range where there is a mark, or the pack is too long.
-    shape = add("Shape", ["input_ids"], "shape", start=1, end=2)
+    shape = add("Shape", ["input_ids"], "shape")
     too_long = add("Cast", [add("Greater", [shape, "fault/longest_pack"], "too_long")], "is_long", to=TensorProto.INT64)
     index = add("Max", [is_in_pack("error"), too_long], "index")
     raised = add("Gather", ["fault/row", index], "raised", axis=0)
@@ -93,19 +92,13 @@ def _add_faults(graph: onnx.GraphProto, first: dict[str, int], longest_pack: int
         ],
     )
     looped = add("Loop", [turns, "fault/true", "fault/zero"], "looped", body=body)
-    # NaN for a whole pack, and for pairs whose product has the mark: a token in the group and segment of their last.
+    # NaN for a whole pack, and for pairs whose product has the mark.
     pack_is_nan = add("Greater", [is_in_pack("nan_pack"), "fault/zero"], "pack_is_nan")
-    same = []
-    for ids in ("group_ids", "segment_ids"):
-        own = add("GatherElements", [ids, "last_index"], f"own_{ids}", axis=1)
-        own = add("Unsqueeze", [own, "fault/axis_2"], f"own_{ids}_column")
-        others = add("Unsqueeze", [ids, "fault/axis_1"], f"all_{ids}")
-        same.append(add("Equal", [own, others], f"same_{ids}"))
-    marked = add("Equal", ["input_ids", "fault/marks_nan"], "is_nan_token")
-    marked = add("Unsqueeze", [marked, "fault/axis_1"], "is_nan_token_row")
-    in_pair = add("And", [add("And", same, "same_product"), marked], "nan_token_in_pair")
-    count = add("Cast", [in_pair], "nan_count", to=TensorProto.INT64)
-    count = add("ReduceMax", [count, "fault/axis_2"], "pair_has_nan", keepdims=1)
+    is_marked = add("Equal", ["input_ids", "fault/marks_nan"], "is_nan_token")
+    is_marked = add("Gather", [is_marked, "product_index"], "is_nan_token_of_product")
+    is_token = add("GreaterOrEqual", ["product_index", "fault/zero"], "is_token_of_product")
+    count = add("Cast", [add("And", [is_marked, is_token], "nan_token")], "nan_count", to=TensorProto.INT64)
+    count = add("ReduceMax", [count, "fault/axis_1"], "pair_has_nan", keepdims=1)
     pair_is_nan = add("Greater", [count, "fault/zero"], "pair_is_nan")
     is_nan = add("Or", [pair_is_nan, pack_is_nan], "is_nan")
     # Both results are zero; adding them keeps the nodes.

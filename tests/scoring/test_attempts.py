@@ -9,7 +9,7 @@ import pytest
 
 from csrm.scoring.attempts import Attempts, forget_attempts, open_attempts
 from csrm.scoring.labels import ESCI_LABELS
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.scorer import PairScorer, pair_texts
 from csrm.scoring.tokenization import PromptTokenizer
 
@@ -21,19 +21,15 @@ class ProcessDied(BaseException):
 def scorer(tokenizer: PromptTokenizer, deadly: set[int] | None = None) -> PairScorer:
     """Scores by the number of a product's tokens; dies at a product that has a deadly number of them."""
 
-    def score(batch: PackBatch) -> np.ndarray:
-        lengths = np.zeros((*batch.pair_index.shape, len(ESCI_LABELS)), dtype=np.float32)
-        for pack, pair in zip(*np.nonzero(batch.pair_index >= 0), strict=True):
-            last = batch.last_index[pack, pair]
-            own = (batch.segment_ids[pack] == batch.segment_ids[pack, last]) & (
-                batch.group_ids[pack] == batch.group_ids[pack, last]
-            )
-            lengths[pack, pair, 0] = own.sum()
-            if own.sum() in (deadly or ()):
-                raise ProcessDied
-        return lengths / 20
+    def score(pack: Pack) -> np.ndarray:
+        own = (pack.product_index >= 0).sum(axis=1)
+        if not set(own.tolist()).isdisjoint(deadly or ()):
+            raise ProcessDied
+        logits = np.zeros((len(own), len(ESCI_LABELS)), dtype=np.float32)
+        logits[:, 0] = own
+        return logits / 20
 
-    return PairScorer(tokenizer, ESCI_LABELS, pack_scorer=score, pack_tokens=512)
+    return PairScorer(tokenizer, ESCI_LABELS, pack_scorer=score, tokens_per_call=512)
 
 
 @pytest.fixture

@@ -7,21 +7,21 @@ import pytest
 
 from csrm.errors import DeviceError, InputError
 from csrm.scoring.labels import BINARY_LABELS
-from csrm.scoring.packing import PackBatch
+from csrm.scoring.packing import Pack
 from csrm.scoring.prompts import Product, Query
 from csrm.scoring.scorer import PairScorer, pair_texts, with_pair_columns
 from csrm.scoring.tokenization import Budgets
 from tests.scoring.test_tokenization import golden_tokenizer
 
 
-def length_scorer(batch: PackBatch) -> np.ndarray:
+def length_scorer(pack: Pack) -> np.ndarray:
     """Logit of yes: a hundredth of the number of the pair's own tokens."""
-    lengths = np.take_along_axis(batch.position_ids, batch.last_index, axis=1) + 1
+    lengths = pack.position_ids[pack.last_index] + 1
     return np.stack([np.zeros_like(lengths), lengths], axis=-1) / 100.0
 
 
-def scorer(pack_tokens: int = 512) -> PairScorer:
-    return PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=length_scorer, pack_tokens=pack_tokens)
+def scorer(tokens_per_call: int = 512) -> PairScorer:
+    return PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=length_scorer, tokens_per_call=tokens_per_call)
 
 
 def test_each_pair_gets_its_own_answer(pairs_pdf: pd.DataFrame) -> None:
@@ -75,26 +75,26 @@ def marked_token() -> int:
 class FailingScorer:
     """Length scorer that fails on packs with a mark, and counts its calls."""
 
-    def __init__(self, fail: Callable[[PackBatch, np.ndarray], np.ndarray], marked: int) -> None:
+    def __init__(self, fail: Callable[[Pack, np.ndarray], np.ndarray], marked: int) -> None:
         self.num_calls, self._fail, self._marked = 0, fail, marked
 
-    def __call__(self, batch: PackBatch) -> np.ndarray:
+    def __call__(self, pack: Pack) -> np.ndarray:
         self.num_calls += 1
-        logits = length_scorer(batch)
-        return self._fail(batch, logits) if (batch.input_ids == self._marked).any() else logits
+        logits = length_scorer(pack)
+        return self._fail(pack, logits) if (pack.input_ids == self._marked).any() else logits
 
 
-def raise_error(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+def raise_error(pack: Pack, logits: np.ndarray) -> np.ndarray:
     raise RuntimeError("Non-zero status code returned while running MatMul node")
 
 
-def give_nan(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+def give_nan(pack: Pack, logits: np.ndarray) -> np.ndarray:
     return np.full_like(logits, np.nan)
 
 
-def give_nan_for_one_pair(batch: PackBatch, logits: np.ndarray) -> np.ndarray:
+def give_nan_for_one_pair(pack: Pack, logits: np.ndarray) -> np.ndarray:
     found = logits.copy()
-    found[0, (batch.pair_index[0] >= 0).argmax()] = np.inf if len(logits[0]) == 1 else np.nan
+    found[0] = np.inf if len(logits) == 1 else np.nan
     return found
 
 
@@ -109,13 +109,13 @@ def with_marks(pairs: pd.DataFrame, rows: list[int]) -> pd.DataFrame:
     [(raise_error, "model_error"), (give_nan, "not_finite"), (give_nan_for_one_pair, "not_finite")],
 )
 def test_a_pair_that_fails_is_found_by_halving_its_pack(
-    pairs_pdf: pd.DataFrame, fail: Callable[[PackBatch, np.ndarray], np.ndarray], reason: str
+    pairs_pdf: pd.DataFrame, fail: Callable[[Pack, np.ndarray], np.ndarray], reason: str
 ) -> None:
     pairs = pd.concat([pairs_pdf.iloc[:5]] * 13, ignore_index=True).iloc[:64]  # one query: one pack
     pairs["title"] = [f"{title} {n}" for n, title in enumerate(pairs["title"])]
     expected = scorer(8_000).score(pairs)
     failing = FailingScorer(fail, marked_token())
-    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=failing, pack_tokens=8_000)
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=failing, tokens_per_call=8_000)
     poisoned.score(pairs_pdf)  # as the golden pairs of a bundle: a pack that is known to be good
     calls_before = failing.num_calls
 
@@ -141,7 +141,7 @@ def test_a_pair_that_cannot_be_tokenised_is_found_without_more_packs_than_halves
         return suffix_ids(products)
 
     monkeypatch.setattr(tokenizer, "suffix_ids", fail)
-    poisoned = PairScorer(tokenizer, BINARY_LABELS, pack_scorer=length_scorer, pack_tokens=512)
+    poisoned = PairScorer(tokenizer, BINARY_LABELS, pack_scorer=length_scorer, tokens_per_call=512)
 
     scored = poisoned.score_or_reject(with_marks(pairs_pdf, [3, 20]))
 
@@ -152,7 +152,7 @@ def test_a_pair_that_cannot_be_tokenised_is_found_without_more_packs_than_halves
 
 def test_every_pair_that_fails_is_rejected_and_none_is_lost(pairs_pdf: pd.DataFrame) -> None:
     poisoned = PairScorer(
-        golden_tokenizer(), BINARY_LABELS, pack_scorer=FailingScorer(raise_error, marked_token()), pack_tokens=512
+        golden_tokenizer(), BINARY_LABELS, pack_scorer=FailingScorer(raise_error, marked_token()), tokens_per_call=512
     )
     poisoned.score(pairs_pdf)
 
@@ -164,14 +164,14 @@ def test_every_pair_that_fails_is_rejected_and_none_is_lost(pairs_pdf: pd.DataFr
 def test_a_broken_process_rejects_nothing(pairs_pdf: pd.DataFrame) -> None:
     is_broken = False
 
-    def score(batch: PackBatch) -> np.ndarray:
+    def score(pack: Pack) -> np.ndarray:
         nonlocal is_broken
-        is_broken = is_broken or bool((batch.input_ids == marked_token()).any())
+        is_broken = is_broken or bool((pack.input_ids == marked_token()).any())
         if is_broken:
             raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
-        return length_scorer(batch)
+        return length_scorer(pack)
 
-    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=512)
+    poisoned = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=512)
     poisoned.score(pairs_pdf)
 
     with pytest.raises(DeviceError, match=r"CUDA failure 700.*after it pairs fail that were scored before"):
@@ -181,21 +181,22 @@ def test_a_broken_process_rejects_nothing(pairs_pdf: pd.DataFrame) -> None:
 def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_pdf: pd.DataFrame) -> None:
     sizes: list[int] = []
 
-    def score(batch: PackBatch) -> np.ndarray:
-        sizes.append(batch.input_ids.shape[1])
+    def score(pack: Pack) -> np.ndarray:
+        sizes.append(len(pack.input_ids))
         if sizes[-1] > 500:
             raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
-        return length_scorer(batch)
+        return length_scorer(pack)
 
     pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
-    small = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=900)
+    small = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=16_000)
     small.score(pairs_pdf.iloc[:2])
 
     scored = small.score_or_reject(pairs)
     first_time, sizes[:], num_halved = max(sizes), [], small.num_halved_packs
     again = small.score_or_reject(pairs)
 
-    assert first_time > 500 >= max(sizes)
+    assert first_time > 4_000
+    assert 500 >= max(sizes) > 200
     assert small.num_halved_packs == num_halved > 0
     assert scored["reason"].isna().all()
     expected = scorer().score(pairs)
@@ -203,46 +204,39 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
     np.testing.assert_allclose(again["relevance_score"], expected["relevance_score"], atol=1e-7)
 
 
-def test_a_call_has_as_many_packs_as_its_tokens_allow_and_the_scores_stay(pairs_pdf: pd.DataFrame) -> None:
-    shapes: list[tuple[int, ...]] = []
+@pytest.mark.parametrize("tokens_per_call", [1, 400, 2_100, 100_000])
+def test_a_call_has_at_most_so_many_tokens_and_the_scores_stay(pairs_pdf: pd.DataFrame, tokens_per_call: int) -> None:
+    sizes: list[int] = []
 
-    def score(batch: PackBatch) -> np.ndarray:
-        shapes.append(batch.input_ids.shape)
-        return length_scorer(batch)
+    def score(pack: Pack) -> np.ndarray:
+        sizes.append(len(pack.input_ids))
+        return length_scorer(pack)
 
-    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
-    settings = {"pack_scorer": score, "pack_tokens": 400}
-    expected = PairScorer(golden_tokenizer(), BINARY_LABELS, **settings).score(pairs)
-    num_packs, shapes[:] = len(shapes), []
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)  # six queries of 100 products
 
-    scored = PairScorer(golden_tokenizer(), BINARY_LABELS, tokens_per_call=2_100, **settings).score(pairs)
+    actual = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=tokens_per_call)
 
-    pd.testing.assert_frame_equal(scored, expected)
-    assert {packs for packs, _ in shapes[:-1]} == {5}
-    assert sum(packs for packs, _ in shapes) == num_packs > 10
+    pd.testing.assert_frame_equal(actual.score(pairs), scorer().score(pairs))
+    longest = golden_tokenizer().budgets.prompt
+    assert max(sizes) <= max(tokens_per_call, longest)
+    assert (len(sizes) == 1) == (tokens_per_call == 100_000)
 
 
-def test_where_memory_does_not_suffice_for_a_call_it_has_fewer_packs_from_then_on(pairs_pdf: pd.DataFrame) -> None:
-    num_packs: list[int] = []
+def test_groups_of_one_length_share_a_call(pairs_pdf: pd.DataFrame) -> None:
+    """Queries with one product and with forty take turns; sorted, their groups leave few places of an index empty."""
+    shares: list[float] = []
 
-    def score(batch: PackBatch) -> np.ndarray:
-        num_packs.append(len(batch.input_ids))
-        if num_packs[-1] > 3:
-            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
-        return length_scorer(batch)
+    def score(pack: Pack) -> np.ndarray:
+        shares.append((pack.group_index >= 0).mean())
+        return length_scorer(pack)
 
-    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
-    large = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, pack_tokens=400, tokens_per_call=16 * 400)
-    large.score(pairs_pdf.iloc[:2])
-
-    scored = large.score_or_reject(pairs)
-    first_time, num_packs[:], num_halved = max(num_packs), [], large.num_halved_packs
-    large.score_or_reject(pairs)
-
-    assert first_time > 3 >= max(num_packs) > 1
-    assert large.num_halved_packs == num_halved > 0
-    assert scored["reason"].isna().all()
-    np.testing.assert_allclose(scored["relevance_score"], scorer().score(pairs)["relevance_score"], atol=1e-7)
+    frames = [
+        pd.concat([pairs_pdf.iloc[[0]]] * (40 if number % 2 else 1)).assign(query=f"query {number}")
+        for number in range(40)
+    ]
+    PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=8_000).score(pd.concat(frames))
+    assert len(shares) > 2
+    assert sorted(shares)[1] > 0.9  # all but the one pack where short groups end and long ones begin
 
 
 def test_optional_columns_that_are_absent_are_as_if_all_were_null(pairs_pdf: pd.DataFrame) -> None:

@@ -115,7 +115,7 @@ def mixed_packs(pairs: pd.DataFrame, base: BaseModel) -> list[TrainingPack]:
     texts = [Translation("ko", "en", "무선 마우스", "wireless mouse"), Translation("en", "ko", "towel", "수건")]
     translations = translation_packs([texts[:1], texts], tokenizer, 512, 16)
     packs = [*judged_packs([judged.sort_values("group_number", kind="stable")], tokenizer, 512)][:5]
-    assert len({pack.pack.input_ids.shape for pack in packs}) >= 4
+    assert len({sum(group.num_tokens for group in pack.groups) for pack in packs}) >= 4
     return [*packs, *translations]
 
 

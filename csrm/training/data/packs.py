@@ -10,16 +10,16 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from csrm.scoring.packing import Group, PackBatch, build_packs, merge_packs
+from csrm.scoring.packing import Group, lay_out, split_groups
 from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import pair_texts
 from csrm.scoring.tokenization import PromptTokenizer
 
 _PACKS_PER_BLOCK = 64
-_ARRAYS = ("input_ids", "position_ids", "group_ids", "segment_ids", "last_index")
 _SCHEMA = pa.schema(
     [
-        *((name, pa.list_(pa.int32())) for name in _ARRAYS),
+        ("prefixes", pa.list_(pa.list_(pa.int32()))),
+        ("products", pa.list_(pa.list_(pa.list_(pa.int32())))),
         ("targets", pa.list_(pa.list_(pa.float32()))),
         ("is_translation", pa.bool_()),
         ("keys", pa.list_(pa.string())),
@@ -30,11 +30,11 @@ _SCHEMA = pa.schema(
 class TrainingPack(NamedTuple):
     """One pack, and what is to be learnt from it."""
 
-    pack: PackBatch
+    groups: Sequence[Group]
     targets: np.ndarray
     """Shape (pairs, labels), float32: each pair's weight times its distribution over the labels."""
     is_translation: bool
-    """Whether the text after each prefix is learnt; such a pack has no pairs."""
+    """Whether the text after each prefix is learnt; such a pack has no pairs, and one suffix a group."""
     keys: Sequence[str]
     """What it holds, for messages: market, query_id and product_id of each pair, or the source texts."""
 
@@ -59,9 +59,10 @@ def judged_packs(
         groups = [Group(prefix, suffixes[start:end]) for prefix, start, end in zip(prefixes, starts, ends, strict=True)]
         targets = np.stack(batch["target"].to_list()).astype(np.float32)
         keys = (batch["market"] + " " + batch["query_id"] + " " + batch["product_id"]).to_numpy()
-        for pack in build_packs(groups, pack_tokens):
-            rows = pack.pair_index[0]
-            yield TrainingPack(pack, targets[rows], False, keys[rows].tolist())
+        first = 0
+        for part in split_groups(groups, pack_tokens):
+            rows = slice(first, first := first + sum(len(group.suffixes) for group in part))
+            yield TrainingPack(part, targets[rows], False, keys[rows].tolist())
 
 
 def with_dropped_titles(
@@ -118,13 +119,11 @@ def translation_packs(
         texts: batches.
         text_tokens: most tokens of each text.
     """
-    nothing = np.empty((1, 0), dtype=np.int64)
     for batch in texts:
         groups = [Group(given, [learnt]) for given, learnt in tokenizer.translation_ids(batch, text_tokens)]
-        for pack in build_packs(groups, pack_tokens):
-            keys = [batch[number].source_text for number in pack.pair_index[0]]
-            without_pairs = pack._replace(last_index=nothing, pair_index=nothing)
-            yield TrainingPack(without_pairs, np.empty((0, 0), dtype=np.float32), True, keys)
+        keys = iter([text.source_text for text in batch])
+        for part in split_groups(groups, pack_tokens):
+            yield TrainingPack(part, np.empty((0, 0), dtype=np.float32), True, list(islice(keys, len(part))))
 
 
 def write_packs(packs: Iterable[TrainingPack], path: Path) -> int:
@@ -133,10 +132,13 @@ def write_packs(packs: Iterable[TrainingPack], path: Path) -> int:
     num_packs = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         while block := list(islice(packs, _PACKS_PER_BLOCK)):
-            columns = [[getattr(pack.pack, name)[0] for pack in block] for name in _ARRAYS]
-            columns.append([pack.targets.tolist() for pack in block])
-            columns.append([pack.is_translation for pack in block])
-            columns.append([list(pack.keys) for pack in block])
+            columns = [
+                [[group.prefix_ids for group in pack.groups] for pack in block],
+                [[group.suffixes for group in pack.groups] for pack in block],
+                [pack.targets.tolist() for pack in block],
+                [pack.is_translation for pack in block],
+                [list(pack.keys) for pack in block],
+            ]
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             num_packs += len(block)
     return num_packs
@@ -158,11 +160,11 @@ class PackFile(torch.utils.data.Dataset[TrainingPack]):
         if not 0 <= index < self._num_packs:
             raise IndexError(index)
         row = self._reader.get_batch(index // _PACKS_PER_BLOCK).slice(index % _PACKS_PER_BLOCK, 1)
-        arrays = {name: row.column(name).flatten().to_numpy().astype(np.int64)[None] for name in _ARRAYS}
+        prefixes, products = (row.column(name)[0].as_py() for name in ("prefixes", "products"))
         targets = row.column("targets").flatten()
         num_pairs = len(targets)
         return TrainingPack(
-            PackBatch(**arrays, pair_index=np.arange(num_pairs, dtype=np.int64)[None]),
+            [Group(*parts) for parts in zip(prefixes, products, strict=True)],
             targets.flatten().to_numpy().reshape(num_pairs, -1 if num_pairs else 0),
             row.column("is_translation")[0].as_py(),
             row.column("keys").flatten().to_pylist(),
@@ -176,13 +178,22 @@ class PackFile(torch.utils.data.Dataset[TrainingPack]):
 
 
 def collate(packs: Sequence[TrainingPack], num_labels: int) -> dict[str, Any]:
-    """One batch: inputs of PackedRelevanceModel.forward, and the keys of what it holds."""
-    batch = merge_packs([pack.pack for pack in packs])
-    targets = np.zeros((*batch.pair_index.shape, num_labels), dtype=np.float32)
-    for row, pack in enumerate(packs):
-        if len(pack.targets):
-            targets[row, : len(pack.targets)] = pack.targets
-    is_translation = np.array([[pack.is_translation] for pack in packs]) & (batch.segment_ids > 0)
-    arrays = {**batch.model_inputs(), "targets": targets, "is_translation": is_translation}
+    """All packs as one: inputs of PackedRelevanceModel.forward, and the keys of what it holds."""
+    judged = [pack for pack in packs if not pack.is_translation]
+    translated = [pack for pack in packs if pack.is_translation]
+    pack = lay_out([group for part in (*judged, *translated) for group in part.groups])
+    targets = [np.empty((0, num_labels), dtype=np.float32), *(part.targets for part in judged)]
+    num_pairs, num_translated = sum(map(len, targets)), sum(len(part.groups) for part in translated)
+    learnt, before = [pack.last_index[:0]], [pack.last_index[:0]]
+    prefix_index = pack.prefix_index[len(pack.prefix_index) - num_translated :]
+    for prefix, product in zip(prefix_index, pack.product_index[num_pairs:], strict=True):
+        tokens = product[product >= 0]
+        learnt.append(tokens)
+        before.append(np.concatenate([prefix[prefix >= 0][-1:], tokens[:-1]]))
+    arrays = {
+        **pack._replace(last_index=pack.last_index[:num_pairs])._asdict(),
+        "targets": np.concatenate(targets),
+        "translation_index": np.stack([np.concatenate(learnt), np.concatenate(before)]),
+    }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {**tensors, "keys": [key for pack in packs for key in pack.keys]}
+    return {**tensors, "keys": [key for part in (*judged, *translated) for key in part.keys]}

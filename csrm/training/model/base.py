@@ -115,13 +115,6 @@ def _reason(error: Exception) -> str:
     return f"{text[:_MOST_REASON] or 'no reason given'} ({type(error).__name__})"
 
 
-def sliding_window(config: Any) -> int | None:
-    """Window of the sliding layers, in tokens; None where all layers see everything."""
-    layer_types = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else getattr(config, "use_sliding_window", True)
-    return getattr(config, "sliding_window", None) if slides else None
-
-
 def _gemma_tokenizer(path: Path) -> Tokenizer | None:
     """The BPE tokenizer of a Gemma GGUF file; None for other models.
 

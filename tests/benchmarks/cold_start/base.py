@@ -8,7 +8,6 @@ from study import BASE_ROW, CONFIG, REPOSITORY, measure_untrained, scores_with, 
 from csrm.config import load_config
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.training.model.attention import use_block_attention
 from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
 from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
 from csrm.training.settings import TrainConfig
@@ -20,12 +19,11 @@ def main() -> None:
     config = load_config(REPOSITORY / CONFIG, TrainConfig)
     tokenizer = PromptTokenizer.from_json(load_tokenizer(base_model).to_str(), config.budgets)
     model = PackedRelevanceModel(load_language_model(base_model), tokenizer.label_ids(config.labels)).eval()
-    use_block_attention(model.language_model)
     scorer = PairScorer(
         tokenizer,
         config.labels,
         pack_scorer=torch_pack_scorer(model, config.tuning.precision),
-        pack_tokens=config.pack_tokens,
+        tokens_per_call=config.pack_tokens,
     )
     measure_untrained(study, BASE_ROW, scores_with(scorer))
 

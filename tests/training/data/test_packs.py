@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from csrm.scoring.labels import ESCI_LABELS
-from csrm.scoring.packing import Group, build_packs
+from csrm.scoring.packing import Group, split_groups
 from csrm.scoring.prompts import Translation
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.data.packs import (
@@ -55,8 +55,7 @@ def test_a_file_gives_back_what_was_written(packs: list[TrainingPack], tmp_path:
     assert len(file) == len(many) > 64
     for index in (0, 63, 64, len(many) - 1):
         written, read = many[index], file[index]
-        for name, array in written.pack.model_inputs().items():
-            np.testing.assert_array_equal(getattr(read.pack, name), array, err_msg=name)
+        assert read.groups == [Group(list(group.prefix_ids), list(group.suffixes)) for group in written.groups]
         np.testing.assert_array_equal(read.targets, written.targets)
         assert (read.is_translation, list(read.keys)) == (written.is_translation, list(written.keys))
     with pytest.raises(IndexError):
@@ -64,13 +63,18 @@ def test_a_file_gives_back_what_was_written(packs: list[TrainingPack], tmp_path:
 
 
 def test_a_batch_learns_pairs_and_translations_where_they_are(packs: list[TrainingPack]) -> None:
-    batch = collate([packs[0], packs[-1]], num_labels=len(ESCI_LABELS))
-    num_pairs = len(packs[0].targets)
-    np.testing.assert_array_equal(batch["targets"][0, :num_pairs], packs[0].targets)
-    assert not batch["targets"][1].any()
-    assert not batch["is_translation"][0].any()
-    learnt = packs[-1].pack.segment_ids[0] > 0
-    assert batch["is_translation"][1, : len(learnt)].tolist() == learnt.tolist()
+    judged, translated = packs[0], packs[-1]
+    batch = collate([translated, judged], num_labels=len(ESCI_LABELS))
+    np.testing.assert_array_equal(batch["targets"], judged.targets)
+    ids = batch["input_ids"].numpy()
+    assert len(ids) == sum(group.num_tokens for group in (*judged.groups, *translated.groups))
+    products = [ids for group in judged.groups for ids in group.suffixes]
+    assert ids[batch["last_index"]].tolist() == [ids[-1] for ids in products]
+    learnt, before = batch["translation_index"].numpy()
+    prompts = [(*group.prefix_ids, *group.suffixes[0]) for group in translated.groups]
+    starts = [len(group.prefix_ids) for group in translated.groups]
+    assert ids[learnt].tolist() == [i for ids, start in zip(prompts, starts, strict=True) for i in ids[start:]]
+    assert ids[before].tolist() == [i for ids, start in zip(prompts, starts, strict=True) for i in ids[start - 1 : -1]]
     assert batch["keys"][-2:] == ["수건", "towel"]
 
 
@@ -101,5 +105,5 @@ def test_translations_are_cut_and_cannot_become_structure(prompt_tokenizer: Prom
     assert prompt_tokenizer.decode(given).endswith("\nTranslation:")
     assert prompt_tokenizer.decode(given).count("\n") == 4
     assert prompt_tokenizer.decode(learnt).endswith("\n")
-    (pack,) = build_packs([Group(given, [learnt])], 400)
-    assert pack.input_ids.tolist() == [[*given, *learnt]]
+    ((group,),) = split_groups([Group(given, [learnt])], 400)
+    assert group == Group(given, [learnt])

@@ -10,7 +10,7 @@ import torch
 from transformers import Gemma3ForCausalLM
 
 from csrm.scoring.labels import ESCI_LABELS
-from csrm.scoring.packing import Group, PackBatch, build_packs
+from csrm.scoring.packing import PADDING, Group, Pack, build_packs, lay_out
 from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
@@ -40,15 +40,10 @@ def packed(
     loud_model: PackedRelevanceModel,
     groups: list[Group],
     pack_tokens: int,
-    packs_per_batch: int = 1,
-    change: Callable[[PackBatch], PackBatch] = lambda batch: batch,
+    change: Callable[[Pack], Pack] = lambda pack: pack,
 ) -> np.ndarray:
     score = torch_pack_scorer(loud_model)
-    logits = np.full((sum(len(group.suffixes) for group in groups), len(ESCI_LABELS)), np.nan, dtype=np.float32)
-    for batch in build_packs(groups, pack_tokens, packs_per_batch):
-        present = batch.pair_index >= 0
-        logits[batch.pair_index[present]] = score(change(batch))[present]
-    return logits
+    return np.concatenate([score(change(pack)) for pack in build_packs(groups, pack_tokens)])
 
 
 def test_the_fixture_tells_pairs_apart(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
@@ -56,39 +51,64 @@ def test_the_fixture_tells_pairs_apart(loud_model: PackedRelevanceModel, groups:
     assert (logits[:, -1] - logits[:, 0]).std() >= 1
 
 
-@pytest.mark.parametrize(("pack_tokens", "packs_per_batch"), [(352, 1), (512, 1), (512, 3), (2000, 1)])
+@pytest.mark.parametrize("pack_tokens", [352, 512, 2000, 100_000])
 def test_a_pack_equals_one_pair_at_a_time(
-    loud_model: PackedRelevanceModel, groups: list[Group], pack_tokens: int, packs_per_batch: int
+    loud_model: PackedRelevanceModel, groups: list[Group], pack_tokens: int
 ) -> None:
     expected = one_at_a_time(loud_model, groups)
-    actual = packed(loud_model, groups, pack_tokens, packs_per_batch)
+    actual = packed(loud_model, groups, pack_tokens)
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-def no_products_apart(batch: PackBatch) -> PackBatch:
-    return batch._replace(segment_ids=np.minimum(batch.segment_ids, 1))
+def no_products_apart(pack: Pack) -> Pack:
+    """All tokens of a group's products as one product."""
+    first_product_token = pack.product_index[0, 0]
+    rows = [row[row >= first_product_token] for row in pack.group_index]
+    index = np.full((len(rows), max(map(len, rows))), PADDING)
+    for row, places in zip(index, rows, strict=True):
+        row[: len(places)] = places
+    return pack._replace(product_index=index, product_place=np.flatnonzero(index >= 0))
 
 
-def no_queries_apart(batch: PackBatch) -> PackBatch:
-    return batch._replace(group_ids=np.zeros_like(batch.group_ids))
+def no_queries_apart(pack: Pack) -> Pack:
+    """Each group reads the prefix of the one before."""
+    return pack._replace(prefix_index=np.roll(pack.prefix_index, 1, axis=0))
 
 
-def positions_not_restarted(batch: PackBatch) -> PackBatch:
-    return batch._replace(
-        position_ids=np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.input_ids.shape).copy()
-    )
+def the_end_of_prefixes_is_lost(pack: Pack) -> Pack:
+    return pack._replace(prefix_index=pack.prefix_index[:, : pack.prefix_index.shape[1] // 2])
 
 
-def wrong_last_index(batch: PackBatch) -> PackBatch:
-    return batch._replace(last_index=np.maximum(batch.last_index - 1, 0))
+def positions_not_restarted(pack: Pack) -> Pack:
+    return pack._replace(position_ids=np.arange(len(pack.position_ids)))
 
 
-MISTAKES = (no_products_apart, no_queries_apart, positions_not_restarted, wrong_last_index)
+def wrong_group_place(pack: Pack) -> Pack:
+    return pack._replace(group_place=np.roll(pack.group_place, 1))
+
+
+def wrong_product_place(pack: Pack) -> Pack:
+    return pack._replace(product_place=np.roll(pack.product_place, 1))
+
+
+def wrong_last_index(pack: Pack) -> Pack:
+    return pack._replace(last_index=pack.last_index - 1)
+
+
+MISTAKES = (
+    no_products_apart,
+    no_queries_apart,
+    the_end_of_prefixes_is_lost,
+    positions_not_restarted,
+    wrong_group_place,
+    wrong_product_place,
+    wrong_last_index,
+)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_in_the_pack_is_seen(
-    loud_model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[PackBatch], PackBatch]
+    loud_model: PackedRelevanceModel, groups: list[Group], mistake: Callable[[Pack], Pack]
 ) -> None:
     expected = one_at_a_time(loud_model, groups)
     actual = packed(loud_model, groups, 2000, change=mistake)
@@ -99,7 +119,7 @@ def test_a_mistake_in_the_pack_is_seen(
 def test_every_field_counts(
     loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame, column: str
 ) -> None:
-    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512)
+    scorer = PairScorer(prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), tokens_per_call=512)
     swapped = pairs_pdf.assign(**{column: "changed " + pairs_pdf[column].fillna("")})
     differences = np.abs(scorer.logits(swapped) - scorer.logits(pairs_pdf)).max(axis=1)
     assert differences.min() >= 100 * TOLERANCE
@@ -109,15 +129,14 @@ def test_scores_do_not_depend_on_row_order_or_pack_size(
     loud_model: PackedRelevanceModel, prompt_tokenizer: PromptTokenizer, pairs_pdf: pd.DataFrame
 ) -> None:
     expected = PairScorer(
-        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), pack_tokens=512
+        prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), tokens_per_call=512
     ).score(pairs_pdf)
     shuffled = pairs_pdf.sample(frac=1.0, random_state=3)
-    for pack_tokens, tokens_per_call in ((352, 0), (700, 1400)):
+    for tokens_per_call in (1, 352, 700, 100_000):
         scorer = PairScorer(
             prompt_tokenizer,
             ESCI_LABELS,
             pack_scorer=torch_pack_scorer(loud_model),
-            pack_tokens=pack_tokens,
             tokens_per_call=tokens_per_call,
         )
         actual = scorer.score(shuffled).loc[pairs_pdf.index]
@@ -129,11 +148,10 @@ def test_loss_and_gradients_equal_those_of_single_prompts(
     loud_model: PackedRelevanceModel, groups: list[Group]
 ) -> None:
     few = [Group(group.prefix_ids, group.suffixes[:2]) for group in groups[:3]]
-    targets = torch.tensor([[0, 3, 1, 2, 3, 0]])
+    targets = torch.tensor([0, 3, 1, 2, 3, 0])
     one_hot = torch.nn.functional.one_hot(targets, len(ESCI_LABELS)).float()
-    (batch,) = build_packs(few, pack_tokens=2000)
     in_pack, alone = copy.deepcopy(loud_model), copy.deepcopy(loud_model)
-    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
+    inputs = {name: torch.from_numpy(array) for name, array in lay_out(few)._asdict().items()}
     loss = in_pack(**inputs, targets=one_hot)["loss"]
     loss.backward()
     rows = [
@@ -141,31 +159,31 @@ def test_loss_and_gradients_equal_those_of_single_prompts(
         for prefix_ids, suffixes in few
         for suffix_ids in suffixes
     ]
-    expected = torch.nn.functional.cross_entropy(torch.stack(rows), targets[0])
+    expected = torch.nn.functional.cross_entropy(torch.stack(rows), targets)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(in_pack.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
 
 
-def test_absent_pairs_do_not_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
-    batch = next(iter(build_packs(groups, pack_tokens=352)))
-    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
-    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
-    targets[0, 0, 2] = 0.5
+def test_pairs_without_weight_do_not_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
+    pack = lay_out(groups)
+    inputs = {name: torch.from_numpy(array) for name, array in pack._asdict().items()}
+    targets = torch.zeros((len(pack.last_index), len(ESCI_LABELS)))
+    targets[0, 2] = 0.5
     output = loud_model(**inputs, targets=targets)
-    expected = torch.nn.functional.cross_entropy(output["logits"][0, :1], torch.tensor([2]))
+    expected = torch.nn.functional.cross_entropy(output["logits"][:1], torch.tensor([2]))
     torch.testing.assert_close(output["loss"], expected)
 
 
 def test_soft_targets_and_weights_count_in_the_loss(loud_model: PackedRelevanceModel, groups: list[Group]) -> None:
-    batch = next(iter(build_packs(groups, pack_tokens=512)))
-    inputs = {name: torch.from_numpy(array) for name, array in batch.model_inputs().items()}
-    targets = torch.zeros((*batch.last_index.shape, len(ESCI_LABELS)))
-    targets[0, 0] = 2.0 * torch.tensor([0.1, 0.2, 0.3, 0.4])
-    targets[0, 1, 3] = 1.0
+    pack = lay_out(groups)
+    inputs = {name: torch.from_numpy(array) for name, array in pack._asdict().items()}
+    targets = torch.zeros((len(pack.last_index), len(ESCI_LABELS)))
+    targets[0] = 2.0 * torch.tensor([0.1, 0.2, 0.3, 0.4])
+    targets[1, 3] = 1.0
     output = loud_model(**inputs, targets=targets)
-    losses = torch.nn.functional.cross_entropy(output["logits"][0, :2], targets[0, :2], reduction="none")
+    losses = torch.nn.functional.cross_entropy(output["logits"][:2], targets[:2], reduction="none")
     torch.testing.assert_close(output["loss"], losses.sum() / 3.0)
 
 
