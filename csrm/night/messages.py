@@ -16,6 +16,9 @@ from csrm.schemas import (
 )
 from csrm.spark.tables import table_path
 
+WAITED_SHARE = 0.2
+"""Of the model's time, from which on a run says that it waited for the host."""
+
 
 def say_publication(console: Console, verdict: str, run_id: str, publication: Publication, tables_dir: str) -> None:
     """The closing lines of a job that published."""
@@ -90,6 +93,16 @@ def say_halved_packs(console: Console, num_packs: int) -> None:
             "smaller. Smaller ones take longer: give a task more memory, or lower tokens_per_call."
         )
         console.say("packs_halved", text, num_packs=num_packs)
+
+
+def say_host_limit(console: Console, share_waited: float) -> None:
+    """Where the model waited for its pairs, a faster device would not shorten the night."""
+    if share_waited >= WAITED_SHARE:
+        text = (
+            f"the host is the limit: the model waited {share_waited:.0%} of its time for pairs to be prepared. Give a "
+            "task that scores more cores."
+        )
+        console.say("host_limit", text, share_waited=share_waited)
 
 
 def say_scored(console: Console, num_pairs: int, seconds: float, share_saved: float) -> None:

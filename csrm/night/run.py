@@ -21,6 +21,7 @@ from csrm.night.context import RunContext
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import (
     say_halved_packs,
+    say_host_limit,
     say_plan,
     say_publication,
     say_rejected,
@@ -232,6 +233,7 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
         counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
         say_rejected_pairs(console, counts.rejected)
     say_halved_packs(console, progress.num_halved_packs.value)
+    say_host_limit(console, progress.share_waited)
     return ScoredRun(planned_df, staged_df, counts, progress.num_tokens.value, progress.num_halved_packs.value)
 
 

@@ -21,6 +21,8 @@ PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "bra
 """What a score depends on, apart from the bundle."""
 OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
 """Those of PAIR_COLUMNS that a frame may leave out: the prompt then has no line for them."""
+CALLS_TO_GROW = 256
+"""Calls without a failure after which halved calls grow again; twice as many where that was too early."""
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
 """Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
 
@@ -87,7 +89,10 @@ class PairScorer:
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self._tokenizer = tokenizer
         self._pack_scorer = pack_scorer
-        self._tokens_per_call = max(tokens_per_call, tokenizer.budgets.prompt)
+        self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
+        self._calls_to_grow = CALLS_TO_GROW
+        self._calls_since_failure = 0
+        self._has_grown = False
         self._known_good: tuple[Pack, np.ndarray] | None = None
         """The first pack that was scored, and its logits: what a healthy process gives again."""
 
@@ -141,7 +146,7 @@ class PairScorer:
 
         Where a pack fails, its pairs are halved until those that fail are alone: for one such pair at most twice the
         logarithm of the pairs in a pack more forward passes, and one that shows that the process is healthy. Where all
-        halves succeed, the pack was too large: later ones have half as many tokens.
+        halves succeed, the pack was too large: later ones have half as many tokens, and grow again after CALLS_TO_GROW.
 
         Args:
             pairs: see score.
@@ -184,6 +189,11 @@ class PairScorer:
         """Of the pairs in a pack, shape (num_pairs, num_labels)."""
         logits = self._pack_scorer(pack)
         self.num_tokens += len(pack.input_ids)
+        self._calls_since_failure += 1
+        if self._tokens_per_call < self._most_tokens and self._calls_since_failure >= self._calls_to_grow:
+            self._tokens_per_call, self._calls_since_failure = min(2 * self._tokens_per_call, self._most_tokens), 0
+            self._has_grown = True
+            logger.info("calls of up to %d tokens again", self._tokens_per_call)
         if self._known_good is None:
             self._known_good = pack, logits
         return logits
@@ -250,6 +260,9 @@ class PairScorer:
         self.num_halved_packs += 1
         fewer = min(self._tokens_per_call, len(pack.input_ids) // 2)
         self._tokens_per_call = max(fewer, self._tokenizer.budgets.prompt)
+        if self._has_grown:  # too early
+            self._calls_to_grow, self._has_grown = 2 * self._calls_to_grow, False
+        self._calls_since_failure = 0
         logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
 
 

@@ -39,7 +39,12 @@ class ScoringProgress:
         self.num_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
         self.num_prompt_tokens: Accumulator[int] = spark.sparkContext.accumulator(0)
         self.num_halved_packs: Accumulator[int] = spark.sparkContext.accumulator(0)
-        self.counters = (self.num_pairs, self.num_tokens, self.num_prompt_tokens, self.num_halved_packs)
+        self.waited_ms: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.scored_ms: Accumulator[int] = spark.sparkContext.accumulator(0)
+        self.counters = (
+            *(self.num_pairs, self.num_tokens, self.num_prompt_tokens),
+            *(self.num_halved_packs, self.waited_ms, self.scored_ms),
+        )
         """What score_pair_batches counts, in its order."""
         self.seconds = 0.0
         """That the block took."""
@@ -66,6 +71,12 @@ class ScoringProgress:
         """Share of the prompts' tokens that sharing a query's prefix saved, in [0, 1)."""
         num_prompt_tokens = self.num_prompt_tokens.value
         return 1 - self.num_tokens.value / num_prompt_tokens if num_prompt_tokens else 0.0
+
+    @property
+    def share_waited(self) -> float:
+        """Share of the model's time in which it waited for the host to prepare pairs, in [0, 1]."""
+        total_ms = self.waited_ms.value + self.scored_ms.value
+        return self.waited_ms.value / total_ms if total_ms else 0.0
 
     def _report(self) -> None:
         if self._stream.isatty() and self._console is None:

@@ -1,9 +1,12 @@
 """Scores of pairs: one pandas operator for the scoring job, and a UDF for any DataFrame."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,8 @@ from csrm.spark.workers import task_device
 from csrm.text import has_text
 
 _PAIRS_PER_CALL = 1_024
+_PREPARING_THREADS = 2
+"""Most of preparing is tokenising, which needs no lock of Python's: two threads feed a GPU that is faster than one."""
 _KEY_COLUMNS = [*PAIR_KEY, "pair_key"]
 
 
@@ -112,7 +117,7 @@ def probe_scorer(spark: SparkSession, place: ScorerPlace) -> ScorerInfo:
 def score_pair_batches(
     batches: Iterator[pd.DataFrame],
     scorer: PairScorer,
-    on_scored: Callable[[int, int, int, int], None],
+    on_scored: Callable[[int, int, int, int, int, int], None],
     attempts: Attempts | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Scores of Arrow batches of pairs, or why they have none, in the order of their rows; tested without Spark.
@@ -121,7 +126,8 @@ def score_pair_batches(
         batches: market, query_id, product_id, pair_key and PAIR_COLUMNS; pairs of one query best side by side.
         scorer: a loaded bundle.
         on_scored: called after each step of at most 1,024 pairs with the number of pairs, of tokens that were computed,
-            of tokens of their prompts, whose prefixes are computed once a pack, and of packs that had to be halved.
+            of tokens of their prompts, whose prefixes are computed once a pack, of packs that had to be halved, of
+            milliseconds that the scorer waited for pairs to be prepared (but for the first), and that it scored.
         attempts: of earlier processes that may have died at one of these pairs; None: there were none.
     """
     steps = (
@@ -130,11 +136,12 @@ def score_pair_batches(
         for start in range(0, len(batch), _PAIRS_PER_CALL)
     )
     try:
-        ready = _prepared_ahead(steps, scorer) if attempts is None else ((step, None) for step in steps)
-        for pairs, prepared in ready:
-            before = np.array(_counts(scorer))
+        ready = _prepared_ahead(steps, scorer) if attempts is None else ((step, None, 0.0) for step in steps)
+        for pairs, prepared, waited_s in ready:
+            before, start = np.array(_counts(scorer)), time.monotonic()
             scores = scorer.score_or_reject(pairs, prepared) if attempts is None else attempts.score(scorer, pairs)
-            on_scored(len(pairs), *(np.array(_counts(scorer)) - before).tolist())
+            times = [round(1000 * waited_s), round(1000 * (time.monotonic() - start))]
+            on_scored(len(pairs), *[*(np.array(_counts(scorer)) - before).tolist(), *times])
             yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
     finally:
         if attempts is not None:
@@ -143,24 +150,23 @@ def score_pair_batches(
 
 def _prepared_ahead(
     steps: Iterator[pd.DataFrame], scorer: PairScorer
-) -> Iterator[tuple[pd.DataFrame, PreparedPairs | None]]:
-    """Each step's pairs with their packs, which a thread makes while the step before is scored: a GPU does not wait.
+) -> Iterator[tuple[pd.DataFrame, PreparedPairs | None, float]]:
+    """Each step's pairs with their packs, which threads make while those before are scored: a GPU does not wait.
 
-    None where they cannot be made: score_or_reject finds out why.
+    None where they cannot be made: score_or_reject finds out why. And the seconds that it did wait, but for the first
+    step's, behind which nothing can be scored.
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="csrm-prepare") as pool:
-        waiting: tuple[pd.DataFrame, Future[PreparedPairs]] | None = None
-        for pairs in steps:
-            following = pairs, pool.submit(scorer.prepare, pairs)
-            if waiting is not None:
-                yield _once_prepared(*waiting)
-            waiting = following
-        if waiting is not None:
-            yield _once_prepared(*waiting)
-
-
-def _once_prepared(pairs: pd.DataFrame, preparing: Future[PreparedPairs]) -> tuple[pd.DataFrame, PreparedPairs | None]:
-    return pairs, None if preparing.exception() else preparing.result()
+    with ThreadPoolExecutor(max_workers=_PREPARING_THREADS, thread_name_prefix="csrm-prepare") as pool:
+        following = ((pairs, pool.submit(scorer.prepare, pairs)) for pairs in steps)
+        waiting = deque(islice(following, 1))
+        is_first = True
+        while waiting:
+            waiting.extend(islice(following, 1 + _PREPARING_THREADS - len(waiting)))
+            pairs, preparing = waiting.popleft()
+            start = time.monotonic()
+            prepared = None if preparing.exception() else preparing.result()
+            yield pairs, prepared, 0.0 if is_first else time.monotonic() - start
+            is_first = False
 
 
 def _counts(scorer: PairScorer) -> tuple[int, int, int]:

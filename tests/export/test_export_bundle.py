@@ -91,6 +91,15 @@ def test_parity_is_measured_over_pairs_that_differ(tiny_bundle: Path) -> None:
     assert parity.largest_score_difference <= 1e-5
 
 
+def test_a_bundle_gives_the_same_scores_at_any_budget(tiny_bundle: Path, pairs_pdf: pd.DataFrame) -> None:
+    pairs = pd.concat([pairs_pdf.assign(title=pairs_pdf["title"] + f" {number}") for number in range(4)])
+    expected = load_scorer(tiny_bundle, "cpu", threads=1, tokens_per_call=1).score(pairs)["relevance_score"]
+    assert expected.std() > 0.1
+    for tokens_per_call in (500, 1_024, 16_384):
+        scorer = load_scorer(tiny_bundle, "cpu", threads=1, tokens_per_call=tokens_per_call)
+        np.testing.assert_allclose(scorer.score(pairs)["relevance_score"], expected, atol=1e-5)
+
+
 def test_another_model_fails_parity(
     tiny_bundle: Path,
     pairs_pdf: pd.DataFrame,

@@ -35,7 +35,7 @@ NASTY = {
 def test_pairs_that_cannot_be_scored_are_set_aside_with_their_reason(
     cluster: Cluster, night: Night, tmp_path: Path
 ) -> None:
-    night.bundle = faulty_bundle(ROOT / "conf" / "demo_bundle", tmp_path / "bundle", longest_pack=505)
+    night.bundle = faulty_bundle(ROOT / "conf" / "demo_bundle", tmp_path / "bundle", longest_pack=1_200)
     titles = night.catalog.set_index(["market", "product_id"])["title"]
     poison = dict(zip(("p001", "p017", "p020", "p033"), REASONS, strict=True))
     for product, mark in poison.items():
@@ -50,7 +50,7 @@ def test_pairs_that_cannot_be_scored_are_set_aside_with_their_reason(
     }
     num_poison, num_empty = 16, 12
 
-    refused = cluster.run(*night.arguments("night", audit={"rejected_share": 0.05}))
+    refused = cluster.run(*night.arguments("night", audit={"rejected_share": 0.05}, tokens_per_call=4_096))
 
     sentence = "kr: rejected: 0.1, expected <= 0.05. 16 of 160 candidate pairs cannot be scored."
     night.check_ended(refused.code, refused.output, 3, sentence)

@@ -204,6 +204,36 @@ def test_packs_for_which_memory_does_not_suffice_are_halved_from_then_on(pairs_p
     np.testing.assert_allclose(again["relevance_score"], expected["relevance_score"], atol=1e-7)
 
 
+def test_calls_grow_again_when_memory_is_back_and_less_often_where_it_is_not(
+    pairs_pdf: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csrm.scoring.scorer.CALLS_TO_GROW", 8)
+    sizes: list[int] = []
+    limit = 900
+
+    def score(pack: Pack) -> np.ndarray:
+        sizes.append(len(pack.input_ids))
+        if sizes[-1] > limit:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
+        return length_scorer(pack)
+
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
+    shared = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=3_200)
+    failures = []
+    for _ in range(24):
+        sizes.clear()
+        assert shared.score_or_reject(pairs)["reason"].isna().all()
+        failures.append(sum(size > limit for size in sizes))
+    assert sum(failures[1:8]) > 0  # it tries again
+    assert sum(failures[16:]) < sum(failures[1:8])
+
+    limit = 10_000
+    for _ in range(40):
+        sizes.clear()
+        shared.score_or_reject(pairs)
+    assert max(sizes) > 2_000
+
+
 @pytest.mark.parametrize("tokens_per_call", [1, 400, 2_100, 100_000])
 def test_a_call_has_at_most_so_many_tokens_and_the_scores_stay(pairs_pdf: pd.DataFrame, tokens_per_call: int) -> None:
     sizes: list[int] = []

@@ -24,8 +24,10 @@ from pyspark.sql import functions as F
 from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle, load_scorer
+from csrm.cli import Console
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
 from csrm.manifest import MANIFEST_NAME, write_manifest
+from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
@@ -91,7 +93,7 @@ def test_batches_are_scored_in_steps_of_1024_in_their_order_and_counted() -> Non
     scored = pd.concat(score_pair_batches(iter(batches), scorer, lambda *numbers: counts.append(numbers)))
 
     assert scorer.call_sizes == [1_024, 476, 10]
-    assert counts == [(1_024, 10_240, 20_480, 0), (476, 4_760, 9_520, 0), (10, 100, 200, 0)]
+    assert [found[:4] for found in counts] == [(1_024, 10_240, 20_480, 0), (476, 4_760, 9_520, 0), (10, 100, 200, 0)]
     assert scored["product_id"].tolist() == [str(n) for n in itertools.chain(range(1_500), range(10))]
     assert scored["relevance_score"].tolist()[7] == np.float32(len("camping tent, green 7") / 10_000)
     assert scored.columns.tolist() == [
@@ -126,6 +128,24 @@ def test_the_next_pairs_are_prepared_while_some_are_scored() -> None:
 
     assert len(scored) == 1_500
     assert scorer.call_sizes == [1_024, 476]
+
+
+def test_time_in_which_the_model_waits_for_its_pairs_is_counted_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class SlowHost(LengthScorer):
+        def prepare(self, pairs: pd.DataFrame) -> str:
+            time.sleep(0.3)
+            return super().prepare(pairs)
+
+    counts: list[tuple[int, ...]] = []
+    list(score_pair_batches(iter([pairs_pdf(5_000)]), SlowHost(), lambda *numbers: counts.append(numbers)))
+    waited, scored = (sum(found[place] for found in counts) for place in (4, 5))
+    assert counts[0][4] == 0  # behind the first pairs nothing can be scored
+    assert waited > 250
+    assert scored < waited
+    say_host_limit(Console(), 0.19)
+    assert capsys.readouterr().out == ""
+    say_host_limit(Console(), waited / (waited + scored))
+    assert "the host is the limit: the model waited " in capsys.readouterr().out
 
 
 @pytest.mark.spark
