@@ -67,8 +67,7 @@ class ScoringConfig(NightSettings):
     """Market to the language of its queries that name none (BCP 47)."""
     inputs: ScoringInputs
     tokens_per_call: int | None = Field(default=None, ge=1)
-    """Most tokens of one forward pass, as whole packs; halved where memory does not suffice. Default: 16,384 on a GPU,
-    one pack on a CPU."""
+    """Most tokens of one forward pass; halved where memory does not suffice. Default: 16,384 on a GPU, else 1,024."""
     use_retrieved_titles: bool = True
     """Whether retrieved titles augment the queries."""
     broadcast_limit_mb: int = Field(default=BROADCAST_LIMIT_MB, ge=0)

@@ -47,7 +47,7 @@ class ScorerPlace:
     threads: int = 1
     """Threads of one forward pass on the CPU."""
     tokens_per_call: int | None = None
-    """Most tokens of one forward pass; None: see default_tokens_per_call."""
+    """Most tokens of one forward pass; None: see csrm.bundle.loading.TOKENS_PER_CALL."""
     profile: ResourceProfile | None = None
     """Resources of a task that scores; see scoring_profile."""
 
