@@ -94,15 +94,16 @@ RETRIEVAL_TABLE = Table(
         PRODUCT_ID,
         Column("title", "string", "Title that was retrieved"),
         Column("similarity", "double", "Strength relative to the query's strongest title of the same source, (0, 1]"),
-        Column("source", "string", "behaviour or lexical"),
+        Column("source", "string", "behaviour, lexical (by the query's words) or translated (by their translations)"),
     ),
     key=("market", "query_id", "rank"),
     partition_by=("market",),
     checks=(
         ("rank_from_one", "rank >= 1"),
         ("similarity_range", "similarity > 0 AND similarity <= 1"),
-        ("known_source", "source IN ('behaviour', 'lexical')"),
+        ("known_source", "source IN ('behaviour', 'lexical', 'translated')"),
     ),
+    schema_version=2,
 )
 
 CANDIDATES = Table(
@@ -112,7 +113,13 @@ CANDIDATES = Table(
         MARKET,
         QUERY_ID,
         PRODUCT_ID,
-        Column("source", "string", "given, query (one of its best products), product (one of its best queries)", False),
+        Column(
+            "source",
+            "string",
+            "given, query (one of its best products), product (one of its best queries), or translated (one of either "
+            "by the translations of the query's words)",
+            required=False,
+        ),
     ),
     key=PAIR_KEY,
     partition_by=("market",),
@@ -153,7 +160,7 @@ UNCOVERED_PRODUCTS = Table(
     columns=(
         MARKET,
         PRODUCT_ID,
-        Column("reason", "string", "no_title, no_shared_term (with any query), or not_among_best"),
+        Column("reason", "string", "no_title, no_shared_term (with any query, nor by translation), or not_among_best"),
     ),
     key=("market", "product_id"),
     partition_by=("market",),

@@ -10,9 +10,16 @@ from pyspark.sql import functions as F
 
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
-from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given_pairs
+from csrm.retrieval.candidates import (
+    best_pairs,
+    coverage_by_language,
+    uncovered_products,
+    with_given_pairs,
+    with_translated_pairs,
+)
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
-from csrm.schemas import CANDIDATES, CATALOG, QUERIES, UNCOVERED_PRODUCTS
+from csrm.retrieval.translations import translated_products, translated_scores
+from csrm.schemas import CANDIDATES, CATALOG, PARALLEL_TEXT, QUERIES, UNCOVERED_PRODUCTS
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, table_path
@@ -25,6 +32,8 @@ class CandidateInputs(Settings):
     queries: InputSpec
     candidates: InputSpec | None = None
     """Given pairs, such as those of search logs, that are scored in any case."""
+    parallel_text: InputSpec | None = None
+    """Where given, products in another language than a query are also found by the translations of its words."""
 
 
 class CandidateConfig(Settings):
@@ -54,24 +63,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     if config.inputs.candidates is not None:
         specs[CANDIDATES] = config.inputs.candidates
+    if config.inputs.parallel_text is not None:
+        specs[PARALLEL_TEXT] = config.inputs.parallel_text
     inputs = read_inputs(spark, specs, config.markets)
     require_markets(inputs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
+    parallel_df = inputs["parallel_text"].df if "parallel_text" in inputs else None
 
     path, uncovered_path = (table_path(config.tables, table) for table in (CANDIDATES, UNCOVERED_PRODUCTS))
-    with persisted(query_terms(queries_df)) as terms_df:
+    with (
+        translated_products(catalog_df, queries_df, parallel_df, config.markets) as translated,
+        persisted(query_terms(queries_df)) as terms_df,
+    ):
         with persisted(product_terms(catalog_df)) as products_df:
             scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
             pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
+            if translated is not None:
+                scores_df = translated_scores(translated, config.max_term_share)
+                translated_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
+                pairs_df = with_translated_pairs(pairs_df, translated_df)
             if "candidates" in inputs:
                 pairs_df = with_given_pairs(pairs_df, inputs["candidates"].df)
             version = overwrite_markets(pairs_df, CANDIDATES, path, config.markets)
         candidates_df = read_table(spark, CANDIDATES, path, version)
-        uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df)
+        sharing_df = None if translated is None else translated.postings_df
+        uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df, sharing_df)
         uncovered_version = overwrite_markets(uncovered_df, UNCOVERED_PRODUCTS, uncovered_path, config.markets)
 
     print_pairs(candidates_df, config.markets)
-    print_coverage(catalog_df, read_table(spark, UNCOVERED_PRODUCTS, uncovered_path, uncovered_version), config.markets)
+    by_language_df = coverage_by_language(catalog_df, queries_df, candidates_df, config.markets)
+    uncovered_df = read_table(spark, UNCOVERED_PRODUCTS, uncovered_path, uncovered_version)
+    print_coverage(by_language_df, uncovered_df, config.markets)
     print(f"Written: {path}, version {version}")
     print(f"Written: {uncovered_path}, version {uncovered_version}")
     return 0
@@ -79,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_pairs(candidates_df: DataFrame, markets: Iterable[str]) -> None:
     """For each market, its candidate pairs by source."""
-    sources = ("given", "query", "product")
+    sources = ("given", "query", "product", "translated")
     counts = _counts(candidates_df, "source")
     print(f"{'market':<8}{'pairs':>12}" + "".join(f"{source:>12}" for source in sources))
     for market in markets:
@@ -87,17 +109,24 @@ def print_pairs(candidates_df: DataFrame, markets: Iterable[str]) -> None:
         print(f"{market:<8}{sum(by_source):>12,}" + "".join(f"{count:>12,}" for count in by_source))
 
 
-def print_coverage(catalog_df: DataFrame, uncovered_df: DataFrame, markets: Iterable[str]) -> None:
-    """For each market, how many of its products are in a candidate pair, and why the others are not."""
-    num_products = {row["market"]: row["count"] for row in catalog_df.groupBy("market").count().collect()}
+def print_coverage(by_language_df: DataFrame, uncovered_df: DataFrame, markets: Iterable[str]) -> None:
+    """For each market, how many of its products are in a candidate pair and why the others are not; and for each
+    language of its products, what found them."""
+    languages = sorted(tuple(row) for row in by_language_df.collect())
+    num_products = {market: sum(row[2] for row in languages if row[0] == market) for market in markets}
     counts = _counts(uncovered_df, "reason")
     reasons = ("no_title", "no_shared_term", "not_among_best")
     print(f"{'market':<8}{'products':>12}" + "".join(f"{name:>22}" for name in ("covered", *reasons)))
     for market in markets:
-        total = num_products.get(market, 0)
+        total = num_products[market]
         uncovered = [counts.get((market, reason), 0) for reason in reasons]
         cells = [f"{count:,} ({count / max(total, 1):.1%})" for count in (total - sum(uncovered), *uncovered)]
         print(f"{market:<8}{total:>12,}" + "".join(f"{cell:>22}" for cell in cells))
+    print(f"{'market':<8}{'language':<12}" + "".join(f"{name:>12}" for name in by_language_df.columns[2:]))
+    for market in markets:
+        for of_market, language, *found in languages:
+            if of_market == market:
+                print(f"{market:<8}{language:<12}" + "".join(f"{count:>12,}" for count in found))
 
 
 def _counts(df: DataFrame, column: str) -> dict[tuple[str, str], int]:

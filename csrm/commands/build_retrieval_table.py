@@ -1,7 +1,11 @@
-"""Build the retrieval table: the product titles that augment each query, from behaviour and else from its words."""
+"""Build the retrieval table: the product titles that augment each query.
+
+They come from behaviour, else from the query's words, else from the translations of its words.
+"""
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Annotated
 
 from pydantic import Field
@@ -11,8 +15,9 @@ from pyspark.sql import functions as F
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.retrieval.lexical import product_terms, query_terms
-from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, RETRIEVAL_TABLE
+from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged, translated_titles
+from csrm.retrieval.translations import translated_products
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, RETRIEVAL_TABLE
 from csrm.spark.inputs import Input, read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, spark_schema, table_path
@@ -27,6 +32,8 @@ class RetrievalInputs(Settings):
     """Clicks or purchases; without it all titles are lexical."""
     judgments: InputSpec | None = None
     """Where given, behaviour of judged pairs is left out, so that no title is chosen because of its label."""
+    parallel_text: InputSpec | None = None
+    """Queries whose words find nothing get titles in other languages, by the translations of their words."""
 
 
 class RetrievalConfig(Settings):
@@ -58,16 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         specs[BEHAVIOUR] = config.inputs.behaviour
         if config.inputs.judgments is not None:
             specs[JUDGMENTS] = config.inputs.judgments
+    if config.inputs.parallel_text is not None:
+        specs[PARALLEL_TEXT] = config.inputs.parallel_text
     inputs = read_inputs(spark, specs, config.markets)
     require_markets(inputs, config.markets)
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
 
     path = table_path(config.tables, RETRIEVAL_TABLE)
-    with persisted(titles_from_behaviour(spark, config, inputs)) as behaviour_df:
+    with ExitStack() as kept:
+        behaviour_df = kept.enter_context(persisted(titles_from_behaviour(spark, config, inputs)))
         rest_df = queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")
-        with persisted(query_terms(rest_df)) as terms_df, persisted(product_terms(catalog_df)) as products_df:
-            lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
-            version = overwrite_markets(behaviour_df.unionByName(lexical_df), RETRIEVAL_TABLE, path, config.markets)
+        terms_df = kept.enter_context(persisted(query_terms(rest_df)))
+        products_df = kept.enter_context(persisted(product_terms(catalog_df)))
+        lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
+        if "parallel_text" in inputs:
+            lexical_df = kept.enter_context(persisted(lexical_df))
+        titles_df = behaviour_df.unionByName(lexical_df)
+        if "parallel_text" in inputs:
+            rest_df = rest_df.join(lexical_df, ["market", "query_id"], "left_anti")
+            index = translated_products(catalog_df, rest_df, inputs["parallel_text"].df, config.markets)
+            if (translated := kept.enter_context(index)) is not None:
+                translated_df = translated_titles(translated, catalog_df, config.num_titles, config.max_term_share)
+                titles_df = titles_df.unionByName(translated_df)
+        version = overwrite_markets(titles_df, RETRIEVAL_TABLE, path, config.markets)
 
     print_summary(queries_df, read_table(spark, RETRIEVAL_TABLE, path, version), config.markets)
     print(f"Written: {path}, version {version}")
@@ -97,10 +117,12 @@ def print_summary(queries_df: DataFrame, retrieval_df: DataFrame, markets: Itera
             F.count("*").alias("queries"),
             F.count_if(F.col("source") == "behaviour").alias("behaviour"),
             F.count_if(F.col("source") == "lexical").alias("lexical"),
+            F.count_if(F.col("source") == "translated").alias("translated"),
         )
     )
     counts = {row["market"]: row for row in counts_df.collect()}
-    print(f"{'market':<8}{'queries':>12}{'behaviour':>12}{'lexical':>12}{'no titles':>12}")
+    names = ("queries", "behaviour", "lexical", "translated", "no titles")
+    print(f"{'market':<8}" + "".join(f"{name:>12}" for name in names))
     for market in markets:
-        queries, behaviour, lexical = counts[market][1:] if market in counts else (0, 0, 0)
-        print(f"{market:<8}{queries:>12,}{behaviour:>12,}{lexical:>12,}{queries - behaviour - lexical:>12,}")
+        queries, *found = counts[market][1:] if market in counts else (0, 0, 0, 0)
+        print(f"{market:<8}" + "".join(f"{count:>12,}" for count in (queries, *found, queries - sum(found))))

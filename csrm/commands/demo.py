@@ -36,24 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = f"{config.work}/tables"
     inputs = {
         name: {"path": f"{config.work}/inputs/{name}.parquet", "format": "parquet"}
-        for name in ("catalog", "queries", "behaviour", "candidates", "judgments")
+        for name in ("catalog", "queries", "behaviour", "candidates", "judgments", "parallel_text")
     }
     texts = {name: inputs[name] for name in ("catalog", "queries")}
     judged = {**texts, "judgments": inputs["judgments"]}
+    translated = {"parallel_text": inputs["parallel_text"]}
 
-    heading("1/6 Generate a market (Korea, Taiwan, USA): catalog, queries, behaviour, judgments")
+    heading("1/6 Generate a market (Korea, Taiwan, USA): catalog, queries, behaviour, judgments, parallel text")
     generate_market.main(
         setting_arguments(
             seed=config.seed,
             products_per_market=config.products_per_market,
             queries_per_market=config.queries_per_market,
+            listed={"tw": "ko"},
             output=f"{config.work}/inputs",
         )
     )
     heading("2/6 Retrieval table: the product titles that augment each query")
-    build_retrieval_table.main(setting_arguments(inputs={**judged, "behaviour": inputs["behaviour"]}, tables=tables))
+    behaviour = {**judged, **translated, "behaviour": inputs["behaviour"]}
+    build_retrieval_table.main(setting_arguments(inputs=behaviour, tables=tables))
     heading("3/6 Candidates: the pairs to score, for the full catalog")
-    build_candidates.main(setting_arguments(inputs={**texts, "candidates": inputs["candidates"]}, tables=tables))
+    pairs = {**texts, **translated, "candidates": inputs["candidates"]}
+    build_candidates.main(setting_arguments(inputs=pairs, tables=tables))
     heading("4/6 Score the catalog, audit, publish")
     exit_code = score_catalog.main(setting_arguments(inputs=texts, tables=tables, bundle=config.bundle))
     if exit_code:

@@ -25,6 +25,8 @@ class MarketConfig(Settings):
     """The same seed and settings give the same tables."""
     markets: Markets
     """Market to its language: en, ko or zh-TW; with a taxonomy also ja or es."""
+    listed: dict[str, str] = Field(default_factory=dict)
+    """Market to the language of the products that are listed there from abroad, untranslated."""
     products_per_market: int = Field(default=1200, ge=1)
     """Products of each market."""
     queries_per_market: int = Field(default=100, ge=1)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         language: builtin_lexicon(language)
         if config.taxonomy is None
         else read_taxonomy_lexicon(config.taxonomy, language)
-        for language in dict.fromkeys(config.markets.values())
+        for language in dict.fromkeys([*config.markets.values(), *config.listed.values()])
     }
     market = generate_market(
         config.seed,
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_queries=config.queries_per_market,
         label_noise=config.label_noise,
         lexicons=lexicons,
+        listed=config.listed,
     )
     tables = {
         CATALOG: market.catalog,

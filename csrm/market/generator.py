@@ -33,6 +33,8 @@ ONLY_DEPARTMENT_SHARE = 0.8
 """Of category paths: most shops file by departments, so words of the path alone do not tell the products apart."""
 
 CLICKED_QUERIES_SHARE = 0.6
+LISTED_SHARE = 0.1
+"""Products that a market has listed from abroad, for each of its own."""
 NUM_SHOWN = 15
 """Products that a query's shoppers see."""
 SHOWN_STRENGTH = np.array([3.0, 1.5, 0.5, 0.0])
@@ -70,12 +72,14 @@ def generate_market(
     num_queries: int,
     label_noise: float = 0.0,
     lexicons: Mapping[str, Lexicon] | None = None,
+    listed: Mapping[str, str] | None = None,
 ) -> Market:
     """Invented markets, each with its own products and queries.
 
     The same arguments give the same tables. A market's tables do not depend on the other markets. `label_noise` changes
     grades and nothing else; the true grade stands beside each. Behaviour comes from true relevance by a random stream
-    of its own: it does not depend on what was judged. Judged products have titles.
+    of its own: it does not depend on what was judged. Judged products have titles. Products that are listed from abroad
+    are neither clicked nor judged.
 
     Args:
         seed: 0 or more.
@@ -84,6 +88,7 @@ def generate_market(
         num_queries: in each market, at least 1.
         label_noise: probability that a judged grade is replaced by one of the other grades, each equally likely.
         lexicons: language to lexicon; the built-in ones if None.
+        listed: market to the language of the products that are listed there from abroad, LISTED_SHARE of its own.
 
     Raises:
         ConfigError: an argument is out of range, a language has no lexicon, or the lexicon has too few words for so
@@ -93,6 +98,8 @@ def generate_market(
     >>> market.catalog.groupby("market").size().to_dict()
     {'kr': 50, 'us': 50}
     """
+    listed = listed or {}
+    languages = dict.fromkeys([*markets.values(), *listed.values()])
     problems = [
         f"{name}: expected {expected}, got {got}"
         for name, expected, got, valid in (
@@ -101,14 +108,15 @@ def generate_market(
             ("num_queries", "1 or more", num_queries, num_queries >= 1),
             ("label_noise", "0 to 1", label_noise, 0 <= label_noise <= 1),
             ("markets", "at least one market", dict(markets), bool(markets)),
+            ("listed", f"markets of {list(markets)}", dict(listed), set(listed) <= set(markets)),
         )
         if not valid
     ]
     if problems:
         raise ConfigError("market generator: " + "; ".join(problems) + ". Change these settings.")
     if lexicons is None:
-        lexicons = {language: builtin_lexicon(language) for language in dict.fromkeys(markets.values())}
-    elif missing := sorted(set(markets.values()) - set(lexicons)):
+        lexicons = {language: builtin_lexicon(language) for language in languages}
+    elif missing := sorted(set(languages) - set(lexicons)):
         raise ConfigError(
             f"market generator: expected a lexicon for each language of {dict(markets)}, "
             f"got none for {missing}. Add these lexicons or drop the markets."
@@ -117,8 +125,13 @@ def generate_market(
         _one_market(seed, market, lexicons[language], num_products, num_queries, label_noise)
         for market, language in markets.items()
     ]
+    catalogs = [part.catalog for part in parts]
+    catalogs += [
+        _listed_products(seed, market, lexicons[language], math.ceil(LISTED_SHARE * num_products))
+        for market, language in listed.items()
+    ]
     return Market(
-        catalog=pd.concat([part.catalog for part in parts], ignore_index=True),
+        catalog=pd.concat(catalogs, ignore_index=True),
         queries=pd.concat([part.queries for part in parts], ignore_index=True),
         behaviour=pd.concat([part.behaviour for part in parts], ignore_index=True),
         judgments=pd.concat([part.judgments for part in parts], ignore_index=True),
@@ -180,6 +193,13 @@ def _one_market(
         }
     )[BEHAVIOUR.column_names]
     return Market(catalog, queries, behaviour, judgments)
+
+
+def _listed_products(seed: int, market: str, lexicon: Lexicon, num_products: int) -> pd.DataFrame:
+    """Products that are listed from abroad; each names its language."""
+    rng = np.random.default_rng([seed, zlib.crc32(market.encode()), 5])
+    catalog = _catalog(rng, market, lexicon, draw_products(rng, lexicon, num_products, NO_BRAND_SHARE))
+    return catalog.assign(product_id=catalog["product_id"] + f"_{lexicon.language}", language=lexicon.language)
 
 
 def split_of(query: str) -> str:

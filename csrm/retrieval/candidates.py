@@ -1,10 +1,13 @@
 """Pairs to score: for each query its best products, for each product its best queries, and pairs that were given."""
 
+from collections.abc import Mapping
+
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from csrm.retrieval.lexical import product_terms
-from csrm.schemas import CANDIDATES, UNCOVERED_PRODUCTS
+from csrm.retrieval.translations import with_language
+from csrm.schemas import CANDIDATES, PAIR_KEY, UNCOVERED_PRODUCTS
 from csrm.spark.text import is_blank
 
 
@@ -33,6 +36,25 @@ def best_pairs(scores_df: DataFrame, products_per_query: int, queries_per_produc
     )
 
 
+def with_translated_pairs(pairs_df: DataFrame, translated_df: DataFrame) -> DataFrame:
+    """Pairs united with those that translations find; pairs that are in both keep their source.
+
+    Args:
+        pairs_df: columns of `schemas.CANDIDATES`.
+        translated_df: as of `best_pairs`, each pair once.
+
+    Returns:
+        Columns of `schemas.CANDIDATES`; source is "translated" for what only the second frame has.
+    """
+    is_translated = F.col("source") == "translated"
+    return (
+        pairs_df.unionByName(translated_df.withColumn("source", F.lit("translated")))
+        .groupBy(*PAIR_KEY)
+        .agg(F.min_by("source", is_translated).alias("source"))
+        .select(*CANDIDATES.column_names)
+    )
+
+
 def with_given_pairs(pairs_df: DataFrame, given_df: DataFrame) -> DataFrame:
     """Pairs united with given ones, which win: their source is "given".
 
@@ -47,7 +69,11 @@ def with_given_pairs(pairs_df: DataFrame, given_df: DataFrame) -> DataFrame:
 
 
 def uncovered_products(
-    catalog_df: DataFrame, queries_df: DataFrame, query_terms_df: DataFrame, candidates_df: DataFrame
+    catalog_df: DataFrame,
+    queries_df: DataFrame,
+    query_terms_df: DataFrame,
+    candidates_df: DataFrame,
+    translated_df: DataFrame | None = None,
 ) -> DataFrame:
     """Products that no candidate with a query text names, with the reason.
 
@@ -58,11 +84,13 @@ def uncovered_products(
         queries_df: columns of `schemas.QUERIES`.
         query_terms_df: as of `lexical.query_terms`.
         candidates_df: columns of `schemas.CANDIDATES`.
+        translated_df: market and product_id of products that have a translation of a query's term; None where nothing
+            was translated.
 
     Returns:
         Columns of `schemas.UNCOVERED_PRODUCTS`. The reason is "no_title"; "no_shared_term": none of its terms is in any
-        query of its market; or "not_among_best": it shares terms, but only such as are too frequent to count
-        (`max_term_share`), or no queries per product were asked for.
+        query of its market, nor translates a term that is; or "not_among_best": it shares terms, but only such as are
+        too frequent to count (`max_term_share`), or no queries per product were asked for.
     """
     key = ["market", "product_id"]
     with_text_df = queries_df.where(~is_blank(F.col("query")))
@@ -73,9 +101,11 @@ def uncovered_products(
         product_terms(uncovered_df)
         .select(*key, F.explode("terms").alias("term"))
         .join(vocabulary_df, ["market", "term"], "left_semi")
-        .select(*key, F.lit(True).alias("shares_term"))
-        .distinct()
+        .select(*key)
     )
+    if translated_df is not None:
+        sharing_df = sharing_df.unionByName(translated_df.select(*key))
+    sharing_df = sharing_df.distinct().withColumn("shares_term", F.lit(True))
     reason = (
         F.when(is_blank(F.col("title")), "no_title")
         .when(F.col("shares_term"), "not_among_best")
@@ -83,4 +113,51 @@ def uncovered_products(
     )
     return (
         uncovered_df.join(sharing_df, key, "left").withColumn("reason", reason).select(*UNCOVERED_PRODUCTS.column_names)
+    )
+
+
+def coverage_by_language(
+    catalog_df: DataFrame, queries_df: DataFrame, candidates_df: DataFrame, markets: Mapping[str, str]
+) -> DataFrame:
+    """How many products of each language are in a candidate with a query text, by what found the first of these.
+
+    Args:
+        catalog_df: columns of `schemas.CATALOG`.
+        queries_df: columns of `schemas.QUERIES`.
+        candidates_df: columns of `schemas.CANDIDATES`.
+        markets: market to language, for products that name none.
+
+    Returns:
+        market, language (in lower case), products, words (in a pair that words found), translated (in none of these,
+        but in one that translations found), given (only in given pairs), uncovered (in none).
+    """
+    key = ["market", "product_id"]
+    with_text_df = queries_df.where(~is_blank(F.col("query")))
+    source = F.col("source")
+    sources_df = (
+        candidates_df.join(with_text_df, ["market", "query_id"], "left_semi")
+        .groupBy(*key)
+        .agg(
+            F.bool_or(source.isin("query", "product")).alias("has_words"),
+            F.bool_or(source == "translated").alias("has_translated"),
+        )
+    )
+    found_by = (
+        F.when(F.col("has_words"), "words")
+        .when(F.col("has_translated"), "translated")
+        .when(F.col("has_words").isNotNull(), "given")
+        .otherwise("uncovered")
+    )
+    return (
+        with_language(catalog_df, markets)
+        .join(sources_df, key, "left")
+        .withColumn("found_by", found_by)
+        .groupBy("market", "language")
+        .agg(
+            F.count("*").alias("products"),
+            *(
+                F.count_if(F.col("found_by") == name).alias(name)
+                for name in ("words", "translated", "given", "uncovered")
+            ),
+        )
     )

@@ -1,9 +1,10 @@
-"""Product titles that augment a query: those that its shoppers chose, else those that its words find."""
+"""Product titles that augment a query: from behaviour, else by its words, else by the translations of these."""
 
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from csrm.retrieval.lexical import bm25_scores
+from csrm.retrieval.translations import TranslatedProducts, translated_scores
 from csrm.schemas import PAIR_KEY, RETRIEVAL_TABLE
 from csrm.spark.text import is_blank, text_key_udf
 
@@ -87,6 +88,24 @@ def lexical_titles(
     """
     scores_df = bm25_scores(product_terms_df, query_terms_df, max_term_share)
     return _strongest_titles(scores_df.withColumnRenamed("bm25", "strength"), catalog_df, num_titles, "lexical")
+
+
+def translated_titles(
+    translated: TranslatedProducts, catalog_df: DataFrame, num_titles: int, max_term_share: float
+) -> DataFrame:
+    """Titles in other languages that the translations of a query's words find.
+
+    Args:
+        translated: as of `translations.translated_products`, of the queries that need titles.
+        catalog_df: columns of `schemas.CATALOG`.
+        num_titles: titles a query at most.
+        max_term_share: as in `lexical.bm25_scores`.
+
+    Returns:
+        Columns of `schemas.RETRIEVAL_TABLE`, source "translated".
+    """
+    scores_df = translated_scores(translated, max_term_share)
+    return _strongest_titles(scores_df.withColumnRenamed("bm25", "strength"), catalog_df, num_titles, "translated")
 
 
 def _strongest_titles(strengths_df: DataFrame, catalog_df: DataFrame, num_titles: int, source: str) -> DataFrame:

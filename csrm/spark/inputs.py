@@ -50,11 +50,11 @@ class Input:
 def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Collection[str] | None = None) -> Input:
     """Read and check one input table.
 
-    Only its declared columns are read. Required columns must exist and hold no null; the key must be unique. An
-    optional column that is absent becomes null. No type is inferred from values; types that are not the declared ones
-    convert as the table of csrm.conversions says. Files whose columns differ are read together. Of CSV and JSON, every
-    row and line must be one. Bytes that are no UTF-8 become U+FFFD and are counted in a warning; not those of a market,
-    by which files are found.
+    Only its declared columns are read. Required columns must exist and hold no null; the key, where the table has one,
+    must be unique. An optional column that is absent becomes null. No type is inferred from values; types that are not
+    the declared ones convert as the table of csrm.conversions says. Files whose columns differ are read together. Of
+    CSV and JSON, every row and line must be one. Bytes that are no UTF-8 become U+FFFD and are counted in a warning;
+    not those of a market, by which files are found.
 
     Args:
         spark: the session.
@@ -277,7 +277,7 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
         F.count("*").alias("num_rows"),
         *(F.count_if(condition).alias(name) for name, condition in counters.items()),
     )
-    duplicate = ~null_key & (F.col("num_rows") > 1)
+    duplicate = ~null_key & (F.col("num_rows") > 1) if table.key else F.lit(False)
     row = by_key_df.agg(
         F.coalesce(F.sum("num_rows"), F.lit(0)).alias("num_rows"),
         F.count_if(duplicate).alias("duplicate_keys"),

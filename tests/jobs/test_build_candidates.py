@@ -16,13 +16,15 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("candidate-inputs")
     tables = {
         "catalog": (
-            "market string, product_id string, title string",
+            "market string, product_id string, title string, language string",
             [
-                ("us", "p1", "red shoe"),
-                ("us", "p2", "red leather shoe with laces"),
-                ("us", "p3", None),
-                ("us", "p4", "lamp"),
-                ("tw", "p1", "藍牙耳機"),
+                ("us", "p1", "red shoe", None),
+                ("us", "p2", "red leather shoe with laces", None),
+                ("us", "p3", None, None),
+                ("us", "p4", "lamp", None),
+                ("tw", "p1", "藍牙耳機", "zh-TW"),
+                ("tw", "p2", "무선 이어폰", "KO"),
+                ("tw", "p3", "의자", "ko"),
             ],
         ),
         "queries": (
@@ -32,6 +34,10 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "given": (
             "market string, query_id string, product_id string",
             [("us", "q1", "p1"), ("us", "q2", "p9"), ("us", "q9", "p4"), ("kr", "q1", "p1")],
+        ),
+        "parallel_text": (
+            "source_language string, target_language string, source_text string, target_text string",
+            [("zh-tw", "ko", "耳機", "이어폰"), ("ko", "zh-TW", "의자", "椅子")],
         ),
     }
     for name, (schema, rows) in tables.items():
@@ -43,6 +49,7 @@ def arguments(inputs: Path, tables: Path, *more: str) -> list[str]:
     values = [
         f"inputs.catalog.path={inputs}/catalog.parquet",
         f"inputs.queries.path={inputs}/queries.parquet",
+        "inputs.parallel_text=null",
         f"tables={tables}",
         'markets={"us": "en", "tw": "zh-TW"}',
         *more,
@@ -66,16 +73,39 @@ def test_every_product_is_in_a_pair_or_listed_as_uncovered(
         ("us", "q2", "p9", "given"),
         ("us", "q9", "p4", "given"),
     ]
-    assert rows(spark, UNCOVERED_PRODUCTS, tmp_path) == [("us", "p3", "no_title"), ("us", "p4", "no_shared_term")]
+    assert rows(spark, UNCOVERED_PRODUCTS, tmp_path) == [
+        ("tw", "p2", "no_shared_term"),
+        ("tw", "p3", "no_shared_term"),
+        ("us", "p3", "no_title"),
+        ("us", "p4", "no_shared_term"),
+    ]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[:6] == [
-        ["market", "pairs", "given", "query", "product"],
-        ["us", "4", "3", "0", "1"],
-        ["tw", "1", "0", "1", "0"],
+    assert lines[:10] == [
+        ["market", "pairs", "given", "query", "product", "translated"],
+        ["us", "4", "3", "0", "1", "0"],
+        ["tw", "1", "0", "1", "0", "0"],
         ["market", "products", "covered", "no_title", "no_shared_term", "not_among_best"],
         ["us", "4", "2", "(50.0%)", "1", "(25.0%)", "1", "(25.0%)", "0", "(0.0%)"],
-        ["tw", "1", "1", "(100.0%)", "0", "(0.0%)", "0", "(0.0%)", "0", "(0.0%)"],
+        ["tw", "3", "1", "(33.3%)", "0", "(0.0%)", "2", "(66.7%)", "0", "(0.0%)"],
+        ["market", "language", "products", "words", "translated", "given", "uncovered"],
+        ["us", "en", "4", "1", "0", "1", "2"],
+        ["tw", "ko", "2", "0", "0", "0", "2"],
+        ["tw", "zh-tw", "1", "1", "0", "0", "0"],
     ]
+
+
+def test_products_in_another_language_are_found_by_translations(
+    spark: SparkSession, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    translated = f"inputs.parallel_text={{path: {inputs}/parallel_text.parquet, format: parquet}}"
+    assert main(arguments(inputs, tmp_path, translated, "inputs.candidates=null")) == 0
+    assert [row for row in rows(spark, CANDIDATES, tmp_path) if row[0] == "tw"] == [
+        ("tw", "q1", "p1", "query"),
+        ("tw", "q1", "p2", "translated"),
+    ]
+    assert ("tw", "p3", "no_shared_term") in rows(spark, UNCOVERED_PRODUCTS, tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[8:10] == [["tw", "ko", "2", "0", "1", "0", "1"], ["tw", "zh-tw", "1", "1", "0", "0", "0"]]
 
 
 def test_without_queries_per_product_the_rest_is_not_among_the_best(

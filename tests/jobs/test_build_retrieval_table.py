@@ -17,13 +17,14 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("retrieval-inputs")
     tables = {
         "catalog": (
-            "market string, product_id string, title string",
+            "market string, product_id string, title string, language string",
             [
-                ("us", "p1", "red shoe"),
-                ("us", "p2", "blue shoe"),
-                ("us", "p3", None),
-                ("us", "p4", "green hat"),
-                ("kr", "p1", "빨간 운동화"),
+                ("us", "p1", "red shoe", None),
+                ("us", "p2", "blue shoe", None),
+                ("us", "p3", None, None),
+                ("us", "p4", "green hat", None),
+                ("us", "p5", "캠핑 램프", "ko"),
+                ("kr", "p1", "빨간 운동화", None),
             ],
         ),
         "queries": (
@@ -38,6 +39,10 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
             "market string, query_id string, product_id string, grade string",
             [("us", "q1", "p1", "E")],
         ),
+        "parallel_text": (
+            "source_language string, target_language string, source_text string, target_text string",
+            [("ko", "en", "램프", "Lamp"), ("ko", "en", "모자", "hat")],
+        ),
     }
     for name, (schema, rows) in tables.items():
         spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(folder / f"{name}.parquet"))
@@ -45,13 +50,13 @@ def inputs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def arguments(inputs: Path, tables: Path, *more: str) -> list[str]:
-    names = ("catalog", "queries", "behaviour", "judgments")
+    names = ("catalog", "queries", "behaviour", "judgments", "parallel_text")
     values = [f"inputs.{name}={{path: {inputs}/{name}.parquet, format: parquet}}" for name in names]
     values += [f"tables={tables}", 'markets={"us": "en", "kr": "ko"}', *more]
     return ["--config", "conf/build_retrieval_table.yaml", *(part for value in values for part in ("--set", value))]
 
 
-def test_titles_of_both_sources_are_written_and_counted(
+def test_titles_of_all_sources_are_written_and_counted(
     spark: SparkSession, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(inputs, tmp_path)) == 0
@@ -60,21 +65,22 @@ def test_titles_of_both_sources_are_written_and_counted(
         ("kr", "q1", 1, "p1", "빨간 운동화", 1.0, "lexical"),
         ("us", "q1", 1, "p2", "blue shoe", 1.0, "behaviour"),
         ("us", "q2", 1, "p4", "green hat", 1.0, "lexical"),
+        ("us", "q3", 1, "p5", "캠핑 램프", 1.0, "translated"),
     ]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][-1] == "1"
     assert lines[1:4] == [
-        ["market", "queries", "behaviour", "lexical", "no", "titles"],
-        ["us", "3", "1", "1", "1"],
-        ["kr", "1", "0", "1", "0"],
+        ["market", "queries", "behaviour", "lexical", "translated", "no", "titles"],
+        ["us", "3", "1", "1", "1", "0"],
+        ["kr", "1", "0", "1", "0", "0"],
     ]
 
 
 @pytest.mark.slow
 def test_a_run_for_one_market_leaves_the_others_rows(spark: SparkSession, inputs: Path, tmp_path: Path) -> None:
     assert main(arguments(inputs, tmp_path)) == 0
-    no_behaviour = ("inputs.behaviour=null", "inputs.judgments=null", "num_titles=1", 'markets={"us": "en"}')
-    assert main(arguments(inputs, tmp_path, *no_behaviour)) == 0
+    words_alone = (*(f"inputs.{name}=null" for name in ("behaviour", "judgments", "parallel_text")), "num_titles=1")
+    assert main(arguments(inputs, tmp_path, *words_alone, 'markets={"us": "en"}')) == 0
     written = read_table(spark, RETRIEVAL_TABLE, table_path(str(tmp_path), RETRIEVAL_TABLE))
     assert sorted((row.market, row.query_id, row.title, row.source) for row in written.collect()) == [
         ("kr", "q1", "빨간 운동화", "lexical"),

@@ -86,6 +86,24 @@ def test_a_market_does_not_depend_on_the_others(market: Market) -> None:
         pd.testing.assert_frame_equal(frame[frame["market"] == "tw"].reset_index(drop=True), getattr(alone, name))
 
 
+def test_products_that_are_listed_from_abroad_come_after_the_markets_own_and_change_nothing_else(
+    market: Market,
+) -> None:
+    settings = {"num_products": 1000, "num_queries": 100}
+    with_listed = generate_market(seed=3, markets=MARKETS, **settings, listed={"tw": "ko"})  # type: ignore[arg-type]
+    for name in ("queries", "behaviour", "judgments"):
+        pd.testing.assert_frame_equal(getattr(with_listed, name), getattr(market, name))
+    own, listed = with_listed.catalog[:3000], with_listed.catalog[3000:]
+    pd.testing.assert_frame_equal(own, market.catalog)
+    assert len(listed) == 100
+    assert set(listed["market"]) == {"tw"}
+    assert set(listed["language"]) == {"ko"}
+    assert listed["title"].dropna().str.contains("[가-힣]").mean() > 0.98
+    assert not with_listed.catalog.duplicated(list(CATALOG.key)).any()
+    kr = market.catalog.loc[market.catalog["market"] == "kr", "title"]
+    assert len(set(listed["title"].dropna()) & set(kr)) < 10
+
+
 def test_markets_of_one_language_have_different_products(market: Market) -> None:
     two = generate_market(seed=3, markets={"us": "en", "uk": "en"}, num_products=200, num_queries=10).catalog
     titles = [set(two.loc[two["market"] == name, "title"].dropna()) for name in ("us", "uk")]
@@ -244,6 +262,8 @@ def test_a_market_of_one_product_can_be_made() -> None:
         ({"num_products": 0, "num_queries": 0}, "num_products: expected 1 or more, got 0; num_queries: expected 1"),
         ({"label_noise": 1.5}, "label_noise: expected 0 to 1, got 1.5"),
         ({"markets": {}}, "expected at least one market"),
+        ({"listed": {"tw": "ko"}}, r"listed: expected markets of \['us'\], got \{'tw': 'ko'\}"),
+        ({"listed": {"us": "fr"}}, "expected a language of .*got 'fr'"),
         ({"markets": {"fr": "fr"}}, "expected a language of .*'en', 'ko', 'zh-TW'.*got 'fr'"),
         ({"markets": {"fr": "fr"}, "lexicons": {}}, r"got none for \['fr'\]"),
         ({"num_products": 1, "num_queries": 300}, "expected 300 different queries, got .* fewer queries"),

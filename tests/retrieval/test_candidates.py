@@ -1,7 +1,13 @@
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from csrm.retrieval.candidates import best_pairs, uncovered_products, with_given_pairs
+from csrm.retrieval.candidates import (
+    best_pairs,
+    coverage_by_language,
+    uncovered_products,
+    with_given_pairs,
+    with_translated_pairs,
+)
 from csrm.retrieval.lexical import query_terms
 
 pytestmark = pytest.mark.spark
@@ -47,6 +53,20 @@ def test_a_product_whose_queries_score_alike_gets_the_smaller_query_id(spark: Sp
     assert rows(best_pairs(scores_df, products_per_query=0, queries_per_product=2)) == [
         ("us", "q1", "p1", "product"),
         ("us", "q2", "p1", "product"),
+    ]
+
+
+def test_pairs_that_words_find_keep_their_source_where_translations_find_them_too(spark: SparkSession) -> None:
+    schema = f"{PAIR}, source string"
+    pairs_df = spark.createDataFrame([("tw", "q1", "p1", "query"), ("tw", "q1", "p2", "product")], schema)
+    translated_df = spark.createDataFrame(
+        [("tw", "q1", "p2", "query"), ("tw", "q1", "p3", "query"), ("tw", "q2", "p4", "product")], schema
+    )
+    assert rows(with_translated_pairs(pairs_df, translated_df)) == [
+        ("tw", "q1", "p1", "query"),
+        ("tw", "q1", "p2", "product"),
+        ("tw", "q1", "p3", "translated"),
+        ("tw", "q2", "p4", "translated"),
     ]
 
 
@@ -96,4 +116,44 @@ def test_products_in_no_pair_are_listed_with_the_reason(spark: SparkSession) -> 
         ("us", "p4", "no_shared_term"),
         ("us", "p5", "not_among_best"),
         ("us", "p6", "no_shared_term"),
+    ]
+    translated_df = spark.createDataFrame([("us", "p4"), ("us", "p1")], "market string, product_id string")
+    uncovered_df = uncovered_products(catalog_df, queries_df, query_terms(queries_df), candidates_df, translated_df)
+    assert ("us", "p4", "not_among_best") in rows(uncovered_df)
+
+
+def test_coverage_names_what_found_the_products_of_each_language(spark: SparkSession) -> None:
+    catalog_df = spark.createDataFrame(
+        [
+            *(("tw", f"p{n}", "zh-TW") for n in range(4)),
+            ("tw", "p4", None),
+            *(("tw", f"k{n}", "ko") for n in range(4)),
+            ("us", "p0", "en"),
+        ],
+        "market string, product_id string, language string",
+    )
+    queries_df = spark.createDataFrame(
+        [("tw", "q1", "燈"), ("tw", "q2", None), ("us", "q1", "lamp")],
+        "market string, query_id string, query string",
+    )
+    candidates_df = spark.createDataFrame(
+        [
+            ("tw", "q1", "p0", "query"),
+            ("tw", "q1", "p1", "given"),
+            ("tw", "q2", "p2", "given"),  # its query is blank
+            ("tw", "q9", "p3", "given"),  # its query does not exist
+            ("tw", "q1", "p4", "product"),
+            ("tw", "q1", "k0", "translated"),
+            ("tw", "q1", "k1", "product"),
+            ("tw", "q3", "k1", "translated"),
+            ("us", "q1", "k2", "query"),  # of another market
+        ],
+        f"{PAIR}, source string",
+    )
+    coverage_df = coverage_by_language(catalog_df, queries_df, candidates_df, {"tw": "zh-TW", "us": "en"})
+    assert coverage_df.columns == ["market", "language", "products", "words", "translated", "given", "uncovered"]
+    assert rows(coverage_df) == [
+        ("tw", "ko", 4, 1, 1, 0, 2),
+        ("tw", "zh-tw", 5, 2, 0, 1, 2),
+        ("us", "en", 1, 0, 0, 0, 1),
     ]

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, QUERIES
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
 from csrm.spark.inputs import read_input
 from csrm.spark.storage import file_states
 
@@ -209,6 +209,15 @@ def test_an_empty_table_passes(spark: SparkSession, tmp_path: Path) -> None:
     path = write_text(tmp_path / "candidates.csv", "market,query_id,product_id\n")
 
     assert read_input(spark, CANDIDATES, csv_spec(path)).df.count() == 0
+
+
+def test_a_table_without_a_key_may_have_a_row_twice(spark: SparkSession, tmp_path: Path) -> None:
+    text = '{"source_language": "ko", "target_language": "en", "source_text": "램프", "target_text": "lamp"}\n'
+    spec = InputSpec(path=write_text(tmp_path / "parallel_text.json", text * 2), format="json")
+    assert read_input(spark, PARALLEL_TEXT, spec).df.count() == 2
+    spec = InputSpec(path=write_text(tmp_path / "nulls.json", '{"source_language": "ko"}\n'), format="json")
+    with pytest.raises(InputError, match=r"column.* target_language"):
+        read_input(spark, PARALLEL_TEXT, spec)
 
 
 def parquet(folder: Path, **columns: Any) -> InputSpec:
