@@ -23,12 +23,14 @@ GROUPS = {
     "Build what scoring reads": {
         "build-retrieval-table": "the product titles that augment each query",
         "build-candidates": "the pairs to score",
+        "embed-catalog": "vectors of titles and queries, of those that are new",
     },
     "Train and export": {
         "train": "train a language model to judge relevance",
         "train-on-spark": "the same on the executors of a Spark cluster",
         "export-bundle": "export a trained model to a bundle, after proof that it scores alike",
         "bundle": "show a bundle, or verify it on this machine",
+        "export-encoder": "export a text encoder, after proof that it gives the model's vectors",
         "demo-bundle": "train and export the tiny bundle that the demo scores with",
     },
     "Score every night": {

@@ -166,6 +166,20 @@ UNCOVERED_PRODUCTS = Table(
     partition_by=("market",),
 )
 
+TEXT_VECTORS = Table(
+    name="text_vectors",
+    comment="Vectors of texts, by the encoder that made them",
+    columns=(
+        Column("encoder_digest", "string", "sha256 that names the encoder"),
+        Column("kind", "string", "passage (a product title) or query"),
+        Column("text_sha256", "string", "sha256 of the text in UTF-8"),
+        Column("vector", "array<float>", "As many numbers as the encoder has dimensions"),
+    ),
+    key=("encoder_digest", "kind", "text_sha256"),
+    partition_by=("encoder_digest", "kind"),
+    checks=(("known_kind", "kind IN ('passage', 'query')"),),
+)
+
 _SCORE_CHECKS = (
     ("score_range", "relevance_score >= 0 AND relevance_score <= 1"),
     ("score_not_nan", "NOT isnan(relevance_score)"),
@@ -295,5 +309,6 @@ OUTPUTS = (
     RETRIEVAL_TABLE,
     CANDIDATES,
     UNCOVERED_PRODUCTS,
+    TEXT_VECTORS,
 )
 """Tables that CSRM writes."""

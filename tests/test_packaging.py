@@ -23,24 +23,27 @@ ROOT = Path(__file__).parent.parent
 LAW = {
     "scoring": [],
     "bundle": ["scoring"],
+    "embedding": ["scoring", "bundle"],
     "evaluation": [],
     "pages": [],
     "market": [],
-    "spark": ["scoring", "bundle"],
-    "retrieval": ["spark"],
+    "spark": ["scoring", "bundle", "embedding"],
+    "retrieval": ["embedding", "spark"],
     "night": ["scoring", "bundle", "evaluation", "spark"],
     "operations": ["evaluation", "pages", "spark", "retrieval", "night"],
     "doctor": ["scoring", "bundle", "spark", "night"],
     "capacity": ["scoring", "bundle", "night"],
     "training": ["scoring", "evaluation", "pages"],
-    "export": ["scoring", "bundle", "evaluation", "training"],
+    "export": ["scoring", "bundle", "embedding", "evaluation", "training"],
     "commands": None,  # parser, configuration, one call: any room
 }
 # The packages that the modules of a room may not import.
 SPARK = {"pyspark", "delta", "py4j"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum", "onnx", "gguf", "safetensors"}
 FOREIGN = {
-    **dict.fromkeys(["ground", "scoring", "bundle", "evaluation", "pages", "market", "capacity"], SPARK | TORCH),
+    **dict.fromkeys(
+        ["ground", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity"], SPARK | TORCH
+    ),
     **dict.fromkeys(["spark", "retrieval", "night", "operations", "doctor"], TORCH),
     **dict.fromkeys(["training", "export"], SPARK),
     "commands": TORCH,
@@ -133,7 +136,7 @@ def test_there_is_no_circle_of_modules() -> None:
 
 
 def test_the_doors_import_nothing_but_the_command_line() -> None:
-    doors = [*(ROOT / "jobs").glob("*.py"), ROOT / "export" / "export_bundle.py"]
+    doors = [*(ROOT / "jobs").glob("*.py"), *(ROOT / "export").glob("*.py")]
     assert len(doors) > 10
     for door in doors:
         rooms = {room_of(name) for name in imports_of(door) if name.startswith("csrm")}
@@ -151,7 +154,7 @@ def modules_of(*rooms: str) -> list[str]:
 
 
 def test_the_core_imports_without_spark_torch_and_an_onnx_runtime() -> None:
-    modules = modules_of("ground", "scoring", "bundle", "evaluation", "pages", "market", "capacity")
+    modules = modules_of("ground", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity")
     assert "csrm.schemas" in modules
     import_without([*SPARK, *TORCH, "onnxruntime"], modules)
 

@@ -1,0 +1,69 @@
+"""Embed the titles of the catalog and the queries; only texts that have no vector of this encoder yet."""
+
+import argparse
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from csrm.cli import job_parser
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.embedding.contents import TextKind
+from csrm.retrieval.vectors import embed_new_texts
+from csrm.schemas import CATALOG, QUERIES, TEXT_VECTORS
+from csrm.spark.inputs import read_inputs, require_markets
+from csrm.spark.session import build_session
+from csrm.spark.tables import table_path
+from csrm.spark.workers import errors_of_workers, task_threads
+
+
+class EmbeddingInputs(Settings):
+    """Input tables."""
+
+    catalog: InputSpec
+    queries: InputSpec
+
+
+class EmbeddingConfig(Settings):
+    """Settings of this job."""
+
+    markets: Markets
+    """Market to its language; only these markets' texts are embedded."""
+    inputs: EmbeddingInputs
+    tables: TablesDir
+    """Folder of the tables that CSRM writes."""
+    encoder: str
+    """Folder of the encoder, the same path on every machine; or its URI."""
+    device: str = "cpu"
+    """cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+    num_partitions: int | None = Field(default=None, ge=1)
+    """Tasks that embed; null: as many as Spark has cores."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return job_parser(__doc__, "conf/embed_catalog.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    config = load_config(args.config, EmbeddingConfig, args.overrides)
+    spark = build_session("csrm-embed-catalog")
+    specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
+    inputs = read_inputs(spark, specs, config.markets)
+    require_markets(inputs, config.markets)
+    path = table_path(config.tables, TEXT_VECTORS)
+    kinds: tuple[tuple[TextKind, str, str], ...] = (("passage", "catalog", "title"), ("query", "queries", "query"))
+    for kind, name, column in kinds:
+        with errors_of_workers():
+            num_new = embed_new_texts(
+                spark,
+                inputs[name].df.selectExpr(f"{column} AS text"),
+                path,
+                encoder=config.encoder,
+                kind=kind,
+                device=config.device,
+                threads=task_threads(spark),
+                num_partitions=config.num_partitions,
+            )
+        print(f"{name}: {num_new:,} new texts embedded")
+    print(f"Written: {path}")
+    return 0

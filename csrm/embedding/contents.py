@@ -1,0 +1,107 @@
+"""What `manifest.json` of an encoder says under `about`, and what its files hold."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from csrm.config import Settings
+from csrm.errors import BundleError
+
+ENCODER_KIND = "encoder"
+FORMAT_VERSION = 1
+GOLDEN_NAME = "golden.json"
+Pooling = Literal["mean", "cls", "last"]
+"""How the vectors of a text's tokens become one: their mean, the first, or the last."""
+TextKind = Literal["query", "passage"]
+"""What a text is: encoders may put another prefix before what is searched for than before what is found."""
+
+
+class EncoderSettings(Settings):
+    """What `manifest.json` says about an encoder, under `about`."""
+
+    format_version: int = FORMAT_VERSION
+    model: str
+    """Name of the model that was exported."""
+    model_files: dict[str, str]
+    """File of its weights to sha256."""
+    model_type: str
+    """Family, as transformers calls it, such as bert."""
+    pooling: Pooling
+    normalize: bool
+    """Whether vectors have length 1."""
+    dimensions: int = Field(ge=1)
+    """Numbers of a vector: the first so many of the model's."""
+    query_prefix: str
+    """Text before each query."""
+    passage_prefix: str
+    """Text before each product title."""
+    max_tokens: int = Field(ge=1)
+    """Most tokens of a text, with its prefix and special tokens; the rest is cut off."""
+    pad_id: int = Field(ge=0)
+    """Token that fills a batch; the model does not attend to it."""
+    golden_cosine: float
+    """Smallest cosine of a golden vector and its counterpart here."""
+    smallest_cosine: float
+    """Smallest cosine of the graph's vectors and torch's at the export."""
+    versions: dict[str, str]
+    """Package to version that made the encoder."""
+
+    def prefix(self, kind: TextKind) -> str:
+        return self.query_prefix if kind == "query" else self.passage_prefix
+
+
+class _GoldenText(Settings):
+    kind: TextKind
+    text: str
+    token_ids: list[int]
+    vector: list[float]
+
+
+class _GoldenFile(Settings):
+    source: str
+    texts: list[_GoldenText] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class GoldenTexts:
+    """Real texts with the vectors that the encoder must give: what `golden.json` holds."""
+
+    source: str
+    """What computed the vectors, for example torch 2.6."""
+    kinds: list[TextKind]
+    texts: list[str]
+    token_ids: list[list[int]]
+    vectors: np.ndarray
+    """Shape (num_texts, dimensions), float32."""
+
+    def write(self, path: Path) -> None:
+        """One line a text."""
+        rows = zip(self.kinds, self.texts, self.token_ids, self.vectors.astype(float).tolist(), strict=True)
+        names = ("kind", "text", "token_ids", "vector")
+        lines = ",\n    ".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
+        path.write_text(f'{{\n  "source": {json.dumps(self.source)},\n  "texts": [\n    {lines}\n  ]\n}}\n', "utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "GoldenTexts":
+        """Read a `golden.json`.
+
+        Raises:
+            BundleError: the file does not hold golden texts.
+        """
+        try:
+            file = _GoldenFile.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise BundleError(
+                f"encoder {str(path.parent)!r}: {path.name} does not hold golden texts: {error}. Export it again."
+            ) from error
+        return cls(
+            source=file.source,
+            kinds=[entry.kind for entry in file.texts],
+            texts=[entry.text for entry in file.texts],
+            token_ids=[entry.token_ids for entry in file.texts],
+            vectors=np.array([entry.vector for entry in file.texts], np.float32),
+        )

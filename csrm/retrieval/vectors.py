@@ -1,0 +1,94 @@
+"""Vectors of titles and queries, kept in a table: a night embeds only texts that are new."""
+
+import uuid
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.embedding.contents import TextKind
+from csrm.embedding.encoder import read_encoder
+from csrm.schemas import TEXT_VECTORS
+from csrm.spark.commits import Transaction, append_rows
+from csrm.spark.embedding import embed_udf
+from csrm.spark.tables import create_table, read_table
+from csrm.spark.text import is_blank
+
+
+def text_digest(column: str) -> str:
+    """SQL of the digest that a text has in the table."""
+    return f"sha2({column}, 256)"
+
+
+def missing_texts(texts_df: DataFrame, known_df: DataFrame) -> DataFrame:
+    """Different texts that have no vector yet: text, text_sha256. Blank ones are left out.
+
+    Args:
+        texts_df: text (string).
+        known_df: text_sha256 of texts that have one.
+    """
+    return (
+        texts_df.where(~is_blank(F.col("text")))
+        .select("text", F.expr(text_digest("text")).alias("text_sha256"))
+        .dropDuplicates(["text_sha256"])
+        .join(known_df, "text_sha256", "left_anti")
+    )
+
+
+def read_vectors(spark: SparkSession, path: str, digest: str, kind: TextKind) -> DataFrame:
+    """Vectors that an encoder gave texts of a kind: text_sha256, vector; each text once.
+
+    Two jobs that embed at the same time may both have written a text, with vectors that are the same but for rounding;
+    one of them is read.
+    """
+    is_asked = (F.col("encoder_digest") == digest) & (F.col("kind") == kind)
+    vectors_df = read_table(spark, TEXT_VECTORS, path).where(is_asked)
+    return vectors_df.groupBy("text_sha256").agg(F.min("vector").alias("vector"))
+
+
+def embed_new_texts(
+    spark: SparkSession,
+    texts_df: DataFrame,
+    path: str,
+    *,
+    encoder: str,
+    kind: TextKind,
+    device: str = "cpu",
+    threads: int = 1,
+    num_partitions: int | None = None,
+) -> int:
+    """Embed the texts that the table has no vector of yet, and append these in one commit.
+
+    Args:
+        spark: the session.
+        texts_df: text (string).
+        path: the table's folder; the table is created where there is none.
+        encoder: folder of the encoder, or its URI.
+        kind: what the texts are.
+        device: see csrm.spark.embedding.embed_udf.
+        threads: see csrm.spark.embedding.embed_udf.
+        num_partitions: tasks that embed; None: Spark's default parallelism.
+
+    Returns:
+        Texts that were embedded.
+    """
+    create_table(spark, TEXT_VECTORS, path)
+    _, digest, _ = read_encoder(encoder)
+    known_df = (
+        read_table(spark, TEXT_VECTORS, path)
+        .where((F.col("encoder_digest") == digest) & (F.col("kind") == kind))
+        .select("text_sha256")
+    )
+    new_df = missing_texts(texts_df, known_df).persist()
+    try:
+        num_new = new_df.count()
+        if num_new:
+            embed = embed_udf(encoder, kind, device=device, threads=threads)
+            vectors_df = (
+                new_df.repartition(num_partitions or spark.sparkContext.defaultParallelism)
+                .select("text_sha256", embed("text").alias("vector"))
+                .withColumns({"encoder_digest": F.lit(digest), "kind": F.lit(kind)})
+            )
+            append_rows(vectors_df, TEXT_VECTORS, path, Transaction(f"csrm-embed-{uuid.uuid4().hex}", 0))
+        return num_new
+    finally:
+        new_df.unpersist()

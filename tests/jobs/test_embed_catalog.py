@@ -1,0 +1,111 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyspark.sql import Row, SparkSession
+
+from csrm.commands.embed_catalog import main
+from csrm.embedding import Encoder, load_encoder
+from csrm.errors import BundleError
+from csrm.retrieval.vectors import read_vectors, text_digest
+from csrm.schemas import TEXT_VECTORS
+from csrm.spark.embedding import embed_udf
+from csrm.spark.tables import table_path, table_version
+from tests.export.encoder_models import write_encoder_model
+
+pytestmark = pytest.mark.spark
+
+
+@pytest.fixture(scope="module")
+def export_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    from csrm.export.encoder import EncoderExportConfig, export_encoder
+
+    model_dir = write_encoder_model(tmp_path_factory.mktemp("model"), "bert")
+    inputs = {"catalog": {"path": "unread"}, "queries": {"path": "unread"}}
+
+    def export(folder: Path, **settings: object) -> Path:
+        values = {"model_dir": str(model_dir), "encoder_dir": str(folder), "inputs": inputs, **settings}
+        export_encoder(EncoderExportConfig.model_validate(values), ["tent", "藍牙耳機"], ["tent"])
+        return folder
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def encoder_dir(export_at: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_at(tmp_path_factory.mktemp("encoders") / "encoder")
+
+
+def test_the_udf_gives_the_encoders_vectors_and_null_for_no_text(spark: SparkSession, encoder_dir: Path) -> None:
+    titles = ["red shoe", None, "藍牙耳機", " \u3000", "캠핑 텐트"]
+    titles_df = spark.createDataFrame(list(enumerate(titles)), "n int, title string").repartition(2)
+    rows = titles_df.select("n", embed_udf(str(encoder_dir), "query")("title").alias("vector")).collect()
+    found = {row["n"]: row["vector"] for row in rows}
+    assert found[1] is None
+    assert found[3] is None
+    expected = load_encoder(encoder_dir).embed(["red shoe", "藍牙耳機", "캠핑 텐트"], "query")
+    np.testing.assert_allclose([found[n] for n in (0, 2, 4)], expected, atol=1e-6)
+
+
+def test_the_udf_names_what_is_wrong_with_an_encoder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        embed_udf(str(tmp_path / "nothing"))
+
+
+def write_inputs(spark: SparkSession, folder: Path, *titles: str | None) -> None:
+    products = [("us", f"p{number}", title) for number, title in enumerate(titles)]
+    catalog_df = spark.createDataFrame(
+        [*products, ("kr", "p0", "운동화")], "market string, product_id string, title string"
+    )
+    queries_df = spark.createDataFrame([("us", "q1", "shoe")], "market string, query_id string, query string")
+    for name, df in (("catalog", catalog_df), ("queries", queries_df)):
+        df.coalesce(1).write.mode("overwrite").parquet(str(folder / f"{name}.parquet"))
+
+
+def arguments(folder: Path, encoder_dir: Path) -> list[str]:
+    values = [f"inputs.{name}={{path: {folder}/{name}.parquet, format: parquet}}" for name in ("catalog", "queries")]
+    values += [f"tables={folder}", f"encoder={encoder_dir}", 'markets={"us": "en"}', "num_partitions=2"]
+    return ["--config", "conf/embed_catalog.yaml", *(part for value in values for part in ("--set", value))]
+
+
+def test_only_texts_that_have_no_vector_of_this_encoder_are_embedded(
+    spark: SparkSession,
+    encoder_dir: Path,
+    export_at: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = table_path(str(tmp_path), TEXT_VECTORS)
+
+    def run(encoder: Path) -> list[str]:
+        assert main(arguments(tmp_path, encoder)) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "embedded" in line]
+
+    def vectors(encoder: Encoder, kind: str) -> dict[str, Row]:
+        texts_df = spark.createDataFrame([("red shoe",), ("blue shoe",), ("green hat",), ("shoe",)], "text string")
+        by_digest_df = texts_df.selectExpr("text", f"{text_digest('text')} AS text_sha256")
+        rows = read_vectors(spark, path, encoder.digest, kind).join(by_digest_df, "text_sha256", "left").collect()  # type: ignore[arg-type]
+        return {row["text"]: row["vector"] for row in rows}
+
+    write_inputs(spark, tmp_path, "red shoe", "blue shoe", "red shoe", None, " ")
+    assert run(encoder_dir) == ["catalog: 2 new texts embedded", "queries: 1 new texts embedded"]
+    encoder = load_encoder(encoder_dir)
+    found = vectors(encoder, "passage")
+    assert set(found) == {"red shoe", "blue shoe"}
+    np.testing.assert_allclose(found["red shoe"], encoder.embed(["red shoe"])[0], atol=1e-6)
+    assert set(vectors(encoder, "query")) == {"shoe"}
+
+    write_inputs(spark, tmp_path, "blue shoe", "green hat")
+    assert run(encoder_dir) == ["catalog: 1 new texts embedded", "queries: 0 new texts embedded"]
+    assert set(vectors(encoder, "passage")) == {"red shoe", "blue shoe", "green hat"}
+    version = table_version(spark, path)
+    assert run(encoder_dir) == ["catalog: 0 new texts embedded", "queries: 0 new texts embedded"]
+    assert table_version(spark, path) == version
+
+    other_dir = export_at(tmp_path / "other", pooling="cls")
+    assert run(other_dir) == ["catalog: 2 new texts embedded", "queries: 1 new texts embedded"]
+    other = load_encoder(other_dir)
+    found = vectors(other, "passage")
+    assert set(found) == {"blue shoe", "green hat"}
+    np.testing.assert_allclose(found["green hat"], other.embed(["green hat"])[0], atol=1e-6)
