@@ -94,14 +94,18 @@ RETRIEVAL_TABLE = Table(
         PRODUCT_ID,
         Column("title", "string", "Title that was retrieved"),
         Column("similarity", "double", "Strength relative to the query's strongest title of the same source, (0, 1]"),
-        Column("source", "string", "behaviour, lexical (by the query's words) or translated (by their translations)"),
+        Column(
+            "source",
+            "string",
+            "behaviour, lexical (by the query's words), translated (by their translations) or semantic (by an encoder)",
+        ),
     ),
     key=("market", "query_id", "rank"),
     partition_by=("market",),
     checks=(
         ("rank_from_one", "rank >= 1"),
         ("similarity_range", "similarity > 0 AND similarity <= 1"),
-        ("known_source", "source IN ('behaviour', 'lexical', 'translated')"),
+        ("known_source", "source IN ('behaviour', 'lexical', 'translated', 'semantic')"),
     ),
     schema_version=2,
 )
@@ -116,8 +120,8 @@ CANDIDATES = Table(
         Column(
             "source",
             "string",
-            "given, query (one of its best products), product (one of its best queries), or translated (one of either "
-            "by the translations of the query's words)",
+            "given, query (one of its best products), product (one of its best queries), translated or semantic (one "
+            "of either, by translations of the query's words or by an encoder)",
             required=False,
         ),
     ),
@@ -160,7 +164,11 @@ UNCOVERED_PRODUCTS = Table(
     columns=(
         MARKET,
         PRODUCT_ID,
-        Column("reason", "string", "no_title, no_shared_term (with any query, nor by translation), or not_among_best"),
+        Column(
+            "reason",
+            "string",
+            "no_title, no_shared_term (with any query, nor by translation), too_dissimilar or not_among_best",
+        ),
     ),
     key=("market", "product_id"),
     partition_by=("market",),

@@ -15,11 +15,12 @@ from csrm.retrieval.candidates import (
     coverage_by_language,
     uncovered_products,
     with_given_pairs,
-    with_translated_pairs,
+    with_pairs_of,
 )
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
+from csrm.retrieval.semantic import SemanticSettings, semantic_scores
 from csrm.retrieval.translations import translated_products, translated_scores
-from csrm.schemas import CANDIDATES, CATALOG, PARALLEL_TEXT, QUERIES, UNCOVERED_PRODUCTS
+from csrm.schemas import CANDIDATES, CATALOG, PARALLEL_TEXT, QUERIES, TEXT_VECTORS, UNCOVERED_PRODUCTS
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, table_path
@@ -50,6 +51,8 @@ class CandidateConfig(Settings):
     """Best queries of each product; 0 leaves products uncovered that are no query's best."""
     max_term_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """A query's terms that more than this share of its market's products have are ignored, but not its rarest one."""
+    semantic: SemanticSettings | None = None
+    """Where given, products that an encoder finds near a query are candidates too, each with its nearest queries."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,13 +84,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             if translated is not None:
                 scores_df = translated_scores(translated, config.max_term_share)
                 translated_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
-                pairs_df = with_translated_pairs(pairs_df, translated_df)
+                pairs_df = with_pairs_of(pairs_df, translated_df, "translated")
+            if config.semantic is not None:
+                vectors_path = table_path(config.tables, TEXT_VECTORS)
+                near_df = semantic_scores(
+                    spark, catalog_df, queries_df, vectors_path, config.semantic, config.queries_per_product
+                ).withColumnRenamed("similarity", "bm25")
+                semantic_df = best_pairs(near_df, config.semantic.k, config.queries_per_product)
+                pairs_df = with_pairs_of(pairs_df, semantic_df, "semantic")
             if "candidates" in inputs:
                 pairs_df = with_given_pairs(pairs_df, inputs["candidates"].df)
             version = overwrite_markets(pairs_df, CANDIDATES, path, config.markets)
         candidates_df = read_table(spark, CANDIDATES, path, version)
         sharing_df = None if translated is None else translated.postings_df
-        uncovered_df = uncovered_products(catalog_df, queries_df, terms_df, candidates_df, sharing_df)
+        uncovered_df = uncovered_products(
+            catalog_df, queries_df, terms_df, candidates_df, sharing_df, config.semantic is not None
+        )
         uncovered_version = overwrite_markets(uncovered_df, UNCOVERED_PRODUCTS, uncovered_path, config.markets)
 
     print_pairs(candidates_df, config.markets)
@@ -101,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_pairs(candidates_df: DataFrame, markets: Iterable[str]) -> None:
     """For each market, its candidate pairs by source."""
-    sources = ("given", "query", "product", "translated")
+    sources = ("given", "query", "product", "translated", "semantic")
     counts = _counts(candidates_df, "source")
     print(f"{'market':<8}{'pairs':>12}" + "".join(f"{source:>12}" for source in sources))
     for market in markets:
@@ -115,7 +127,7 @@ def print_coverage(by_language_df: DataFrame, uncovered_df: DataFrame, markets: 
     languages = sorted(tuple(row) for row in by_language_df.collect())
     num_products = {market: sum(row[2] for row in languages if row[0] == market) for market in markets}
     counts = _counts(uncovered_df, "reason")
-    reasons = ("no_title", "no_shared_term", "not_among_best")
+    reasons = ("no_title", "no_shared_term", "too_dissimilar", "not_among_best")
     print(f"{'market':<8}{'products':>12}" + "".join(f"{name:>22}" for name in ("covered", *reasons)))
     for market in markets:
         total = num_products[market]

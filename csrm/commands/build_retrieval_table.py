@@ -1,6 +1,7 @@
 """Build the retrieval table: the product titles that augment each query.
 
-They come from behaviour, else from the query's words, else from the translations of its words.
+They come from behaviour, else from the query's words, else from the translations of its words. With an encoder, what
+words, translations and meaning find is fused.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from pyspark.sql import functions as F
 
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
-from csrm.retrieval.lexical import product_terms, query_terms
-from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged, translated_titles
-from csrm.retrieval.translations import translated_products
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, RETRIEVAL_TABLE
+from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
+from csrm.retrieval.semantic import SemanticSettings, semantic_scores
+from csrm.retrieval.titles import behaviour_titles, fused_titles, lexical_titles, split_judged, translated_titles
+from csrm.retrieval.translations import translated_products, translated_scores
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, RETRIEVAL_TABLE, TEXT_VECTORS
 from csrm.spark.inputs import Input, read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, spark_schema, table_path
@@ -50,6 +52,8 @@ class RetrievalConfig(Settings):
     """Clicks or purchases from which a (query, product) counts."""
     max_term_share: Annotated[float, Field(gt=0, le=1)] = 0.2
     """A query's terms that more than this share of its market's products have are ignored, but not its rarest one."""
+    semantic: SemanticSettings | None = None
+    """Where given, titles of words, translations and an encoder are fused by reciprocal rank."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,16 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest_df = queries_df.join(behaviour_df, ["market", "query_id"], "left_anti")
         terms_df = kept.enter_context(persisted(query_terms(rest_df)))
         products_df = kept.enter_context(persisted(product_terms(catalog_df)))
-        lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
-        if "parallel_text" in inputs:
-            lexical_df = kept.enter_context(persisted(lexical_df))
-        titles_df = behaviour_df.unionByName(lexical_df)
-        if "parallel_text" in inputs:
-            rest_df = rest_df.join(lexical_df, ["market", "query_id"], "left_anti")
-            index = translated_products(catalog_df, rest_df, inputs["parallel_text"].df, config.markets)
+        parallel_df = inputs["parallel_text"].df if "parallel_text" in inputs else None
+        if config.semantic is not None:
+            sources = {"lexical": bm25_scores(products_df, terms_df, config.max_term_share)}
+            index = translated_products(catalog_df, rest_df, parallel_df, config.markets)
             if (translated := kept.enter_context(index)) is not None:
-                translated_df = translated_titles(translated, catalog_df, config.num_titles, config.max_term_share)
-                titles_df = titles_df.unionByName(translated_df)
+                sources["translated"] = translated_scores(translated, config.max_term_share)
+            vectors_path = table_path(config.tables, TEXT_VECTORS)
+            near_df = semantic_scores(spark, catalog_df, rest_df, vectors_path, config.semantic)
+            sources["semantic"] = near_df.withColumnRenamed("similarity", "bm25")
+            strengths = {name: scores_df.withColumnRenamed("bm25", "strength") for name, scores_df in sources.items()}
+            titles_df = behaviour_df.unionByName(fused_titles(strengths, catalog_df, config.num_titles))
+        else:
+            lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
+            if parallel_df is not None:
+                lexical_df = kept.enter_context(persisted(lexical_df))
+            titles_df = behaviour_df.unionByName(lexical_df)
+            if parallel_df is not None:
+                rest_df = rest_df.join(lexical_df, ["market", "query_id"], "left_anti")
+                index = translated_products(catalog_df, rest_df, parallel_df, config.markets)
+                if (translated := kept.enter_context(index)) is not None:
+                    translated_df = translated_titles(translated, catalog_df, config.num_titles, config.max_term_share)
+                    titles_df = titles_df.unionByName(translated_df)
         version = overwrite_markets(titles_df, RETRIEVAL_TABLE, path, config.markets)
 
     print_summary(queries_df, read_table(spark, RETRIEVAL_TABLE, path, version), config.markets)
@@ -118,11 +134,12 @@ def print_summary(queries_df: DataFrame, retrieval_df: DataFrame, markets: Itera
             F.count_if(F.col("source") == "behaviour").alias("behaviour"),
             F.count_if(F.col("source") == "lexical").alias("lexical"),
             F.count_if(F.col("source") == "translated").alias("translated"),
+            F.count_if(F.col("source") == "semantic").alias("semantic"),
         )
     )
     counts = {row["market"]: row for row in counts_df.collect()}
-    names = ("queries", "behaviour", "lexical", "translated", "no titles")
+    names = ("queries", "behaviour", "lexical", "translated", "semantic", "no titles")
     print(f"{'market':<8}" + "".join(f"{name:>12}" for name in names))
     for market in markets:
-        queries, *found = counts[market][1:] if market in counts else (0, 0, 0, 0)
+        queries, *found = counts[market][1:] if market in counts else (0, 0, 0, 0, 0)
         print(f"{market:<8}" + "".join(f"{count:>12,}" for count in (queries, *found, queries - sum(found))))

@@ -36,21 +36,21 @@ def best_pairs(scores_df: DataFrame, products_per_query: int, queries_per_produc
     )
 
 
-def with_translated_pairs(pairs_df: DataFrame, translated_df: DataFrame) -> DataFrame:
-    """Pairs united with those that translations find; pairs that are in both keep their source.
+def with_pairs_of(pairs_df: DataFrame, others_df: DataFrame, source: str) -> DataFrame:
+    """Pairs united with those that another source finds; pairs that are in both keep theirs.
 
     Args:
         pairs_df: columns of `schemas.CANDIDATES`.
-        translated_df: as of `best_pairs`, each pair once.
+        others_df: as of `best_pairs`, each pair once.
+        source: "translated" or "semantic".
 
     Returns:
-        Columns of `schemas.CANDIDATES`; source is "translated" for what only the second frame has.
+        Columns of `schemas.CANDIDATES`; source is the new one for what only the second frame has.
     """
-    is_translated = F.col("source") == "translated"
     return (
-        pairs_df.unionByName(translated_df.withColumn("source", F.lit("translated")))
+        pairs_df.unionByName(others_df.withColumn("source", F.lit(source)))
         .groupBy(*PAIR_KEY)
-        .agg(F.min_by("source", is_translated).alias("source"))
+        .agg(F.min_by("source", F.col("source") == source).alias("source"))
         .select(*CANDIDATES.column_names)
     )
 
@@ -74,6 +74,7 @@ def uncovered_products(
     query_terms_df: DataFrame,
     candidates_df: DataFrame,
     translated_df: DataFrame | None = None,
+    is_semantic: bool = False,
 ) -> DataFrame:
     """Products that no candidate with a query text names, with the reason.
 
@@ -86,10 +87,12 @@ def uncovered_products(
         candidates_df: columns of `schemas.CANDIDATES`.
         translated_df: market and product_id of products that have a translation of a query's term; None where nothing
             was translated.
+        is_semantic: whether products were also searched by an encoder.
 
     Returns:
         Columns of `schemas.UNCOVERED_PRODUCTS`. The reason is "no_title"; "no_shared_term": none of its terms is in any
-        query of its market, nor translates a term that is; or "not_among_best": it shares terms, but only such as are
+        query of its market, nor translates a term that is; "too_dissimilar": the same, and no query is near it by the
+        encoder that was asked too; or "not_among_best": it shares terms, but only such as are
         too frequent to count (`max_term_share`), or no queries per product were asked for.
     """
     key = ["market", "product_id"]
@@ -109,7 +112,7 @@ def uncovered_products(
     reason = (
         F.when(is_blank(F.col("title")), "no_title")
         .when(F.col("shares_term"), "not_among_best")
-        .otherwise("no_shared_term")
+        .otherwise("too_dissimilar" if is_semantic else "no_shared_term")
     )
     return (
         uncovered_df.join(sharing_df, key, "left").withColumn("reason", reason).select(*UNCOVERED_PRODUCTS.column_names)
@@ -129,7 +132,8 @@ def coverage_by_language(
 
     Returns:
         market, language (in lower case), products, words (in a pair that words found), translated (in none of these,
-        but in one that translations found), given (only in given pairs), uncovered (in none).
+        but in one that translations found), semantic (in none of these, but in one that an encoder found), given (only
+        in given pairs), uncovered (in none).
     """
     key = ["market", "product_id"]
     with_text_df = queries_df.where(~is_blank(F.col("query")))
@@ -140,11 +144,13 @@ def coverage_by_language(
         .agg(
             F.bool_or(source.isin("query", "product")).alias("has_words"),
             F.bool_or(source == "translated").alias("has_translated"),
+            F.bool_or(source == "semantic").alias("has_semantic"),
         )
     )
     found_by = (
         F.when(F.col("has_words"), "words")
         .when(F.col("has_translated"), "translated")
+        .when(F.col("has_semantic"), "semantic")
         .when(F.col("has_words").isNotNull(), "given")
         .otherwise("uncovered")
     )
@@ -157,7 +163,7 @@ def coverage_by_language(
             F.count("*").alias("products"),
             *(
                 F.count_if(F.col("found_by") == name).alias(name)
-                for name in ("words", "translated", "given", "uncovered")
+                for name in ("words", "translated", "semantic", "given", "uncovered")
             ),
         )
     )

@@ -1,12 +1,20 @@
 """Product titles that augment a query: from behaviour, else by its words, else by the translations of these."""
 
-from pyspark.sql import DataFrame, Window
+from collections.abc import Mapping
+from functools import reduce
+
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from csrm.retrieval.lexical import bm25_scores
 from csrm.retrieval.translations import TranslatedProducts, translated_scores
 from csrm.schemas import PAIR_KEY, RETRIEVAL_TABLE
 from csrm.spark.text import is_blank, text_key_udf
+
+FUSED_PLACES = 100
+"""Products of a query that each way of search brings to the fusion."""
+RANK_CONSTANT = 60
+_FUSION_UNITS = 1_000_000_000
 
 
 def split_judged(
@@ -108,12 +116,48 @@ def translated_titles(
     return _strongest_titles(scores_df.withColumnRenamed("bm25", "strength"), catalog_df, num_titles, "translated")
 
 
-def _strongest_titles(strengths_df: DataFrame, catalog_df: DataFrame, num_titles: int, source: str) -> DataFrame:
+def fused_titles(sources: Mapping[str, DataFrame], catalog_df: DataFrame, num_titles: int) -> DataFrame:
+    """Titles that several ways of search find, by reciprocal rank.
+
+    A product's strength is the sum of 1 / (60 + rank) over the ways that have it among their first hundred of the
+    query: Cormack, Clarke and Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning
+    Methods", 2009.
+
+    Args:
+        sources: name of each way to its market, query_id, product_id, strength (> 0), each pair once.
+        catalog_df: columns of `schemas.CATALOG`.
+        num_titles: titles a query at most.
+
+    Returns:
+        Columns of `schemas.RETRIEVAL_TABLE`. The source is the way that ranks the product best, of equals the first;
+        similarity is relative to the query's strongest title of any way.
+    """
+    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("strength"), F.asc("product_id"))
+    ranked = [
+        strengths_df.withColumn("place", F.row_number().over(of_query))
+        .where(F.col("place") <= FUSED_PLACES)
+        .select(*PAIR_KEY, F.struct(F.col("place"), F.lit(number), F.lit(name).alias("source")).alias("found"))
+        for number, (name, strengths_df) in enumerate(sources.items())
+    ]
+    part = F.round(_FUSION_UNITS / (RANK_CONSTANT + F.col("found.place"))).cast("long")
+    fused_df = (
+        reduce(DataFrame.unionByName, ranked)
+        .groupBy(*PAIR_KEY)
+        .agg((F.sum(part) / _FUSION_UNITS).alias("strength"), F.min("found")["source"].alias("source"))
+    )
+    return _strongest_titles(fused_df, catalog_df, num_titles, F.col("source"))
+
+
+def _strongest_titles(
+    strengths_df: DataFrame, catalog_df: DataFrame, num_titles: int, source: str | Column
+) -> DataFrame:
     """Strongest titles of each query; equal titles once, ties by product_id, similarity relative to the strongest.
 
     Args:
         strengths_df: market, query_id, product_id, strength (> 0), each pair once.
         catalog_df: columns of `schemas.CATALOG`; products without a title are not used.
+        num_titles: titles a query at most.
+        source: its name, or a column of strengths_df that holds it.
     """
     titles_df = catalog_df.where(~is_blank(F.col("title"))).select("market", "product_id", "title")
     best_first = [F.desc("strength"), F.asc("product_id")]
@@ -127,6 +171,6 @@ def _strongest_titles(strengths_df: DataFrame, catalog_df: DataFrame, num_titles
         .withColumn("rank", F.row_number().over(of_query.orderBy(*best_first)))
         .where(F.col("rank") <= num_titles)
         .withColumn("similarity", (F.col("strength") / F.max("strength").over(of_query)).cast("double"))
-        .withColumn("source", F.lit(source))
+        .withColumn("source", F.lit(source))  # which leaves a column as it is
         .select(*RETRIEVAL_TABLE.column_names)
     )

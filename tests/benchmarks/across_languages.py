@@ -1,13 +1,16 @@
 """What queries of a taxonomy's market find among products of their own language, and of another one.
 
     python tests/benchmarks/across_languages.py --taxonomy FOLDER/shopify_taxonomy
+    python tests/benchmarks/across_languages.py --taxonomy FOLDER/shopify_taxonomy --encoder build/encoder
 
 Chinese queries of splits dev and test in Taiwan; products listed there in Chinese, and others listed from Korea, in
 Korean. A query is a category; every product of a leaf below it is relevant. `words` is BM25. `translated` is BM25 by
 the translations of the words, from the parallel text of split train, which has no category or value of the other
-splits. precision@3 and recall@100 are means over the queries that have a relevant product in the language, among its
-products alone. `found` is the share of these queries that find anything, `reached` the share of the language's products
-that are the first hundred of a query or have a query that finds them, `chance` the precision of a random order.
+splits. With an encoder, `semantic` is the cosine of query and title, among the titles that are listed from Korea;
+`fused` is reciprocal rank fusion of the first hundred of all three. precision@3 and recall@100 are means over the
+queries that have a relevant product in the language, among its products alone. `found` is the share of these queries
+that find anything, `reached` the share of the language's products that are the first hundred of a query or have a
+query that finds them, `chance` the precision of a random order.
 """
 
 import argparse
@@ -15,13 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from csrm.embedding import load_encoder
 from csrm.market.categories import Storefront, category_markets
 from csrm.market.files import arrow_table
 from csrm.market.taxonomy import read_taxonomy_tables
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
+from csrm.retrieval.nearest import near_pairs
 from csrm.retrieval.translations import translated_products, translated_scores
 from csrm.schemas import CATALOG, PARALLEL_TEXT, QUERIES
 from csrm.spark.session import build_session, persisted
@@ -34,6 +40,7 @@ NUM_FIRST = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--taxonomy", type=Path, required=True, help="folder of the taxonomy")
+    parser.add_argument("--encoder", help="folder of an encoder, see docs/encoders.md")
     args = parser.parse_args()
     made = category_markets(args.taxonomy, [Storefront(MARKET, LANGUAGE, LISTED)], [LISTED, LANGUAGE, "en"])
     below = leaves_below(args.taxonomy)
@@ -51,15 +58,44 @@ def main() -> None:
         assert translated is not None
         scores_df = translated_scores(translated, MAX_TERM_SHARE)
         found.append(firsts(scores_df, catalog_df).assign(source="translated"))
+    if args.encoder:
+        listed_df = catalog_df.where(F.col("language") == LISTED)
+        vectors = embedded(args.encoder, made.catalog[made.catalog["language"] == LISTED], made.queries, measured)
+        vectors_df = [spark.createDataFrame(pa.Table.from_pandas(frame, preserve_index=False)) for frame in vectors]
+        near_df = near_pairs(*vectors_df, products_per_query=NUM_FIRST)
+        found.append(firsts(near_df.withColumnRenamed("similarity", "bm25"), listed_df).assign(source="semantic"))
+        found.append(fused(pd.concat(found)))
     ranked = pd.concat(found)
 
     rows = []
     for language, products in catalog.groupby("language"):
         relevant = {query: set(products.loc[products["leaf"].isin(below[query]), "product_id"]) for query in measured}
-        for source in ("words", "translated"):
+        for source in ranked["source"].unique():
             of_source = ranked[(ranked["source"] == source) & (ranked["language"] == language)]
             rows.append({"products": language, "source": source, **measure(of_source, relevant, len(products))})
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
+
+
+def embedded(
+    folder: str, catalog: pd.DataFrame, queries: pd.DataFrame, measured: list[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Vectors of titles and of the measured queries."""
+    encoder = load_encoder(folder)
+    asked = queries[queries["query_id"].isin(measured)]
+    products = catalog[["market", "product_id"]].assign(vector=list(encoder.embed(catalog["title"].tolist())))
+    return products, asked[["market", "query_id"]].assign(vector=list(encoder.embed(asked["query"].tolist(), "query")))
+
+
+def fused(ranked: pd.DataFrame) -> pd.DataFrame:
+    """Products by reciprocal rank of their places in each source."""
+    shown = ranked[ranked["product_rank"] <= NUM_FIRST]
+    strength = (1 / (60 + shown["product_rank"])).groupby(
+        [shown[name] for name in ("query_id", "language", "product_id")]
+    )
+    sums = strength.sum().rename("strength").reset_index()
+    sums = sums.sort_values(["query_id", "language", "strength", "product_id"], ascending=[True, True, False, True])
+    rank = sums.groupby(["query_id", "language"]).cumcount() + 1
+    return sums.drop(columns="strength").assign(product_rank=rank, source="fused")
 
 
 def leaves_below(taxonomy: Path) -> dict[str, set[str]]:

@@ -81,16 +81,16 @@ def test_every_product_is_in_a_pair_or_listed_as_uncovered(
     ]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:10] == [
-        ["market", "pairs", "given", "query", "product", "translated"],
-        ["us", "4", "3", "0", "1", "0"],
-        ["tw", "1", "0", "1", "0", "0"],
-        ["market", "products", "covered", "no_title", "no_shared_term", "not_among_best"],
-        ["us", "4", "2", "(50.0%)", "1", "(25.0%)", "1", "(25.0%)", "0", "(0.0%)"],
-        ["tw", "3", "1", "(33.3%)", "0", "(0.0%)", "2", "(66.7%)", "0", "(0.0%)"],
-        ["market", "language", "products", "words", "translated", "given", "uncovered"],
-        ["us", "en", "4", "1", "0", "1", "2"],
-        ["tw", "ko", "2", "0", "0", "0", "2"],
-        ["tw", "zh-tw", "1", "1", "0", "0", "0"],
+        ["market", "pairs", "given", "query", "product", "translated", "semantic"],
+        ["us", "4", "3", "0", "1", "0", "0"],
+        ["tw", "1", "0", "1", "0", "0", "0"],
+        ["market", "products", "covered", "no_title", "no_shared_term", "too_dissimilar", "not_among_best"],
+        ["us", "4", "2", "(50.0%)", "1", "(25.0%)", "1", "(25.0%)", "0", "(0.0%)", "0", "(0.0%)"],
+        ["tw", "3", "1", "(33.3%)", "0", "(0.0%)", "2", "(66.7%)", "0", "(0.0%)", "0", "(0.0%)"],
+        ["market", "language", "products", "words", "translated", "semantic", "given", "uncovered"],
+        ["us", "en", "4", "1", "0", "0", "1", "2"],
+        ["tw", "ko", "2", "0", "0", "0", "0", "2"],
+        ["tw", "zh-tw", "1", "1", "0", "0", "0", "0"],
     ]
 
 
@@ -105,7 +105,7 @@ def test_products_in_another_language_are_found_by_translations(
     ]
     assert ("tw", "p3", "no_shared_term") in rows(spark, UNCOVERED_PRODUCTS, tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[8:10] == [["tw", "ko", "2", "0", "1", "0", "1"], ["tw", "zh-tw", "1", "1", "0", "0", "0"]]
+    assert lines[8:10] == [["tw", "ko", "2", "0", "1", "0", "0", "1"], ["tw", "zh-tw", "1", "1", "0", "0", "0", "0"]]
 
 
 def test_without_queries_per_product_the_rest_is_not_among_the_best(

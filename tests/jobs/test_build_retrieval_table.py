@@ -70,9 +70,9 @@ def test_titles_of_all_sources_are_written_and_counted(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0][-1] == "1"
     assert lines[1:4] == [
-        ["market", "queries", "behaviour", "lexical", "translated", "no", "titles"],
-        ["us", "3", "1", "1", "1", "0"],
-        ["kr", "1", "0", "1", "0", "0"],
+        ["market", "queries", "behaviour", "lexical", "translated", "semantic", "no", "titles"],
+        ["us", "3", "1", "1", "1", "0", "0"],
+        ["kr", "1", "0", "1", "0", "0", "0"],
     ]
 
 

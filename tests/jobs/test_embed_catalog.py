@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 from pyspark.sql import Row, SparkSession
 
+from csrm.cli import setting_arguments
+from csrm.commands import build_candidates, build_retrieval_table
 from csrm.commands.embed_catalog import main
 from csrm.embedding import Encoder, load_encoder
 from csrm.errors import BundleError
 from csrm.retrieval.vectors import read_vectors, text_digest
-from csrm.schemas import TEXT_VECTORS
+from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
 from csrm.spark.embedding import embed_udf
-from csrm.spark.tables import table_path, table_version
+from csrm.spark.tables import read_table, table_path, table_version
 from tests.export.encoder_models import write_encoder_model
 
 pytestmark = pytest.mark.spark
@@ -109,3 +111,78 @@ def test_only_texts_that_have_no_vector_of_this_encoder_are_embedded(
     found = vectors(other, "passage")
     assert set(found) == {"blue shoe", "green hat"}
     np.testing.assert_allclose(found["green hat"], other.embed(["green hat"])[0], atol=1e-6)
+
+
+FOREIGN = [("us", "p1", "red shoe"), ("us", "p2", "캠핑 텐트"), ("us", "p3", "藍牙耳機"), ("us", "p4", "red hat")]
+ASKED = [("us", "q1", "red shoe"), ("us", "q2", "tent"), ("us", "q3", "headphones")]
+
+
+@pytest.fixture
+def semantic_inputs(spark: SparkSession, tmp_path: Path) -> Path:
+    frames = {
+        "catalog": (FOREIGN, "market string, product_id string, title string"),
+        "queries": (ASKED, "market string, query_id string, query string"),
+    }
+    for name, (rows, schema) in frames.items():
+        spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(tmp_path / f"{name}.parquet"))
+    return tmp_path
+
+
+def semantic(folder: Path, encoder_dir: Path, **settings: object) -> list[str]:
+    inputs = {name: {"path": folder / f"{name}.parquet", "format": "parquet"} for name in ("catalog", "queries")}
+    values = {"inputs": inputs, "tables": folder, "markets": {"us": "en"}, "max_term_share": 1.0}
+    return setting_arguments(**values, semantic={"encoder": encoder_dir, **settings})
+
+
+def cosines(encoder_dir: Path) -> np.ndarray:
+    """Of each query and each product."""
+    encoder = load_encoder(encoder_dir)
+    queries = encoder.embed([query for _, _, query in ASKED], "query")
+    return queries @ encoder.embed([title for _, _, title in FOREIGN]).T
+
+
+def test_candidates_are_also_found_by_meaning(
+    spark: SparkSession, encoder_dir: Path, semantic_inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = cosines(encoder_dir)
+    arguments = semantic(semantic_inputs, encoder_dir, k=1, min_similarity=-1)
+    assert build_candidates.main([*arguments, *setting_arguments(products_per_query=1, queries_per_product=1)]) == 0
+    candidates_df = read_table(spark, CANDIDATES, table_path(str(semantic_inputs), CANDIDATES))
+    found = {(row["query_id"], row["product_id"]): row["source"] for row in candidates_df.collect()}
+    nearest = {(f"q{query + 1}", f"p{near[query].argmax() + 1}") for query in range(3)}
+    nearest |= {(f"q{near[:, product].argmax() + 1}", f"p{product + 1}") for product in range(4)}
+    by_words = {("q1", "p1"): "query", ("q1", "p4"): "product"}
+    assert found == {**dict.fromkeys(nearest, "semantic"), **by_words}
+    assert "us      en                     4           2           0           2           0           0" in (
+        capsys.readouterr().out
+    )
+
+    bound = (near[:, 1].max() + near[:, 2].max()) / 2
+    arguments = semantic(semantic_inputs, encoder_dir, k=4, min_similarity=float(bound))
+    assert build_candidates.main([*arguments, *setting_arguments(products_per_query=1, queries_per_product=1)]) == 0
+    path = table_path(str(semantic_inputs), UNCOVERED_PRODUCTS)
+    rows = [tuple(row) for row in read_table(spark, UNCOVERED_PRODUCTS, path).collect()]
+    assert rows == [("us", "p2" if near[:, 1].max() < bound else "p3", "too_dissimilar")]
+
+
+def test_titles_of_words_and_meaning_are_fused(spark: SparkSession, encoder_dir: Path, semantic_inputs: Path) -> None:
+    near = cosines(encoder_dir)
+    arguments = semantic(semantic_inputs, encoder_dir, k=4, min_similarity=-1)
+    assert build_retrieval_table.main([*arguments, *setting_arguments(num_titles=4)]) == 0
+    titles_df = read_table(spark, RETRIEVAL_TABLE, table_path(str(semantic_inputs), RETRIEVAL_TABLE))
+    found = {query_id: [] for _, query_id, _ in ASKED}
+    for row in titles_df.orderBy("query_id", "rank").collect():
+        found[row["query_id"]].append((row["product_id"], row["source"]))
+    order = {query: [f"p{place + 1}" for place in np.argsort(-near[query], kind="stable")] for query in range(3)}
+    # no product has a word of the last two queries
+    assert found["q2"] == [(product, "semantic") for product in order[1]]
+    assert found["q3"] == [(product, "semantic") for product in order[2]]
+    words = {"p1": 1, "p4": 2}
+    strength = {
+        product: 1 / (60 + place) + (1 / (60 + words[product]) if product in words else 0)
+        for place, product in enumerate(order[0], start=1)
+    }
+    assert [product for product, _ in found["q1"]] == sorted(
+        strength, key=lambda product: (-strength[product], product)
+    )
+    assert dict(found["q1"])["p1"] == "lexical"

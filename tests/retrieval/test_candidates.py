@@ -6,7 +6,7 @@ from csrm.retrieval.candidates import (
     coverage_by_language,
     uncovered_products,
     with_given_pairs,
-    with_translated_pairs,
+    with_pairs_of,
 )
 from csrm.retrieval.lexical import query_terms
 
@@ -62,7 +62,7 @@ def test_pairs_that_words_find_keep_their_source_where_translations_find_them_to
     translated_df = spark.createDataFrame(
         [("tw", "q1", "p2", "query"), ("tw", "q1", "p3", "query"), ("tw", "q2", "p4", "product")], schema
     )
-    assert rows(with_translated_pairs(pairs_df, translated_df)) == [
+    assert rows(with_pairs_of(pairs_df, translated_df, "translated")) == [
         ("tw", "q1", "p1", "query"),
         ("tw", "q1", "p2", "product"),
         ("tw", "q1", "p3", "translated"),
@@ -120,6 +120,9 @@ def test_products_in_no_pair_are_listed_with_the_reason(spark: SparkSession) -> 
     translated_df = spark.createDataFrame([("us", "p4"), ("us", "p1")], "market string, product_id string")
     uncovered_df = uncovered_products(catalog_df, queries_df, query_terms(queries_df), candidates_df, translated_df)
     assert ("us", "p4", "not_among_best") in rows(uncovered_df)
+    uncovered_df = uncovered_products(catalog_df, queries_df, query_terms(queries_df), candidates_df, is_semantic=True)
+    assert ("us", "p4", "too_dissimilar") in rows(uncovered_df)
+    assert ("us", "p5", "not_among_best") in rows(uncovered_df)
 
 
 def test_coverage_names_what_found_the_products_of_each_language(spark: SparkSession) -> None:
@@ -146,14 +149,18 @@ def test_coverage_names_what_found_the_products_of_each_language(spark: SparkSes
             ("tw", "q1", "k0", "translated"),
             ("tw", "q1", "k1", "product"),
             ("tw", "q3", "k1", "translated"),
+            ("tw", "q1", "k3", "semantic"),
+            ("tw", "q1", "k0", "semantic"),
             ("us", "q1", "k2", "query"),  # of another market
         ],
         f"{PAIR}, source string",
     )
     coverage_df = coverage_by_language(catalog_df, queries_df, candidates_df, {"tw": "zh-TW", "us": "en"})
-    assert coverage_df.columns == ["market", "language", "products", "words", "translated", "given", "uncovered"]
+    assert coverage_df.columns == [
+        *("market", "language", "products", "words", "translated", "semantic", "given", "uncovered")
+    ]
     assert rows(coverage_df) == [
-        ("tw", "ko", 4, 1, 1, 0, 2),
-        ("tw", "zh-tw", 5, 2, 0, 1, 2),
-        ("us", "en", 1, 0, 0, 0, 1),
+        ("tw", "ko", 4, 1, 1, 1, 0, 1),
+        ("tw", "zh-tw", 5, 2, 0, 0, 1, 2),
+        ("us", "en", 1, 0, 0, 0, 0, 1),
     ]

@@ -2,7 +2,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from csrm.retrieval.lexical import product_terms, query_terms
-from csrm.retrieval.titles import behaviour_titles, lexical_titles, split_judged
+from csrm.retrieval.titles import behaviour_titles, fused_titles, lexical_titles, split_judged
 
 pytestmark = pytest.mark.spark
 
@@ -132,4 +132,23 @@ def test_lexical_titles_come_from_the_own_market_by_bm25(spark: SparkSession) ->
     assert titles(titles_df) == [
         ("us", "q1", 1, "p1", "red shoe", 1.0, "lexical"),
         ("us", "q1", 2, "p3", "red hat", pytest.approx(red / (red + shoe), abs=1e-8), "lexical"),
+    ]
+
+
+def test_titles_of_several_sources_are_fused_by_reciprocal_rank(spark: SparkSession) -> None:
+    schema = "market string, query_id string, product_id string, strength double"
+    lexical_df = spark.createDataFrame(
+        [("us", "q1", "p1", 9.0), ("us", "q1", "p2", 5.0), ("us", "q1", "p3", 1.0)], schema
+    )
+    semantic_df = spark.createDataFrame(
+        [("us", "q1", "p3", 0.9), ("us", "q1", "p4", 0.8), ("us", "q1", "p2", 0.7), ("us", "q2", "p4", 0.1)], schema
+    )
+    catalog_df = catalog(spark, *[("us", f"p{number}", f"title {number}") for number in range(1, 5)])
+    titles_df = fused_titles({"lexical": lexical_df, "semantic": semantic_df}, catalog_df, num_titles=3)
+    best = 1 / 61 + 1 / 63
+    assert titles(titles_df) == [
+        ("us", "q1", 1, "p3", "title 3", 1.0, "semantic"),  # first by meaning, third by words
+        ("us", "q1", 2, "p2", "title 2", pytest.approx((1 / 62 + 1 / 63) / best, abs=1e-6), "lexical"),
+        ("us", "q1", 3, "p1", "title 1", pytest.approx(1 / 61 / best, abs=1e-6), "lexical"),
+        ("us", "q2", 1, "p4", "title 4", 1.0, "semantic"),
     ]

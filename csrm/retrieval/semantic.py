@@ -1,0 +1,85 @@
+"""What is near a query in meaning: vectors of titles and queries, compared exactly."""
+
+from typing import Annotated
+
+from pydantic import Field
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from csrm.config import Settings
+from csrm.embedding.contents import TextKind
+from csrm.embedding.encoder import read_encoder
+from csrm.retrieval.nearest import near_pairs
+from csrm.retrieval.vectors import embed_new_texts, read_vectors, text_digest
+from csrm.spark.text import is_blank
+from csrm.spark.workers import errors_of_workers, task_threads
+
+
+class SemanticSettings(Settings):
+    """Retrieval by meaning, with an encoder."""
+
+    encoder: str
+    """Folder of the encoder, the same path on every machine; or its URI."""
+    k: Annotated[int, Field(ge=1)] = 50
+    """Nearest products of each query."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Smallest cosine at which a product counts as near; what is usual depends on the encoder."""
+    device: str = "cpu"
+    """Device that embeds: cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+
+
+def semantic_scores(
+    spark: SparkSession,
+    catalog_df: DataFrame,
+    queries_df: DataFrame,
+    vectors_path: str,
+    settings: SemanticSettings,
+    queries_per_product: int = 0,
+) -> DataFrame:
+    """Cosines of the products and queries of each market that are nearest to each other; new texts are embedded first.
+
+    Args:
+        spark: the session.
+        catalog_df: columns of `schemas.CATALOG`; products without a title are never near.
+        queries_df: columns of `schemas.QUERIES`.
+        vectors_path: folder of the table `text_vectors`.
+        settings: the encoder, and how many products a query gets.
+        queries_per_product: nearest queries of each product, >= 0.
+
+    Returns:
+        As `nearest.near_pairs`.
+
+    Raises:
+        BundleError: no encoder there, or another one on a worker's machine.
+    """
+    texts = {
+        "passage": catalog_df.where(~is_blank(F.col("title"))).selectExpr("market", "product_id", "title AS text"),
+        "query": queries_df.where(~is_blank(F.col("query"))).selectExpr("market", "query_id", "query AS text"),
+    }
+    kinds: tuple[TextKind, ...] = ("passage", "query")
+    for kind in kinds:
+        with errors_of_workers():
+            embed_new_texts(
+                spark,
+                texts[kind].select("text"),
+                vectors_path,
+                encoder=settings.encoder,
+                kind=kind,
+                device=settings.device,
+                threads=task_threads(spark),
+            )
+    digest = read_encoder(settings.encoder)[1]
+    products_df, asked_df = (
+        texts[kind]
+        .withColumn("text_sha256", F.expr(text_digest("text")))
+        .join(read_vectors(spark, vectors_path, digest, kind), "text_sha256", "inner")
+        .drop("text", "text_sha256")
+        for kind in kinds
+    )
+    return near_pairs(
+        products_df,
+        asked_df,
+        products_per_query=settings.k,
+        queries_per_product=queries_per_product,
+        min_similarity=settings.min_similarity,
+    )
