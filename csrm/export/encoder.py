@@ -22,11 +22,11 @@ from csrm.config import InputSpec, Settings
 from csrm.embedding.contents import ENCODER_KIND, GOLDEN_NAME, EncoderSettings, GoldenTexts, Pooling, TextKind
 from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, cosine, load_encoder
 from csrm.errors import ConfigError, ParityError
-from csrm.export.families import check_weights
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
 from csrm.manifest import check_replaceable, file_digest, replace_folder, write_manifest
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
+from csrm.training.model.families import check_weights
 
 FAMILIES = ("bert", "xlm-roberta", "qwen3")
 """`model_type` of the encoders whose graph is proven by tests."""
