@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 # Before torch is imported: on few cores, idle threads that spin cost more than they give to tiny models.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pandas as pd
 import pytest
 
@@ -30,6 +31,10 @@ JVM_OPTIONS = (
 )
 os.environ.setdefault("SPARK_SUBMIT_OPTS", JVM_OPTIONS)
 os.environ.setdefault("SPARK_DAEMON_JAVA_OPTS", JVM_OPTIONS)
+
+
+hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no fault of an example
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

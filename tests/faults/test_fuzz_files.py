@@ -27,7 +27,7 @@ from csrm.spark.inputs import read_input
 from tests.faults.cluster import ROOT
 from tests.faults.nasty import NASTY
 
-fuzz = settings(derandomize=True, database=None, deadline=None)
+fuzz = settings(derandomize=True, database=None)
 T = TypeVar("T")
 seeds = st.integers(0, 2**32 - 1).map(random.Random)
 WRONG_VALUES = [None, True, -1, 0, 1.5, 2**70, float("nan"), "", "x", [], ["x"], {}, {"x": 1}, *NASTY[:20]]

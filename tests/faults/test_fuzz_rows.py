@@ -27,7 +27,7 @@ def generated(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     """So many different values, the same in every run."""
     found: dict[str, Any] = {}
 
-    @settings(max_examples=count, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=count, derandomize=True, database=None)
     @given(st.lists(strategy, min_size=10, max_size=20, unique_by=repr))
     def collect(values: list[Any]) -> None:
         if len(found) < count:
