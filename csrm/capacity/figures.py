@@ -54,7 +54,7 @@ def bundle_figures(bundle: Bundle, tokens_per_s: float | None = None, *, device:
         titles_bytes=_mean(
             _num_bytes(*query.retrieved_titles) + BYTES_PER_TITLE * len(query.retrieved_titles) for query in queries
         ),
-        tokens_per_call=default_tokens_per_call(device),
+        tokens_per_call=max(default_tokens_per_call(device), bundle.settings.budgets.prompt),
         tokens_per_s=tokens_per_s,
         phases=PHASES,
         table_bytes=TABLE_BYTES,

@@ -100,6 +100,14 @@ def test_products_beyond_a_chunk_share_no_more() -> None:
     assert FIGURES.tokens_per_pair(256) == FIGURES.tokens_per_pair(10_000)
 
 
+def test_calls_are_as_long_as_the_longest_prompt() -> None:
+    bundle = load_bundle(DEMO_BUNDLE)
+    budgets = replace(bundle.settings.budgets, prefix=1_500)
+    long = replace(bundle, settings=bundle.settings.model_copy(update={"budgets": budgets}))
+    assert bundle_figures(bundle).tokens_per_call == 1_024
+    assert bundle_figures(long).tokens_per_call == budgets.prompt
+
+
 def test_a_bundle_tells_the_length_of_its_golden_pairs() -> None:
     bundle = load_bundle(DEMO_BUNDLE)
     figures, golden = bundle_figures(bundle), bundle.golden_pairs()
