@@ -136,6 +136,7 @@ def load_scorer(
 
     Raises:
         BundleError: see load_bundle; or a golden pair has another score here.
+        ConfigError: an unknown device, or tokens_per_call is below 1 or not whole.
         DeviceError: the device is not there, or the runtime would use another one.
 
     >>> scorer = load_scorer("conf/demo_bundle", "cpu", threads=1)
@@ -157,7 +158,7 @@ def load_scorer(
         tokenizer=tokenizer,
         labels=settings.labels,
         pack_scorer=pack_scorer,
-        tokens_per_call=tokens_per_call or default_tokens_per_call(device),
+        tokens_per_call=default_tokens_per_call(device) if tokens_per_call is None else tokens_per_call,
         digest=bundle.digest,
         provider=provider,
     )

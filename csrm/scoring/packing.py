@@ -90,12 +90,12 @@ def lay_out(groups: Sequence[Group]) -> Pack:
     )
 
 
-def build_packs(groups: Sequence[Group], pack_tokens: int) -> Iterator[Pack]:
+def build_packs(groups: Sequence[Group], pack_tokens: int, *, most_places: int | None = None) -> Iterator[Pack]:
     """Packs of groups in their order, see split_groups."""
-    return map(lay_out, split_groups(groups, pack_tokens))
+    return map(lay_out, split_groups(groups, pack_tokens, most_places=most_places))
 
 
-def split_groups(groups: Sequence[Group], pack_tokens: int) -> Iterator[list[Group]]:
+def split_groups(groups: Sequence[Group], pack_tokens: int, *, most_places: int | None = None) -> Iterator[list[Group]]:
     """The groups of each pack, in order. Pairs stay in order too, and none is left out.
 
     A group that fits a pack stays whole. A longer one goes on in the next pack, behind its prefix again.
@@ -103,6 +103,8 @@ def split_groups(groups: Sequence[Group], pack_tokens: int) -> Iterator[list[Gro
     Args:
         groups: pairs of each query; one without pairs is left out.
         pack_tokens: most tokens of a pack.
+        most_places: most places of the group_index of a pack with several groups, padding among them: what attention
+            computes and holds is in proportion to it. None: any number.
 
     Raises:
         ValueError: a prefix with one of its suffixes has more than pack_tokens tokens, or a part is empty.
@@ -112,6 +114,7 @@ def split_groups(groups: Sequence[Group], pack_tokens: int) -> Iterator[list[Gro
     """
     pack: list[Group] = []
     room = pack_tokens
+    longest = 0
     num_pairs = 0
     for group in groups:
         for suffix_ids in group.suffixes:
@@ -123,11 +126,14 @@ def split_groups(groups: Sequence[Group], pack_tokens: int) -> Iterator[list[Gro
                 )
             num_pairs += 1
         for part in _parts(group, pack_tokens):
-            if part.num_tokens > room:
+            num_tokens = part.num_tokens
+            num_places = (len(pack) + 1) * max(longest, num_tokens)
+            if pack and (num_tokens > room or (most_places is not None and num_places > most_places)):
                 yield pack
-                pack, room = [], pack_tokens
+                pack, room, longest = [], pack_tokens, 0
             pack.append(part)
-            room -= part.num_tokens
+            room -= num_tokens
+            longest = max(longest, num_tokens)
     if pack:
         yield pack
 

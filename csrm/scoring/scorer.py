@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from csrm.conversions import JSON, NotConvertibleError, converted
-from csrm.errors import DeviceError, InputError
+from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.prompts import Product, Query
@@ -21,6 +21,8 @@ PAIR_COLUMNS = ["market", "language", "query", "retrieved_titles", "title", "bra
 """What a score depends on, apart from the bundle."""
 OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
 """Those of PAIR_COLUMNS that a frame may leave out: the prompt then has no line for them."""
+_PLACES_PER_TOKEN = 2
+"""Places of a group index for each token of a call, at most: one long group behind many short ones pads all of them."""
 CALLS_TO_GROW = 256
 """Calls without a failure after which halved calls grow again; twice as many where that was too early."""
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
@@ -32,8 +34,6 @@ class PreparedPairs(NamedTuple):
 
     packs: list[tuple[np.ndarray, Pack]]
     """Packs, each with the row numbers of its pairs."""
-    num_prompt_tokens: int
-    """Of all prompts, prefixes counted once per pair."""
 
 
 class _NotFiniteError(Exception):
@@ -75,7 +75,15 @@ class PairScorer:
                 many.
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
+
+        Raises:
+            ConfigError: tokens_per_call is below 1 or not whole.
         """
+        if not isinstance(tokens_per_call, int) or isinstance(tokens_per_call, bool) or tokens_per_call < 1:
+            raise ConfigError(
+                f"tokens_per_call: expected a whole number of tokens from 1, got {tokens_per_call!r}. Leave it out for "
+                "the default of the device."
+            )
         self.labels = tuple(labels)
         self.digest = digest
         """Digest of the bundle; empty for a model that is not one."""
@@ -84,7 +92,7 @@ class PairScorer:
         self.num_tokens = 0
         """Tokens computed so far, prefixes counted once per pack."""
         self.num_prompt_tokens = 0
-        """Tokens of the prompts so far, prefixes counted once per pair."""
+        """Tokens of the prompts that were computed so far, prefixes counted once per pair."""
         self.num_halved_packs = 0
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self._tokenizer = tokenizer
@@ -127,19 +135,19 @@ class PairScorer:
     def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
         """Tokens and packs of pairs, with which score and score_or_reject begin.
 
-        Groups of about one length share a pack: its indexes then have little padding. Reads nothing that scoring
-        changes but the size of packs: another thread may prepare the next pairs meanwhile.
+        Groups of about one length share a pack: its indexes then have little padding, and never more places than
+        _PLACES_PER_TOKEN allows. Reads nothing that scoring changes but the size of packs: another thread may prepare
+        the next pairs meanwhile.
         """
         groups, rows = pair_groups(pairs, self._tokenizer)
-        num_prompt_tokens = sum(
-            len(group.prefix_ids) * len(group.suffixes) + sum(map(len, group.suffixes)) for group in groups
-        )
         rows_of_groups = _split(rows, [len(group.suffixes) for group in groups])
         order = sorted(range(len(groups)), key=lambda number: groups[number].num_tokens)
-        packs = list(build_packs([groups[number] for number in order], self._tokens_per_call))
+        most_tokens = self._tokens_per_call
+        most_places = _PLACES_PER_TOKEN * most_tokens
+        packs = list(build_packs([groups[number] for number in order], most_tokens, most_places=most_places))
         rows = np.concatenate([rows[:0], *(rows_of_groups[number] for number in order)])
         rows_of_packs = _split(rows, [len(pack.last_index) for pack in packs])
-        return PreparedPairs(list(zip(rows_of_packs, packs, strict=True)), num_prompt_tokens)
+        return PreparedPairs(list(zip(rows_of_packs, packs, strict=True)))
 
     def score_or_reject(self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None) -> pd.DataFrame:
         """Score pairs, and set those aside that cannot be scored.
@@ -174,9 +182,7 @@ class PairScorer:
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
-        packs, num_prompt_tokens = self.prepare(pairs)
-        self.num_prompt_tokens += num_prompt_tokens
-        for rows, pack in packs:
+        for rows, pack in self.prepare(pairs).packs:
             logits[rows] = self._pack_logits(pack)
         return logits
 
@@ -189,12 +195,13 @@ class PairScorer:
         """Of the pairs in a pack, shape (num_pairs, num_labels)."""
         logits = self._pack_scorer(pack)
         self.num_tokens += len(pack.input_ids)
+        self.num_prompt_tokens += int((pack.position_ids[pack.last_index] + 1).sum())
         self._calls_since_failure += 1
         if self._tokens_per_call < self._most_tokens and self._calls_since_failure >= self._calls_to_grow:
             self._tokens_per_call, self._calls_since_failure = min(2 * self._tokens_per_call, self._most_tokens), 0
             self._has_grown = True
             logger.info("calls of up to %d tokens again", self._tokens_per_call)
-        if self._known_good is None:
+        if self._known_good is None and np.isfinite(logits).all():
             self._known_good = pack, logits
         return logits
 
@@ -208,7 +215,7 @@ class PairScorer:
     ) -> None:
         """Fill in the logits of some rows of `pairs`, or their reasons."""
         try:
-            packs, num_prompt_tokens = prepared or self.prepare(pairs.iloc[rows])
+            packs = (prepared or self.prepare(pairs.iloc[rows])).packs
         except Exception as error:  # tokenizers raises Exception itself
             if len(rows) == 1:
                 _reject(pairs, rows[0], TOKENIZER_ERROR, error, reasons)
@@ -216,7 +223,6 @@ class PairScorer:
                 for half in np.array_split(rows, 2):
                     self._try_rows(pairs, half, logits, reasons)
             return
-        self.num_prompt_tokens += num_prompt_tokens
         for places, pack in packs:
             own = rows[places]
             try:

@@ -32,6 +32,11 @@ def sealed(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_no_tokens_per_call_are_not_the_default(tiny_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="tokens_per_call: expected a whole number of tokens from 1, got 0"):
+        load_scorer(tiny_bundle, "cpu", threads=1, tokens_per_call=0)
+
+
 def test_a_bundle_scores_the_same_wherever_it_lies(
     tiny_bundle: Path, bundle_copy: Path, pairs_pdf: pd.DataFrame
 ) -> None:

@@ -58,6 +58,13 @@ def test_every_pair_is_in_one_pack_with_its_own_prefix_in_order(groups: list[Gro
     assert found == expected
 
 
+def test_a_pack_ends_before_its_index_has_too_many_places() -> None:
+    short, long = Group([1], [[2]]), Group([1], [[2]] * 9)
+    assert list(split_groups([short, short, long], 100, most_places=29)) == [[short, short], [long]]
+    assert list(split_groups([short, short, long], 100, most_places=30)) == [[short, short, long]]
+    assert list(split_groups([long, short], 100, most_places=1)) == [[long], [short]]  # a group alone is never refused
+
+
 def test_a_pair_longer_than_a_pack_is_refused() -> None:
     with pytest.raises(ValueError, match="pair 1: 2 prefix and 4 suffix tokens"):
         list(build_packs([Group([1, 2], [[3], [4, 5, 6, 7]])], pack_tokens=5))

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from csrm.errors import DeviceError, InputError
+from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import BINARY_LABELS
 from csrm.scoring.packing import Pack
 from csrm.scoring.prompts import Product, Query
@@ -161,6 +161,35 @@ def test_every_pair_that_fails_is_rejected_and_none_is_lost(pairs_pdf: pd.DataFr
     assert scored["reason"].tolist() == ["model_error"] * 30
 
 
+def test_a_pack_without_numbers_is_not_taken_for_a_healthy_one(pairs_pdf: pd.DataFrame) -> None:
+    """Before any pack is known to be good, one with a poisoned pair comes first."""
+    poisoned = PairScorer(
+        golden_tokenizer(), BINARY_LABELS, pack_scorer=FailingScorer(give_nan, marked_token()), tokens_per_call=8_000
+    )
+    scored = poisoned.score_or_reject(with_marks(pairs_pdf, [17]))
+    assert scored["reason"].dropna().to_dict() == {17: "not_finite"}
+
+
+def test_tokens_of_prompts_are_counted_once_where_packs_are_halved(pairs_pdf: pd.DataFrame) -> None:
+    def score(pack: Pack) -> np.ndarray:
+        if len(pack.input_ids) > 500:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
+        return length_scorer(pack)
+
+    halving = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=16_000)
+    whole = scorer()
+    halving.score_or_reject(pairs_pdf)
+    whole.score_or_reject(pairs_pdf)
+    assert halving.num_halved_packs > 0
+    assert halving.num_prompt_tokens == whole.num_prompt_tokens > whole.num_tokens
+
+
+@pytest.mark.parametrize("tokens_per_call", [0, -1, 512.0, True, "512", None])
+def test_a_call_of_no_whole_number_of_tokens_is_refused(tokens_per_call: object) -> None:
+    with pytest.raises(ConfigError, match=r"^tokens_per_call: expected a whole number of tokens from 1, got "):
+        scorer(tokens_per_call)  # type: ignore[arg-type]
+
+
 def test_a_broken_process_rejects_nothing(pairs_pdf: pd.DataFrame) -> None:
     is_broken = False
 
@@ -267,6 +296,23 @@ def test_groups_of_one_length_share_a_call(pairs_pdf: pd.DataFrame) -> None:
     PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=8_000).score(pd.concat(frames))
     assert len(shares) > 2
     assert sorted(shares)[1] > 0.9  # all but the one pack where short groups end and long ones begin
+
+
+def test_one_long_group_behind_short_ones_does_not_blow_up_their_indexes(pairs_pdf: pd.DataFrame) -> None:
+    """Attention holds numbers for each place: one query with 60 products would give 60 with one product as many."""
+    packs: list[Pack] = []
+
+    def score(pack: Pack) -> np.ndarray:
+        packs.append(pack)
+        return length_scorer(pack)
+
+    short = pd.concat([pairs_pdf.iloc[[0]].assign(query=f"query {number}") for number in range(60)])
+    pairs = pd.concat([short, pd.concat([pairs_pdf.iloc[[0]]] * 60)], ignore_index=True)
+    scored = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=16_000).score(pairs)
+
+    assert sum(len(pack.input_ids) for pack in packs) < 16_000  # as one call they would fit
+    assert max(pack.group_index.size for pack in packs) <= 32_000
+    pd.testing.assert_frame_equal(scored, scorer().score(pairs))
 
 
 def test_optional_columns_that_are_absent_are_as_if_all_were_null(pairs_pdf: pd.DataFrame) -> None:
