@@ -129,14 +129,14 @@ def load_scorer(
     Args:
         folder: see load_bundle.
         device: cpu, cuda, or cuda:<number>.
-        threads: threads of one forward pass on the CPU; None for one per core.
+        threads: threads of one forward pass on the CPU, from 1; None for one per core.
         digest: see load_bundle.
-        num_golden: golden pairs to score; None for all.
+        num_golden: golden pairs to score, from 1; None for all.
         tokens_per_call: most tokens of one forward pass; None: see TOKENS_PER_CALL.
 
     Raises:
         BundleError: see load_bundle; or a golden pair has another score here.
-        ConfigError: an unknown device, or tokens_per_call is below 1 or not whole.
+        ConfigError: an unknown device, or a number is below 1.
         DeviceError: the device is not there, or the runtime would use another one.
 
     >>> scorer = load_scorer("conf/demo_bundle", "cpu", threads=1)
@@ -145,6 +145,9 @@ def load_scorer(
     """
     from csrm.scoring.runtime import load_pack_scorer  # onnxruntime is needed to score, not to read a bundle
 
+    for name, number in (("threads", threads), ("num_golden", num_golden)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}: expected a whole number from 1, got {number!r}. Leave it out for the default.")
     bundle = load_bundle(folder, digest)
     settings = bundle.settings
     if settings.precision == "bf16" and device == "cpu":

@@ -32,9 +32,11 @@ def sealed(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_no_tokens_per_call_are_not_the_default(tiny_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="tokens_per_call: expected a whole number of tokens from 1, got 0"):
-        load_scorer(tiny_bundle, "cpu", threads=1, tokens_per_call=0)
+@pytest.mark.parametrize("name", ["tokens_per_call", "threads", "num_golden"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_numbers_below_one_are_not_the_default(tiny_bundle: Path, name: str, number: int) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: expected a whole number .*from 1, got {number}"):
+        load_scorer(tiny_bundle, "cpu", **{name: number})  # type: ignore[arg-type]
 
 
 def test_a_bundle_scores_the_same_wherever_it_lies(
