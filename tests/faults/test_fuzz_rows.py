@@ -61,6 +61,7 @@ def generate(night: Night) -> None:
     night.catalog.loc[: len(NASTY) - 1, "title"] = NASTY
     queries = pd.DataFrame({"market": [KR] * NUM_QUERIES + [TW] * NUM_QUERIES, "query_id": 2 * query_ids})
     night.queries = queries.assign(query=rng.choice(pool[:-1], len(queries)), language=rng.choice(pool, len(queries)))
+    night.queries.loc[1, "query"] = " \u200b\u3000"  # whatever is generated, one query is blank
     night.retrieval_table = pd.DataFrame(
         {
             "market": queries["market"].repeat(3),

@@ -52,7 +52,7 @@ def test_pairs_that_cannot_be_scored_are_set_aside_with_their_reason(
 
     refused = cluster.run(*night.arguments("night", audit={"rejected_share": 0.05}, tokens_per_call=4_096))
 
-    sentence = "kr: rejected: 0.1, expected <= 0.05. 16 of 160 candidate pairs cannot be scored."
+    sentence = "kr: rejected_share: 0.1, expected <= 0.05. 16 of 160 candidate pairs cannot be scored."
     night.check_ended(refused.code, refused.output, 3, sentence)
     assert len(night.scores()) == 0
     run = night.run("night")

@@ -121,7 +121,7 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(
 
     refused = submit(config, "--run-id", "2026-01-04", "--set", "audit.rejected_share=0.1")
     assert refused.returncode == 3, refused.stdout
-    assert "tw: rejected: 0.5, expected <= 0.1. 1 of 2 candidate pairs cannot be scored." in refused.stdout
+    assert "tw: rejected_share: 0.5, expected <= 0.1. 1 of 2 candidate pairs cannot be scored." in refused.stdout
     with pytest.raises(ConfigError, match=r"is rejected: it has the markets .* Choose another --run-id\."):
         main(["--config", str(config), "--run-id", "2026-01-04", "--set", "markets={kr: ko}"])
     assert published(config).version() == 2
