@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -156,21 +157,27 @@ def load_encoder(
             "Put the encoder there that the configuration names, or name this one."
         )
     session, provider = open_session(path / MODEL_NAME, device, threads)
-
-    def model(token_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        (vectors,) = session.run(["embedding"], {"input_ids": token_ids, "attention_mask": mask})
-        return np.asarray(vectors)
-
     try:
         tokenizer = Tokenizer.from_file(str(path / TOKENIZER_NAME))
     except Exception as error:  # tokenizers raises Exception itself
         raise BundleError(f"{where}: {TOKENIZER_NAME}: {error}. Export it again.") from error
+    model = graph_model(session)
     encoder = Encoder(TextTokenizer(tokenizer, settings), settings, model, digest=found_digest, provider=provider)
     try:
         check_golden_texts(GoldenTexts.read(path / GOLDEN_NAME), encoder)
     except BundleError as error:
         raise BundleError(f"{where} on device {device!r}: {error}") from error
     return encoder
+
+
+def graph_model(session: Any) -> TextModel:
+    """What an encoder's graph computes, in a session of ONNX Runtime."""
+
+    def model(token_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        (vectors,) = session.run(["embedding"], {"input_ids": token_ids, "attention_mask": mask})
+        return np.asarray(vectors)
+
+    return model
 
 
 def read_encoder(folder: str | Path) -> tuple[EncoderSettings, str, Path]:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from csrm.bundle.contents import MODEL_NAME, TOKENIZER_NAME
 from csrm.config import InputSpec, Settings
 from csrm.embedding.contents import ENCODER_KIND, GOLDEN_NAME, EncoderSettings, GoldenTexts, Pooling, TextKind
-from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, cosine, load_encoder
+from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, cosine, graph_model, load_encoder
 from csrm.errors import ConfigError, ParityError
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
@@ -170,7 +170,7 @@ def export_encoder(config: EncoderExportConfig, titles: Sequence[str], queries: 
             check_locations(unfinished / MODEL_NAME)
         with logged_step(f"vectors in the graph on {config.device}"):
             session, provider = open_session(unfinished / MODEL_NAME, config.device)
-            in_graph = Encoder(tokenizer, settings, _onnx_model(session), digest="", provider=provider)
+            in_graph = Encoder(tokenizer, settings, graph_model(session), digest="", provider=provider)
             got = np.concatenate([in_graph.embed(part, kind) for kind, part in texts])
         smallest = _check_cosines([*queries, *titles], expected, got, provider)
         golden = _golden(texts, expected, tokenizer, in_torch.provider)
@@ -284,13 +284,6 @@ def _torch_model(pooled: _Pooled) -> TextModel:
         with torch.inference_mode():
             vectors = pooled(torch.from_numpy(token_ids), torch.from_numpy(mask))["embedding"]
         return np.asarray(vectors.numpy())
-
-    return model
-
-
-def _onnx_model(session: Any) -> TextModel:
-    def model(token_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(["embedding"], {"input_ids": token_ids, "attention_mask": mask})[0])
 
     return model
 
