@@ -134,11 +134,17 @@ def parse_manifest(text: str, where: str, kind: str) -> Manifest:
     return manifest
 
 
-def load_manifest(folder: str | Path, kind: str) -> Manifest:
+def load_manifest(folder: str | Path, kind: str, digest: str | None = None) -> Manifest:
     """Check every file of a folder against its manifest.
 
+    Args:
+        folder: the artefact.
+        kind: what it must be, for example bundle.
+        digest: what its digest must be, or begin with; None: any.
+
     Raises:
-        BundleError: no folder or manifest, another kind or version, or files that are missing, changed or not listed.
+        BundleError: no folder or manifest, another kind, version or digest, or files that are missing, changed or not
+            listed.
     """
     folder = Path(folder)
     where = f"{kind} {str(folder)!r}"
@@ -151,6 +157,11 @@ def load_manifest(folder: str | Path, kind: str) -> Manifest:
     manifest = parse_manifest(text, where, kind)
     if problems := _changed_files(folder, manifest.files):
         raise BundleError(f"{where}: is not as it was made: {'; '.join(problems)}. Copy or make it again.")
+    if digest and not manifest.digest.startswith(digest):
+        raise BundleError(
+            f"{where}: expected digest {digest}, got {manifest.digest}. "
+            f"Put the {kind} there that the configuration names, or name this one."
+        )
     return manifest
 
 

@@ -85,13 +85,8 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     True
     """
     folder = fetch_folder(folder, BUNDLE_KIND)
-    manifest = load_manifest(folder, BUNDLE_KIND)
+    manifest = load_manifest(folder, BUNDLE_KIND, digest)
     where = f"bundle {str(folder)!r}"
-    if digest and not manifest.digest.startswith(digest):
-        raise BundleError(
-            f"{where}: expected digest {digest}, got {manifest.digest}. "
-            "Put the bundle there that the configuration names, or name this one."
-        )
     for name, expected in (("format_version", FORMAT_VERSION), ("template_version", TEMPLATE_VERSION)):
         found = manifest.about.get(name, 1)
         if found != expected:

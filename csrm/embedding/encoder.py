@@ -149,13 +149,8 @@ def load_encoder(
     """
     from csrm.scoring.runtime import open_session  # onnxruntime is needed to embed, not to read settings
 
-    settings, found_digest, path = read_encoder(folder)
+    settings, found_digest, path = read_encoder(folder, digest)
     where = f"encoder {str(path)!r}"
-    if digest and not found_digest.startswith(digest):
-        raise BundleError(
-            f"{where}: expected digest {digest}, got {found_digest}. "
-            "Put the encoder there that the configuration names, or name this one."
-        )
     session, provider = open_session(path / MODEL_NAME, device, threads)
     try:
         tokenizer = Tokenizer.from_file(str(path / TOKENIZER_NAME))
@@ -180,14 +175,18 @@ def graph_model(session: Any) -> TextModel:
     return model
 
 
-def read_encoder(folder: str | Path) -> tuple[EncoderSettings, str, Path]:
+def read_encoder(folder: str | Path, digest: str | None = None) -> tuple[EncoderSettings, str, Path]:
     """Settings, digest and local folder of an encoder whose files are as they were exported.
+
+    Args:
+        folder: see load_encoder.
+        digest: see load_encoder.
 
     Raises:
         BundleError: see load_encoder.
     """
     path = fetch_folder(folder, ENCODER_KIND)
-    manifest = load_manifest(path, ENCODER_KIND)
+    manifest = load_manifest(path, ENCODER_KIND, digest)
     if (found := manifest.about.get("format_version")) != FORMAT_VERSION:
         raise BundleError(
             f"encoder {str(path)!r}: format_version is {found!r}, this CSRM reads {FORMAT_VERSION}. "
