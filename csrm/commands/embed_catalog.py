@@ -8,6 +8,7 @@ from pydantic import Field
 from csrm.cli import job_parser
 from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
 from csrm.embedding.contents import TextKind
+from csrm.embedding.encoder import read_encoder
 from csrm.retrieval.vectors import embed_new_texts
 from csrm.schemas import CATALOG, QUERIES, TEXT_VECTORS
 from csrm.spark.inputs import read_inputs, require_markets
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = read_inputs(spark, specs, config.markets)
     require_markets(inputs, config.markets)
     path = table_path(config.tables, TEXT_VECTORS)
+    digest = read_encoder(config.encoder)[1]
     kinds: tuple[tuple[TextKind, str, str], ...] = (("passage", "catalog", "title"), ("query", "queries", "query"))
     for kind, name, column in kinds:
         with errors_of_workers():
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 inputs[name].df.selectExpr(f"{column} AS text"),
                 path,
                 encoder=config.encoder,
+                digest=digest,
                 kind=kind,
                 device=config.device,
                 threads=task_threads(spark),

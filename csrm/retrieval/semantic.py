@@ -56,6 +56,7 @@ def semantic_scores(
         "passage": catalog_df.where(~is_blank(F.col("title"))).selectExpr("market", "product_id", "title AS text"),
         "query": queries_df.where(~is_blank(F.col("query"))).selectExpr("market", "query_id", "query AS text"),
     }
+    digest = read_encoder(settings.encoder)[1]
     kinds: tuple[TextKind, ...] = ("passage", "query")
     for kind in kinds:
         with errors_of_workers():
@@ -64,11 +65,11 @@ def semantic_scores(
                 texts[kind].select("text"),
                 vectors_path,
                 encoder=settings.encoder,
+                digest=digest,
                 kind=kind,
                 device=settings.device,
                 threads=task_threads(spark),
             )
-    digest = read_encoder(settings.encoder)[1]
     products_df, asked_df = (
         texts[kind]
         .withColumn("text_sha256", F.expr(text_digest("text")))

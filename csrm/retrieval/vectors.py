@@ -6,7 +6,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.embedding.contents import TextKind
-from csrm.embedding.encoder import read_encoder
 from csrm.schemas import TEXT_VECTORS
 from csrm.spark.commits import Transaction, append_rows
 from csrm.spark.embedding import embed_udf
@@ -51,6 +50,7 @@ def embed_new_texts(
     path: str,
     *,
     encoder: str,
+    digest: str,
     kind: TextKind,
     device: str = "cpu",
     threads: int = 1,
@@ -63,6 +63,7 @@ def embed_new_texts(
         texts_df: text (string).
         path: the table's folder; the table is created where there is none.
         encoder: folder of the encoder, or its URI.
+        digest: of the encoder, as read_encoder gives it.
         kind: what the texts are.
         device: see csrm.spark.embedding.embed_udf.
         threads: see csrm.spark.embedding.embed_udf.
@@ -72,7 +73,6 @@ def embed_new_texts(
         Texts that were embedded.
     """
     create_table(spark, TEXT_VECTORS, path)
-    _, digest, _ = read_encoder(encoder)
     known_df = (
         read_table(spark, TEXT_VECTORS, path)
         .where((F.col("encoder_digest") == digest) & (F.col("kind") == kind))
@@ -82,7 +82,7 @@ def embed_new_texts(
     try:
         num_new = new_df.count()
         if num_new:
-            embed = embed_udf(encoder, kind, device=device, threads=threads)
+            embed = embed_udf(encoder, kind, device=device, threads=threads, digest=digest)
             vectors_df = (
                 new_df.repartition(num_partitions or spark.sparkContext.defaultParallelism)
                 .select("text_sha256", embed("text").alias("vector"))

@@ -26,7 +26,14 @@ def _loaded_encoder(folder: str, device: str, threads: int, digest: str) -> Enco
     return load_encoder(folder, device, threads=threads, digest=digest)
 
 
-def embed_udf(folder: str, kind: TextKind = "passage", *, device: str = "cpu", threads: int = 1) -> Any:
+def embed_udf(
+    folder: str,
+    kind: TextKind = "passage",
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    digest: str | None = None,
+) -> Any:
     """UDF from a column of texts to a column of vectors, arrays of floats.
 
     Args:
@@ -34,6 +41,7 @@ def embed_udf(folder: str, kind: TextKind = "passage", *, device: str = "cpu", t
         kind: passage for what is found, such as titles; query for what is searched for.
         device: cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>.
         threads: threads of one forward pass on the CPU.
+        digest: of the encoder, where the caller has read it; None: all its files are read here.
 
     Returns:
         The UDF. A text that is null or blank has null.
@@ -44,11 +52,11 @@ def embed_udf(folder: str, kind: TextKind = "passage", *, device: str = "cpu", t
     Example:
         vectors_df = catalog_df.withColumn("vector", embed_udf("/models/encoder")("title"))
     """
-    _, digest, _ = read_encoder(folder)
+    wanted = read_encoder(folder)[1] if digest is None else digest
 
     @arrow_udf("array<float>")  # type: ignore[call-overload]  # the stubs want what is inferred
     def embed(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
-        encoder = _loaded_encoder(folder, task_device(device), threads, digest)
+        encoder = _loaded_encoder(folder, task_device(device), threads, wanted)
         for batch in batches:
             texts = batch.to_pylist()
             is_shown = np.array([has_text(text) for text in texts], bool)
