@@ -21,6 +21,7 @@ __all__ = [
     "CsrmError",
     "PairScorer",
     "__version__",
+    "explain",
     "load_bundle",
     "load_scorer",
     "relevance_score_udf",
@@ -29,6 +30,7 @@ __all__ = [
 if TYPE_CHECKING:
     from csrm.bundle.loading import Bundle, load_bundle, load_scorer
     from csrm.errors import CsrmError
+    from csrm.scoring.explanation import explain
     from csrm.scoring.scorer import PairScorer
     from csrm.spark.scoring import relevance_score_udf
 else:
@@ -36,6 +38,7 @@ else:
         "Bundle": "csrm.bundle.loading",
         "CsrmError": "csrm.errors",
         "PairScorer": "csrm.scoring.scorer",
+        "explain": "csrm.scoring.explanation",
         "load_bundle": "csrm.bundle.loading",
         "load_scorer": "csrm.bundle.loading",
         "relevance_score_udf": "csrm.spark.scoring",

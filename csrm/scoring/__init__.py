@@ -1,9 +1,11 @@
 """A pair becomes a score, with neither Spark nor torch.
 
-Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes).
+Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes) and
+explanation (what each part of a prompt does).
 Every room that scores may import it, in Spark or in training. It imports ground files only.
 """
 
+from csrm.scoring.explanation import explain, label_probabilities
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.prompts import Product, Query
 from csrm.scoring.scorer import PAIR_COLUMNS, PackScorer, PairScorer
@@ -19,4 +21,6 @@ __all__ = [
     "PromptTokenizer",
     "Query",
     "expected_gain",
+    "explain",
+    "label_probabilities",
 ]

@@ -95,7 +95,8 @@ class PairScorer:
         """Tokens of the prompts that were computed so far, prefixes counted once per pair."""
         self.num_halved_packs = 0
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        """Of its prompts."""
         self._pack_scorer = pack_scorer
         self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
         self._calls_to_grow = CALLS_TO_GROW
@@ -139,7 +140,7 @@ class PairScorer:
         _PLACES_PER_TOKEN allows. Reads nothing that scoring changes but the size of packs: another thread may prepare
         the next pairs meanwhile.
         """
-        groups, rows = pair_groups(pairs, self._tokenizer)
+        groups, rows = pair_groups(pairs, self.tokenizer)
         rows_of_groups = _split(rows, [len(group.suffixes) for group in groups])
         order = sorted(range(len(groups)), key=lambda number: groups[number].num_tokens)
         most_tokens = self._tokens_per_call
@@ -265,7 +266,7 @@ class PairScorer:
         """After a pack whose halves can be scored, as it is where memory runs out: shorter ones."""
         self.num_halved_packs += 1
         fewer = min(self._tokens_per_call, len(pack.input_ids) // 2)
-        self._tokens_per_call = max(fewer, self._tokenizer.budgets.prompt)
+        self._tokens_per_call = max(fewer, self.tokenizer.budgets.prompt)
         if self._has_grown:  # too early
             self._calls_to_grow, self._has_grown = 2 * self._calls_to_grow, False
         self._calls_since_failure = 0

@@ -7,7 +7,7 @@ touches the template: the query's line and the answer cue are always there.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import regex
 from pydantic import ConfigDict
@@ -71,6 +71,18 @@ class Budgets:
             raise ConfigError(f"budgets: expected whole numbers of tokens from 1; {', '.join(wrong)}.")
 
 
+class PromptPart(NamedTuple):
+    """One field of a prompt, as the model reads it."""
+
+    field: str
+    """Name of its budget: market, language, query, retrieved_title, title, brand, category or attributes."""
+    text: str
+    """What the prompt holds of it."""
+    cut: str
+    """The rest, which its budget or that of the whole prefix or suffix cut off; empty where nothing was."""
+    num_tokens: int
+
+
 class PromptTokenizer:
     """Token ids of prefixes and suffixes. The same text gives the same ids, in training, export and scoring.
 
@@ -130,6 +142,22 @@ class PromptTokenizer:
         field_ids = self._field_ids(all_lines)
         cue_ids = self._template(ANSWER_CUE)
         return [self._joined([], lines, field_ids, self.budgets.suffix, cue_ids) for lines in all_lines]
+
+    def prompt_parts(self, query: Query, product: Product) -> list[PromptPart]:
+        """What a prompt says field by field, in its order, and what the budgets cut from each.
+
+        A field that has no room at all is there with an empty text and no token.
+        """
+        parts = []
+        cue_ids = self._template(ANSWER_CUE)
+        for lines, room in (
+            (prefix_lines(query), self.budgets.prefix - len(self._start_ids)),
+            (suffix_lines(product), self.budgets.suffix - len(cue_ids)),
+        ):
+            kept = [len(ids) for _, ids in self._kept(lines, self._field_ids([lines]), room)]
+            counts = [*kept, *[0] * (len(lines) - len(kept))]
+            parts += [self._part(line, count) for line, count in zip(lines, counts, strict=True)]
+        return parts
 
     def translation_ids(self, texts: Sequence[Translation], text_tokens: int) -> list[tuple[list[int], list[int]]]:
         """Token ids of translations: what is given, and what is to be learnt.
@@ -207,17 +235,36 @@ class PromptTokenizer:
         limit: int,
         cue_ids: Sequence[int],
     ) -> list[int]:
-        """Lines in order while there is room for at least one token of a line's field; then the cue."""
+        """Token ids of the lines that there is room for; then the cue."""
         ids = list(start_ids)
-        for line in lines:
-            template_ids = self._template(line.start)
-            room = limit - len(ids) - len(template_ids) - len(cue_ids)
-            if room < 1:
-                break
-            ids += template_ids
-            ids += field_ids[line.field, line.text][:room]
+        for line, kept_ids in self._kept(lines, field_ids, limit - len(start_ids) - len(cue_ids)):
+            ids += self._template(line.start)
+            ids += kept_ids
         ids += cue_ids
         return ids
+
+    def _kept(
+        self, lines: Sequence[Line], field_ids: dict[tuple[str, str], list[int]], room: int
+    ) -> Iterator[tuple[Line, list[int]]]:
+        """Lines in order, with their field's ids, while there is room for at least one token of a line's field."""
+        for line in lines:
+            room -= len(self._template(line.start))
+            if room < 1:
+                return
+            kept_ids = field_ids[line.field, line.text][:room]
+            room -= len(kept_ids)
+            yield line, kept_ids
+
+    def _part(self, line: Line, num_tokens: int) -> PromptPart:
+        """What so many tokens of a line's field hold of its text."""
+        text = line.text if self._spelled_mark is None else self._spelled_mark.sub(_broken, line.text)
+        beginning = text[: CHARACTERS_PER_TOKEN * self._limits[line.field]]
+        encoding = self._tokenizer.encode(beginning, add_special_tokens=False)
+        ends = [end for id_, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if id_ not in self._mark_ids]
+        end = ends[num_tokens - 1] if num_tokens else 0
+        if num_tokens == len(ends) and len(beginning) == len(text):
+            end = len(text)
+        return PromptPart(line.field, text[:end].strip(), text[end:], num_tokens)
 
     def _check_room(self) -> None:
         required = {
