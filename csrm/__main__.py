@@ -41,6 +41,7 @@ GROUPS = {
         "publish": "publish a run that its audit rejected, after a review, or discard it",
     },
     "Look after the scores": {
+        "explain": "show why products have their scores for a query",
         "evaluate": "measure the published scores against human judgments",
         "rollback": "bring a market back to what an earlier run published",
         "retire": "take a market that is scored no more out of the published table",

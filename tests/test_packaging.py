@@ -30,7 +30,7 @@ LAW = {
     "spark": ["scoring", "bundle", "embedding"],
     "retrieval": ["embedding", "spark"],
     "night": ["scoring", "bundle", "evaluation", "spark"],
-    "operations": ["evaluation", "pages", "spark", "retrieval", "night"],
+    "operations": ["scoring", "evaluation", "pages", "spark", "retrieval", "night"],
     "doctor": ["scoring", "bundle", "spark", "night"],
     "capacity": ["scoring", "bundle", "night"],
     "training": ["scoring", "evaluation", "pages"],

@@ -424,13 +424,9 @@ def _try_texts(
 
 def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], place: str) -> dict[Key, Text]:
     """Texts from a path, or from a path with @v and the version of a Delta table."""
-    versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
-    path, version = (versioned[1], int(versioned[2])) if versioned else (place, None)
     names = ("market", source.id_column, source.text_column)
     columns = {name: there for name, there in source.spec.columns.items() if name in names}
-    spec = source.spec.model_copy(
-        update={"path": path, "columns": columns, **({"format": "delta"} if versioned else {})}
-    )
+    spec, version = spec_at(source.spec.model_copy(update={"columns": columns}), place)
     wanted = tuple(replace(column, required=True) for column in source.table.columns if column.name in names)
     source_df = read_rows(spark, replace(source.table, columns=wanted), spec, version)
     keys_df = spark.createDataFrame(sorted(keys), f"market string, {source.id_column} string")
@@ -442,6 +438,22 @@ def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], pl
         .where("beginning IS NOT NULL")
     )
     return {(row[0], row[1]): Text(row[2], row[3]) for row in texts_df.collect()}
+
+
+def spec_at(spec: InputSpec, place: str) -> tuple[InputSpec, int | None]:
+    """An input as a run read it.
+
+    Args:
+        spec: where it is now, and how.
+        place: what scoring_runs says of it: a path, for a Delta table with @v and its version.
+
+    Returns:
+        The same input at that path; the version, None where the place has none.
+    """
+    versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
+    if versioned is None:
+        return spec.model_copy(update={"path": place}), None
+    return spec.model_copy(update={"path": versioned[1], "format": "delta"}), int(versioned[2])
 
 
 def _frame(small_df: DataFrame) -> pd.DataFrame:

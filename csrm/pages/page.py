@@ -7,6 +7,7 @@ the page forbids its reader's browser to run or to fetch anything.
 import math
 from collections.abc import Hashable
 from importlib import resources
+from typing import Any
 
 import pandas as pd
 import regex
@@ -63,7 +64,7 @@ def number(value: float | None, form: str = ",") -> str:
     return format(value, form) if is_known(value) else "–"
 
 
-def rows(frame: pd.DataFrame) -> list[dict[Hashable, object]]:
+def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """A frame's rows; what is missing is None."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 

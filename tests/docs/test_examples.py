@@ -41,6 +41,13 @@ def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], monk
         assert word == expected or float(word) == pytest.approx(float(expected), abs=0.0011)
 
 
+def test_the_parts_of_a_pair_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(python_blocks("docs/read-scores.md")["Why does a product have its score?"], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["market", "language", "query", "title", "brand"]
+
+
 def test_score_pairs_prints_the_best_products_of_each_query_first(run_example: Callable[..., list[str]]) -> None:
     lines = run_example("score_pairs.py")
 

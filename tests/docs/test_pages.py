@@ -13,7 +13,7 @@ RUN = {
     "README.md": ["Quick start", "Use the scores"],
     "docs/read-scores.md": [
         *("Reading scores", "PySpark", "deltalake", "pandas", "DuckDB", "Polars"),
-        *("With Spark", "Without Spark", "Score in your own Spark program"),
+        *("Why does a product have its score?", "With Spark", "Without Spark", "Score in your own Spark program"),
     ],
 }
 """Page to the headings whose Python test_examples.py or tests/consumers/test_readers.py runs."""
