@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
-
-if TYPE_CHECKING:
-    pass
 
 NUM_PLOT_BINS = 25
 """Of the score distributions, of equal width over [0, 1]."""
@@ -91,3 +88,5 @@ class RunFindings:
     """Market to the language of its texts, BCP 47: a browser draws Han characters by it."""
     notes: Sequence[str] = ()
     """What could not be read, one sentence each."""
+    taken_back: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Run to what later commits that are no run's did to what it had published, one sentence each."""

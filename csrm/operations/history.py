@@ -16,6 +16,8 @@ from pyspark.sql import functions as F
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.night.publish import newest_scores
+from csrm.night.published import commits_since
+from csrm.night.runs import PUBLISHED
 from csrm.operations.findings import (
     MOST_CHARACTERS,
     NUM_PLOT_BINS,
@@ -27,6 +29,7 @@ from csrm.operations.findings import (
     Texts,
 )
 from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.spark.commits import Commit
 from csrm.spark.inputs import read_rows
 from csrm.spark.tables import read_table, spark_schema, table_exists, table_path
 
@@ -123,7 +126,54 @@ def read_findings(
         products=product_texts,
         languages=languages,
         notes=[*notes, *query_notes, *product_notes],
+        taken_back=taken_back(spark, tables_dir, runs),
     )
+
+
+def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What was done to the published scores of runs by commits that are no run's, as far as the table's history goes.
+
+    Args:
+        spark: the session.
+        tables_dir: the folder of CSRM's tables.
+        runs: rows of scoring_runs.
+
+    Returns:
+        Run id to sentences, oldest first; runs whose scores only later runs have changed are left out.
+    """
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    published = [run for run in runs if run["verdict"] in PUBLISHED and run["published_version"] is not None]
+    if not published or not table_exists(spark, path):
+        return {}
+    markets = {market for run in published for market in run["markets"]}
+    commits = commits_since(spark, path, min(run["published_version"] for run in published), markets=markets)
+    commits = [commit for commit in commits if "run_id" not in commit.carried]
+    targets = {commit.carried["rollback_to"] for commit in commits if "rollback_to" in commit.carried}
+    runs_df = read_table(spark, SCORING_RUNS, table_path(tables_dir, SCORING_RUNS))
+    rows = runs_df.where(F.col("run_id").isin(*targets)).collect() if targets else []
+    versions = {row["run_id"]: row["published_version"] for row in rows}
+    found: dict[str, list[str]] = {}
+    for run in published:
+        for commit in commits:
+            if commit.version <= run["published_version"] or commit.carried.get("market") not in (
+                None,
+                *run["markets"],
+            ):
+                continue
+            if versions.get(commit.carried.get("rollback_to", ""), -1) >= run["published_version"]:
+                continue  # back to this run's state, or to a later one
+            found.setdefault(run["run_id"], []).append(_what_was_done(commit))
+    return found
+
+
+def _what_was_done(commit: Commit) -> str:
+    where = f"in version {commit.version} of relevance_scores, {commit.at:%Y-%m-%d %H:%M} UTC"
+    market = commit.carried.get("market")
+    if "rollback_to" in commit.carried:
+        return f"Market {market} was rolled back to run {commit.carried['rollback_to']} {where}."
+    if "retired" in commit.carried:
+        return f"Market {market} was retired {where}: {commit.carried.get('reason', '')}"
+    return f"Something else than CSRM changed the table {where}: {commit.operation}."
 
 
 def read_runs(

@@ -64,7 +64,7 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         run=run,
         made_at=made_at,
         num_newer=findings.num_newer,
-        verdict=verdict(run),
+        verdict=verdict(run, findings.taken_back.get(run["run_id"], ())),
         notes=findings.notes,
         pairs=pair_counts(run, comparison),
         seconds=_by_phase(run["seconds"]),
@@ -79,7 +79,15 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         moved=_moved(findings) if comparison is not None else [],
         rejected=rows(rejected.sort_values(["num_pairs", "reason"], ascending=[False, True])),
         samples=rows(findings.samples) if findings.samples is not None else [],
-        history=[{**run, "pairs_per_second": pairs_per_second(run), **_num_failed(run)} for run in findings.runs],
+        history=[
+            {
+                **run,
+                "pairs_per_second": pairs_per_second(run),
+                "taken_back": " ".join(findings.taken_back.get(run["run_id"], ())),
+                **_num_failed(run),
+            }
+            for run in findings.runs
+        ],
         throughput_plot=_throughput_plot(findings.runs),
         seconds_plot=_seconds_plot(findings.runs),
         queries=findings.queries,
@@ -102,12 +110,20 @@ _REASONS = {
 }
 
 
-def verdict(run: Mapping[str, Any]) -> Verdict:
+def verdict(run: Mapping[str, Any], taken_back: Sequence[str] = ()) -> Verdict:
     """What a run came to.
 
     Args:
         run: its row of scoring_runs.
+        taken_back: what was done since to what it had published, see RunFindings.
     """
+    came_to = _verdict_of_run(run)
+    if not taken_back:
+        return came_to
+    return Verdict("warn", f"{came_to.word}, then changed", [*taken_back, *came_to.sentences], came_to.commands)
+
+
+def _verdict_of_run(run: Mapping[str, Any]) -> Verdict:
     word, changes = run["verdict"], run["changes"] or {}
     again = f"jobs/publish.py --run-id {shlex.quote(run['run_id'])}"
     results = [result["result"] for result in audit_results(run)]

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
 from delta.exceptions import (
@@ -188,14 +189,18 @@ class Commit(NamedTuple):
     """Delta's name of what was done: MERGE, OPTIMIZE, WRITE, DELETE, RESTORE, ..."""
     carried: dict[str, str]
     """Metadata and slice, as merge_changes wrote them; empty for commits of others."""
+    at: datetime
+    """When it was made, UTC."""
 
 
 def read_commits(spark: SparkSession, path: str, after_version: int) -> list[Commit]:
     """The commits after a version that are in the table's history still, oldest first."""
     carried = F.from_json("userMetadata", "map<string,string>").alias("carried")
     history_df = DeltaTable.forPath(spark, path).history().where(F.col("version") > after_version)
-    rows = history_df.select("version", "operation", carried).orderBy("version").collect()
-    return [Commit(row["version"], row["operation"], row["carried"] or {}) for row in rows]
+    rows = history_df.select("version", "operation", carried, "timestamp").orderBy("version").collect()
+    return [
+        Commit(row["version"], row["operation"], row["carried"] or {}, row["timestamp"].astimezone(UTC)) for row in rows
+    ]
 
 
 @contextmanager

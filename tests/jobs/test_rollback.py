@@ -16,6 +16,7 @@ from csrm.night import publish as night_publish
 from csrm.night.published import is_still_published
 from csrm.night.runs import require_run
 from csrm.operations import rollback as rollback_of
+from csrm.operations.history import read_runs, taken_back
 from csrm.operations.maintenance import remove_old_files, set_retention
 from csrm.operations.rollback import RollbackConfig, published_runs, read_published_state, roll_back
 from csrm.schemas import RELEVANCE_SCORES, Column
@@ -75,12 +76,25 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     carried = json.loads(commit["userMetadata"])
     assert (commit["operation"], carried["rollback_to"], carried["market"]) == ("MERGE", "r1", HOSTILE_MARKET)
 
+    runs, _ = read_runs(spark, tables_dir, None, 9)
+    (sentence,) = taken_back(spark, tables_dir, runs).pop("r2")  # r1 is what it went back to; r3 has no such market
+    assert sentence.startswith(
+        f"Market {HOSTILE_MARKET} was rolled back to run r1 in version 5 of relevance_scores, 20"
+    )
+    assert taken_back(spark, tables_dir, runs).keys() == {"r2"}
+
     assert rollback.main(arguments) == 0
     assert "is as run r1 left it already; nothing changed" in capsys.readouterr().out
     assert table_version(spark, path) == 5
 
     assert rollback.main(["--market", "kr", "--to-run", "r3", *arguments[4:]]) == 0
     assert "is as run r3 left it already" in capsys.readouterr().out
+
+    spark.sql(f"DELETE FROM {sql_path(path)} WHERE market = 'kr'")
+    found = taken_back(spark, tables_dir, runs)
+    assert [len(found[run_id]) for run_id in ("r1", "r2", "r3")] == [1, 2, 1]
+    assert found["r3"][0].startswith("Something else than CSRM changed the table in version 6 of relevance_scores, ")
+    assert found["r3"][0].endswith(" UTC: DELETE.")
 
 
 def test_any_published_state_within_the_retention_can_be_rebuilt_from_the_runs(

@@ -232,6 +232,19 @@ def test_each_verdict_is_said_in_words(run: dict[str, Any], tone: str, word: str
     assert ("class", tone) in page.attributes
 
 
+def test_what_was_taken_back_since_is_said_first_and_in_the_history() -> None:
+    sentence = "Market kr was rolled back to run r0 in version 9 of relevance_scores, 2026-11-28 22:00 UTC."
+    findings = full_night(verdict="published", published_version=8)
+    page = page_of(replace(findings, taken_back={findings.runs[0]["run_id"]: [sentence]}))
+
+    assert ": Published, then changed" in page.text
+    assert sentence in page.text
+    assert ("class", "result warning") in page.attributes
+    assert ("title", sentence) in page.attributes
+    assert ("class", "warn") in page.attributes
+    assert "then changed" not in page_of(findings).text
+
+
 def test_a_rejected_run_names_what_can_be_done() -> None:
     audit = [
         check("kr", "drift.changed_psi", False),
