@@ -6,8 +6,12 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from csrm.errors import CsrmError
+
+if TYPE_CHECKING:
+    from csrm.config import SettingsT
 
 Main = Callable[[Sequence[str] | None], int]
 """A command: from its arguments, None for those of the process, to its exit code."""
@@ -25,7 +29,34 @@ def job_parser(description: str | None, default_config: str) -> argparse.Argumen
         metavar="KEY=VALUE",
         help="replace one setting, dotted key; may be repeated",
     )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print every setting with where it comes from, and do nothing"
+    )
     return parser
+
+
+def job_settings(
+    args: argparse.Namespace, settings_class: "type[SettingsT]", overrides: Sequence[str] | None = None
+) -> "SettingsT":
+    """Settings of a job from its command line; with --show-config they are printed, and the process ends.
+
+    Args:
+        args: of a job_parser.
+        settings_class: what the file must hold.
+        overrides: see load_config; None: those of the command line.
+
+    Raises:
+        ConfigError: see load_config.
+    """
+    from csrm.config import load_config, resolved_settings  # the help of csrm needs neither pydantic nor yaml
+
+    overrides = args.overrides if overrides is None else overrides
+    config = load_config(args.config, settings_class, overrides)
+    if args.show_config:
+        for key, value, source in resolved_settings(config, args.config, overrides):
+            print(without_credentials(f"{key}: {value}  # {source}"))
+        raise SystemExit(0)
+    return config
 
 
 _USER_INFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/@:]*:[^\s/@]*@")

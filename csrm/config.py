@@ -1,11 +1,15 @@
 """Configuration files: one YAML file a job, checked against the settings class that the job declares."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from csrm.errors import ConfigError
 
@@ -79,10 +83,39 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
     try:
         return settings_class.model_validate(values)
     except ValidationError as error:
-        problems = problems_of(error)
+        problems = problems_of(error, settings_class)
         raise ConfigError(
             f"config {str(path)!r}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems)
         ) from error
+
+
+def resolved_settings(config: Settings, config_path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Every setting, and where it comes from.
+
+    Args:
+        config: as of load_config.
+        config_path: the file.
+        overrides: see load_config.
+
+    Returns:
+        Dotted key, value as JSON, and the file's path, `--set` or `default`; in the order of the declaration.
+    """
+    replaced = [override.partition("=")[0].split(".") for override in overrides]
+
+    def walk(value: Any, keys: tuple[str, ...], is_given: bool) -> Iterator[tuple[str, str, str]]:
+        parts = (
+            {name: getattr(value, name) for name in type(value).model_fields} if isinstance(value, Settings) else value
+        )
+        if isinstance(parts, dict) and parts:
+            for name, part in parts.items():
+                own = is_given and (not isinstance(value, Settings) or name in value.model_fields_set)
+                yield from walk(part, (*keys, str(name)), own)
+            return
+        is_replaced = any(list(keys[: len(names)]) == names for names in replaced)
+        source = "--set" if is_replaced else config_path if is_given else "default"
+        yield ".".join(keys), json.dumps(to_jsonable_python(value), ensure_ascii=False), source
+
+    return list(walk(config, (), True))
 
 
 def parse_yaml(text: str) -> Any:
@@ -147,14 +180,50 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
-def problems_of(error: ValidationError) -> list[str]:
-    """One line for each value that is wrong: its place, what was expected, and what it is."""
-    return [_describe(details) for details in error.errors()]
+def problems_of(error: ValidationError, settings_class: type[Settings] | None = None) -> list[str]:
+    """One line for each value that is wrong: its place, what was expected, and what it is.
+
+    Args:
+        error: of pydantic.
+        settings_class: what was validated, by which a key that is misspelt or misplaced is told; None: it is not.
+    """
+    return [_describe(details, settings_class) for details in error.errors()]
 
 
-def _describe(details: Any) -> str:
+def _describe(details: Any, settings_class: type[Settings] | None) -> str:
     where = ".".join(str(part) for part in details["loc"]) or "(whole file)"
     hint = ""
     if details["type"] == "string_type" and not isinstance(details["input"], (dict, list)):
         hint = "; put it in quotes in YAML"
+    if details["type"] in ("extra_forbidden", "unexpected_keyword_argument") and settings_class is not None:
+        hint = _hint_of_key(settings_class, details["loc"])
     return f"  - {where}: {details['msg']} (got {details['input']!r}){hint}"
+
+
+def _hint_of_key(settings_class: type[Settings], place: Sequence[int | str]) -> str:
+    """What an unknown key may be meant for: a setting of a similar name beside it, or of its name elsewhere."""
+    *parents, key = map(str, place)
+    known = list(_setting_names(settings_class))
+    beside = [names[-1] for names in known if len(names) == len(place) and _is_at(parents, names[:-1])]
+    if similar := get_close_matches(key, beside, n=1):
+        return f". Is it {similar[0]}?"
+    elsewhere = [".".join(names) for names in known if names[-1] == key and "*" not in names]
+    return f". Is it {elsewhere[0]}?" if elsewhere else ""
+
+
+def _is_at(parents: Sequence[str], names: Sequence[str]) -> bool:
+    return all(name in ("*", parent) for parent, name in zip(parents, names, strict=True))
+
+
+def _setting_names(kind: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to every setting, `*` for any key of a map or place in a list."""
+    if isinstance(kind, type) and issubclass(kind, Settings):
+        for name, field in kind.model_fields.items():
+            yield (*parents, name)
+            yield from _setting_names(field.annotation, (*parents, name))
+    elif isinstance(kind, type) and is_dataclass(kind):
+        yield from ((*parents, field.name) for field in fields(kind))
+    else:
+        inside = (*parents, "*") if get_origin(kind) in (dict, list, tuple) else parents
+        for part in get_args(kind):
+            yield from _setting_names(part, inside)

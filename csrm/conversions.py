@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, localcontext
+from difflib import get_close_matches
 from enum import StrEnum
 from numbers import Integral
 from typing import Any
@@ -194,11 +195,8 @@ def problems_of_columns(
         present: names of all columns that are there.
         sources: types of those that are needed, in each part of it.
     """
-    problems = [
-        f"'columns' maps {name!r}, which is no column of {table.name}; it has {table.column_names}"
-        for name in spec.columns
-        if name not in table.column_names
-    ]
+    known = table.column_names
+    problems = [_problem_of_map(table, *entry) for entry in spec.columns.items() if entry[0] not in known]
     is_missing = False
     for column in table.columns:
         name = spec.columns.get(column.name, column.name)
@@ -233,6 +231,18 @@ def problems_of_columns(
     if is_missing and (hint := _hint(present, spec.format)):
         problems.append(hint)
     return problems
+
+
+def _problem_of_map(table: Table, name: str, there: str | None) -> str:
+    """Why an entry of `columns` is wrong: its key is no column of the table."""
+    if there in table.column_names:
+        return (
+            f"'columns' maps {name!r} to {there!r}, which is the wrong way round. Write CSRM's name first: columns: "
+            f"{{{there}: {name}}}"
+        )
+    similar = get_close_matches(name, table.column_names, n=1)
+    hint = f". Is it {similar[0]}?" if similar else f"; it has {table.column_names}"
+    return f"'columns' maps {name!r}, which is no column of {table.name}{hint}"
 
 
 def problem_of_values(

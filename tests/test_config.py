@@ -5,8 +5,12 @@ import pytest
 from pydantic import Field
 
 from csrm.cli import setting_arguments
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.commands import score_catalog
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config, resolved_settings
 from csrm.errors import ConfigError
+from csrm.night.settings import ScoringConfig
+
+CONF = Path(__file__).parent.parent / "conf"
 
 
 class ExampleConfig(Settings):
@@ -123,3 +127,58 @@ def test_a_market_that_no_partition_can_be_called_is_refused(tmp_path: Path, nam
         ConfigError, match=r"(?s)markets.*is no name for a market.*tables: String should have at least 1"
     ):
         load_config(written(tmp_path, f"markets: {{'{name}': ko}}\ntables: ''"), MarketsConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("devise=cpu", "devise: Extra inputs are not permitted (got 'cpu'). Is it device?"),
+        (
+            "audit.deleted_shares=0.1",
+            "audit.deleted_shares: Extra inputs are not permitted (got 0.1). Is it deleted_share?",
+        ),
+        ("rejected_share=0.1", "rejected_share: Extra inputs are not permitted (got 0.1). Is it audit.rejected_share?"),
+        ("inputs.catalog.pth=x", "inputs.catalog.pth: Extra inputs are not permitted (got 'x'). Is it path?"),
+        ("zzz=1", "zzz: Extra inputs are not permitted (got 1)"),
+    ],
+)
+def test_an_unknown_key_names_what_it_may_be_meant_for(override: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(CONF / "score_catalog.yaml", ScoringConfig, [override])
+    assert str(error.value).splitlines()[-1].strip() == f"- {hint}"
+
+
+def test_a_key_in_a_map_of_tables_names_what_it_may_be_meant_for(tmp_path: Path) -> None:
+    path = written(tmp_path, "market: kr\ninputs: {catalog: {path: x, fromat: csv}}")
+    with pytest.raises(ConfigError, match=r"inputs\.catalog\.fromat: .*Is it format\?"):
+        load_config(path, ExampleConfig)
+
+
+def test_resolved_settings_say_where_each_comes_from(tmp_path: Path) -> None:
+    path = written(tmp_path, "market: 台灣\ninputs: {catalog: {path: x, columns: {title: name}}}")
+    overrides = ["learning_rate=0.5", "inputs.catalog.format=csv"]
+    config = load_config(path, ExampleConfig, overrides)
+
+    assert resolved_settings(config, "example.yaml", overrides) == [
+        ("market", '"台灣"', "example.yaml"),
+        ("learning_rate", "0.5", "--set"),
+        ("inputs.catalog.path", '"x"', "example.yaml"),
+        ("inputs.catalog.format", '"csv"', "--set"),
+        ("inputs.catalog.columns.title", '"name"', "example.yaml"),
+        ("inputs.catalog.options", "{}", "default"),
+    ]
+
+
+def test_show_config_prints_the_settings_and_does_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONF.parent)
+    with pytest.raises(SystemExit) as ended:
+        score_catalog.main(["--set", "bundle=s3a://KEY:SECRET@bucket/b", "--show-config"])
+
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'bundle: "s3a://***@bucket/b"  # --set' in lines
+    assert 'markets.kr: "ko"  # conf/score_catalog.yaml' in lines
+    assert "hang_minutes: 30.0  # default" in lines
+    assert "audit.deleted_share.limit: 0.2  # conf/score_catalog.yaml" in lines

@@ -10,7 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from csrm.conversions import JSON, Found, Kind, NotConvertibleError, converted, found_in_arrow, refusal
+from csrm.config import InputSpec
+from csrm.conversions import (
+    JSON,
+    Found,
+    Kind,
+    NotConvertibleError,
+    converted,
+    found_in_arrow,
+    problems_of_columns,
+    refusal,
+)
+from csrm.schemas import CATALOG
 from csrm.training.data import conversions as in_duckdb
 from csrm.training.data.database import open_database
 
@@ -263,3 +274,20 @@ def test_types_that_never_convert_are_refused_with_a_way_out(type_: pa.DataType,
 
     for found in (found_in_arrow(type_), found_in_spark(from_arrow_type(type_))):
         assert re.search(why, refusal(found, wanted) or "")
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        (
+            {"asin": "product_id"},
+            "'columns' maps 'asin' to 'product_id', which is the wrong way round. Write CSRM's name first: columns: "
+            "{product_id: asin}",
+        ),
+        ({"attribute": "specs"}, "'columns' maps 'attribute', which is no column of catalog. Is it attributes?"),
+    ],
+)
+def test_a_map_of_columns_that_is_wrong_says_how_it_is_right(columns: dict[str, str], problem: str) -> None:
+    spec = InputSpec(path="x", columns=columns)
+    present = ["market", "product_id", "title", "asin"]
+    assert problems_of_columns(CATALOG, spec, present, [{}])[0] == problem

@@ -8,8 +8,8 @@ from pydantic import Field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.retrieval.candidates import (
     best_pairs,
     coverage_by_language,
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, CandidateConfig, args.overrides)
+    config = job_settings(args, CandidateConfig)
     spark = build_session("csrm-build-candidates")
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     if config.inputs.candidates is not None:

@@ -13,8 +13,8 @@ from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.semantic import SemanticSettings, semantic_scores
 from csrm.retrieval.titles import behaviour_titles, fused_titles, lexical_titles, split_judged, translated_titles
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, RetrievalConfig, args.overrides)
+    config = job_settings(args, RetrievalConfig)
     spark = build_session("csrm-build-retrieval-table")
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     if config.inputs.behaviour is not None:

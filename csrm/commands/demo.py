@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from csrm.cli import job_parser, setting_arguments
+from csrm.cli import job_parser, job_settings, setting_arguments
 from csrm.commands import build_candidates, build_retrieval_table, evaluate, generate_market, report, score_catalog
-from csrm.config import InputSpec, Settings, load_config
+from csrm.config import InputSpec, Settings
 from csrm.schemas import CATALOG, QUERIES, RELEVANCE_SCORES
 from csrm.spark.inputs import read_input
 from csrm.spark.session import build_session
@@ -32,7 +32,7 @@ class DemoConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/demo.yaml").parse_args(argv)
-    config = load_config(args.config, DemoConfig, args.overrides)
+    config = job_settings(args, DemoConfig)
     tables = f"{config.work}/tables"
     inputs = {
         name: {"path": f"{config.work}/inputs/{name}.parquet", "format": "parquet"}

@@ -6,9 +6,9 @@ It learns on generated markets of another seed than the demo's; those of Taiwan 
 from collections.abc import Sequence
 from pathlib import Path
 
-from csrm.cli import job_parser, setting_arguments
+from csrm.cli import job_parser, job_settings, setting_arguments
 from csrm.commands import build_candidates, build_retrieval_table, export_bundle, generate_market, train
-from csrm.config import Settings, load_config
+from csrm.config import Settings
 from csrm.training.model.tiny import write_base_model_of_market
 
 
@@ -33,7 +33,7 @@ class DemoBundleConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/demo_bundle.yaml").parse_args(argv)
-    config = load_config(args.config, DemoBundleConfig, args.overrides)
+    config = job_settings(args, DemoBundleConfig)
     work = Path(config.work)
     inputs = {
         name: {"path": work / "inputs" / f"{name}.parquet", "format": "parquet"}

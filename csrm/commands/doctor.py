@@ -12,8 +12,7 @@ Two things are left to the night, which looks at them before it scores: its inpu
 
 from collections.abc import Iterator, Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.doctor.checks import Check, checked
 from csrm.doctor.machine import (
     PACKAGES,
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.config is None and (args.executors or args.overrides):
         parser.error("--executors and --set need --config")
-    settings = None if args.config is None else load_config(args.config, CheckedNight, args.overrides)
+    settings = None if args.config is None else job_settings(args, CheckedNight)
     failed = []
     for where, check in (
         _checks_of_cluster(settings) if args.executors and settings is not None else _checks_of_machine(settings)

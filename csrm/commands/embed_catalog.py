@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.embedding.contents import TextKind
 from csrm.embedding.encoder import read_encoder
 from csrm.retrieval.vectors import embed_new_texts
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, EmbeddingConfig, args.overrides)
+    config = job_settings(args, EmbeddingConfig)
     spark = build_session("csrm-embed-catalog")
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     inputs = read_inputs(spark, specs, config.markets)

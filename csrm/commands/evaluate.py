@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.evaluation.report import format_evaluation, plot_evaluation, write_metrics
 from csrm.extras import import_eval
 from csrm.operations.evaluation import EvaluationConfig, evaluate_published
@@ -18,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, EvaluationConfig, args.overrides)
+    config = job_settings(args, EvaluationConfig)
     for module in ("ir_measures", "sklearn", "matplotlib"):
         import_eval(module)  # before the work, not after it
     measured = evaluate_published(build_session("csrm-evaluate"), config)

@@ -8,8 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from csrm.bundle.loading import load_scorer
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.extras import import_eval
 from csrm.operations.explanation import ExplanationConfig, explain_query
 from csrm.operations.explanation_page import explanation_html, explanation_text
@@ -30,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, ExplanationConfig, args.overrides)
+    config = job_settings(args, ExplanationConfig)
     import_eval("jinja2")  # before the work, not after it
     scorer = load_scorer(config.bundle, config.device, digest=config.bundle_digest)
     spark = build_session("csrm-explain")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from csrm.bundle.card import bundle_card
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.export.bundle import export_bundle
 from csrm.export.settings import ExportConfig
 from csrm.export.trials import QUALITY_PAIRS, whole_queries
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="replaces the setting: cpu, cuda or cuda:<number>")
     args = parser.parse_args(argv)
     named = [f"{name}={getattr(args, name)}" for name in ("precision", "device") if getattr(args, name)]
-    config = load_config(args.config, ExportConfig, [*args.overrides, *named])
+    config = job_settings(args, ExportConfig, [*args.overrides, *named])
     start = time.monotonic()
     with JudgedPairs(config.inputs, config.markets) as pairs:
         sample = pairs.read(num_pairs=config.parity_pairs)

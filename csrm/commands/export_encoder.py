@@ -7,8 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.errors import InputError
 from csrm.export.encoder import EncoderExportConfig, export_encoder
 from csrm.schemas import CATALOG, QUERIES
@@ -17,7 +16,7 @@ from csrm.training.data.database import add_table, has_text, open_database
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/export_encoder.yaml").parse_args(argv)
-    config = load_config(args.config, EncoderExportConfig, args.overrides)
+    config = job_settings(args, EncoderExportConfig)
     start = time.monotonic()
     titles, queries = read_texts(config)
     encoder = export_encoder(config, titles, queries)

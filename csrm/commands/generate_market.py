@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from csrm.cli import job_parser
-from csrm.config import Markets, Settings, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import Markets, Settings
 from csrm.market.files import write_tables
 from csrm.market.generator import Market, generate_market
 from csrm.market.lexicon import builtin_lexicon
@@ -41,7 +41,7 @@ class MarketConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/generate_market.yaml").parse_args(argv)
-    config = load_config(args.config, MarketConfig, args.overrides)
+    config = job_settings(args, MarketConfig)
     lexicons = {
         language: builtin_lexicon(language)
         if config.taxonomy is None

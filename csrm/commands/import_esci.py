@@ -7,8 +7,8 @@ from pydantic import model_validator
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, Markets, Settings, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, Markets, Settings
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
 from csrm.spark.inputs import read_inputs
@@ -202,7 +202,7 @@ def build_tables(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/import_esci.yaml").parse_args(argv)
-    config = load_config(args.config, ImportConfig, args.overrides)
+    config = job_settings(args, ImportConfig)
     products_df, examples_df = read_files(config)
     for table, df in build_tables(products_df, examples_df, config.markets):
         path = table_path(config.output, table)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
-from csrm.cli import job_parser
-from csrm.config import Markets, Settings, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import Markets, Settings
 from csrm.market.categories import Storefront, category_markets
 from csrm.market.files import write_tables
 from csrm.schemas import CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
@@ -37,7 +37,7 @@ class TaxonomyConfig(Settings):
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/import_taxonomy.yaml").parse_args(argv)
-    config = load_config(args.config, TaxonomyConfig, args.overrides)
+    config = job_settings(args, TaxonomyConfig)
     languages = config.parallel_languages or tuple(dict.fromkeys(config.markets.values()))
     made = category_markets(
         Path(config.taxonomy),

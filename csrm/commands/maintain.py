@@ -6,8 +6,7 @@ Readers see the same rows before, meanwhile and after. Markets are held by lease
 import argparse
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.night.leases import hold_leases
 from csrm.operations.maintenance import (
     MaintenanceConfig,
@@ -28,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, MaintenanceConfig, args.overrides)
+    config = job_settings(args, MaintenanceConfig)
     spark = build_session("csrm-maintain")
     read_table(spark, SCORING_RUNS, table_path(config.tables, SCORING_RUNS))  # says so where the folder is wrong
     if args.dry_run:

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import Settings, TablesDir
 from csrm.night.leases import hold_leases
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.maintenance import run_markets
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, MigrationConfig, args.overrides)
+    config = job_settings(args, MigrationConfig)
     spark = build_session("csrm-migrate")
     has_runs = table_exists(spark, table_path(config.tables, SCORING_RUNS))
     markets = run_markets(spark, config.tables) if has_runs else []

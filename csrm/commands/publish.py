@@ -9,8 +9,7 @@ Nothing is scored. Publishing needs a reason, which stays in the run's row; disc
 import argparse
 from collections.abc import Sequence
 
-from csrm.cli import Console, add_log_format, job_parser
-from csrm.config import load_config
+from csrm.cli import Console, add_log_format, job_parser, job_settings
 from csrm.errors import ConfigError
 from csrm.operations.review import PublishConfig, discard_run, publish_rejected
 from csrm.spark.session import build_session
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.discard == bool(args.accept):
         raise ConfigError("expected --accept CHECK with --reason, or --discard; one of the two.")
-    config = load_config(args.config, PublishConfig, args.overrides)
+    config = job_settings(args, PublishConfig)
     console = Console(args.log_format == "json")
     spark = build_session("csrm-publish")
     if args.discard:

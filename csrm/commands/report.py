@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from pydantic import Field
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.extras import import_eval
 from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, ReportConfig, args.overrides)
+    config = job_settings(args, ReportConfig)
     for module in ("jinja2", "matplotlib"):
         import_eval(module)  # before the work, not after it
     limits = Limits(config.num_runs, config.num_moved, config.num_samples)

@@ -9,8 +9,7 @@ its rows, so consumers of the change feed follow it. `jobs/rollback.py` brings t
 import argparse
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.operations.retirement import RetirementConfig, retire_market
 from csrm.spark.session import build_session
 
@@ -24,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, RetirementConfig, args.overrides)
+    config = job_settings(args, RetirementConfig)
     publication = retire_market(build_session("csrm-retire"), config, args.market, reason=args.reason)
     num_rows = publication.totals["delete"]
     print(f"market {args.market}: {num_rows:,} rows deleted from relevance_scores, in version {publication.version}")

@@ -9,8 +9,7 @@ The next night scores what the rows then lack: before it, mend what was wrong, o
 import argparse
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.operations.rollback import RollbackConfig, roll_back
 from csrm.spark.session import build_session
 
@@ -24,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, RollbackConfig, args.overrides)
+    config = job_settings(args, RollbackConfig)
     spark = build_session("csrm-rollback")
     publication = roll_back(spark, config, args.market, run_id=args.to_run)
     if publication.num_changes:

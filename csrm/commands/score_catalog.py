@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 
-from csrm.cli import Console, add_log_format, job_parser
-from csrm.config import load_config
+from csrm.cli import Console, add_log_format, job_parser, job_settings
 from csrm.errors import ConfigError
 from csrm.night.run import run_night
 from csrm.night.settings import ScoringConfig
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console(args.log_format == "json")
     started_at = datetime.now(UTC)
-    config = load_config(args.config, ScoringConfig, args.overrides)
+    config = job_settings(args, ScoringConfig)
     data_date = _data_date(args.data_date, started_at)
     run_id = args.run_id or f"{data_date}-{started_at:%H%M%S}"
     if not re.fullmatch(r"\w[\w.:-]*", run_id):  # it names a folder: not ..

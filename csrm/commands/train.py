@@ -5,8 +5,7 @@ On several devices: torchrun --nproc-per-node 2 jobs/train.py ...
 
 from collections.abc import Sequence
 
-from csrm.cli import job_parser
-from csrm.config import load_config
+from csrm.cli import job_parser, job_settings
 from csrm.training.processes import across_processes
 from csrm.training.recipe import train_relevance
 from csrm.training.settings import TrainConfig
@@ -16,6 +15,6 @@ from csrm.training.summary import format_training
 @across_processes
 def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/train.yaml").parse_args(argv)
-    result = train_relevance(load_config(args.config, TrainConfig, args.overrides))
+    result = train_relevance(job_settings(args, TrainConfig))
     print(format_training(result))
     return 0

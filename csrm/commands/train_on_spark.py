@@ -10,9 +10,8 @@ from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
 
-from csrm.cli import job_parser, run_job
+from csrm.cli import job_parser, job_settings, run_job
 from csrm.commands import train
-from csrm.config import load_config
 from csrm.spark.session import build_session
 from csrm.training.settings import TrainConfig
 
@@ -23,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--use-gpu", action="store_true", help="one GPU for each process, as Spark assigns them")
     parser.add_argument("--local", action="store_true", help="all processes on the driver instead of executors")
     args = parser.parse_args(argv)
-    load_config(args.config, TrainConfig, args.overrides)  # what is wrong with it is told here, not on an executor
+    job_settings(args, TrainConfig)  # what is wrong with it is told here, not on an executor
     build_session("csrm-train")
     distributor = TorchDistributor(num_processes=args.num_processes, local_mode=args.local, use_gpu=args.use_gpu)
     overrides = [word for override in args.overrides for word in ("--set", override)]
