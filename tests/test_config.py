@@ -149,8 +149,8 @@ def test_an_unknown_key_names_what_it_may_be_meant_for(override: str, hint: str)
 
 
 def test_a_key_in_a_map_of_tables_names_what_it_may_be_meant_for(tmp_path: Path) -> None:
-    path = written(tmp_path, "market: kr\ninputs: {catalog: {path: x, fromat: csv}}")
-    with pytest.raises(ConfigError, match=r"inputs\.catalog\.fromat: .*Is it format\?"):
+    path = written(tmp_path, "market: kr\ninputs: {catalog: {path: x, formats: csv}}")
+    with pytest.raises(ConfigError, match=r"inputs\.catalog\.formats: .*Is it format\?"):
         load_config(path, ExampleConfig)
 
 
