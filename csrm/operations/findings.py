@@ -67,6 +67,10 @@ class Comparison:
     that moved most: other_id (the product), before, after."""
     products: pd.DataFrame
     """The same of products; other_id is the query."""
+    lost_queries: pd.DataFrame
+    """Those that lost most pairs, most first: market, id, num_lost, num_left (pairs with a score after the run)."""
+    lost_products: pd.DataFrame
+    """The same of products."""
 
 
 @dataclass(frozen=True)

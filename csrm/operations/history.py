@@ -105,15 +105,16 @@ def read_findings(
             f"The scores cannot be compared: files of relevance_scores, version {run['base_version']} or "
             f"{run['published_version']}, are gone, as VACUUM leaves it."
         )
-    moved = (
-        [] if comparison is None else [(comparison.queries, "id", "other_id"), (comparison.products, "other_id", "id")]
-    )
+    moved: list[tuple[pd.DataFrame, str | None, str | None]] = []
+    if comparison is not None:
+        moved = [(comparison.queries, "id", "other_id"), (comparison.products, "other_id", "id")]
+        moved += [(comparison.lost_queries, "id", None), (comparison.lost_products, None, "id")]
     named = [*moved, (samples, "query_id", "product_id")]
     before = _published_before(runs)
     query_source = TextSource(QUERIES, queries, "query_id", "query")
     product_source = TextSource(CATALOG, catalog, "product_id", "title")
-    query_keys = {key for frame, query, _ in named for key in _keys(frame, query)}
-    product_keys = {key for frame, _, product in named for key in _keys(frame, product)}
+    query_keys = {key for frame, query, _ in named if query is not None for key in _keys(frame, query)}
+    product_keys = {key for frame, _, product in named if product is not None for key in _keys(frame, product)}
     query_texts, query_notes = read_texts(spark, query_source, query_keys, run, before)
     product_texts, product_notes = read_texts(spark, product_source, product_keys, run, before)
     return RunFindings(
@@ -255,6 +256,8 @@ def compare(before_df: DataFrame, after_df: DataFrame, num_moved: int) -> Compar
             changes=_frame(_counted_changes(changes_df)),
             queries=_frame(_moved_most(moved_df, "query_id", "product_id", num_moved)),
             products=_frame(_moved_most(moved_df, "product_id", "query_id", num_moved)),
+            lost_queries=_frame(_lost_most(changes_df, after_df, "query_id", num_moved)),
+            lost_products=_frame(_lost_most(changes_df, after_df, "product_id", num_moved)),
         )
     finally:
         changes_df.unpersist()
@@ -347,6 +350,19 @@ def _moved_most(moved_df: DataFrame, own: str, other: str, num_moved: int) -> Da
             F.col(f"largest.{other}").alias("other_id"),
             *("largest.before", "largest.after"),
         )
+    )
+
+
+def _lost_most(changes_df: DataFrame, after_df: DataFrame, own: str, num_lost: int) -> DataFrame:
+    """The queries, or products, that most pairs were deleted of."""
+    lost_df = changes_df.where("operation = 'delete'").groupBy("market", own).agg(F.count("*").alias("num_lost"))
+    most_df = lost_df.orderBy(F.col("num_lost").desc(), "market", own).limit(num_lost)
+    left_df = after_df.where("relevance_score IS NOT NULL").join(F.broadcast(most_df), ["market", own], "left_semi")
+    left_df = left_df.groupBy("market", own).agg(F.count("*").alias("num_left"))
+    return (
+        most_df.join(left_df, ["market", own], "left")
+        .select("market", F.col(own).alias("id"), "num_lost", F.coalesce("num_left", F.lit(0)).alias("num_left"))
+        .orderBy(F.col("num_lost").desc(), "market", "id")
     )
 
 

@@ -77,6 +77,7 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         grades=_grades(comparison.bins) if comparison is not None else [],
         changes=_changes_by_market(comparison.changes) if comparison is not None else {},
         moved=_moved(findings) if comparison is not None else [],
+        lost=_lost(comparison) if comparison is not None else [],
         rejected=rows(rejected.sort_values(["num_pairs", "reason"], ascending=[False, True])),
         samples=rows(findings.samples) if findings.samples is not None else [],
         history=[
@@ -325,6 +326,13 @@ def _moved(findings: RunFindings) -> list[tuple[str, str, str, list[dict[Any, An
     return [
         ("Queries", "query", "product", rows(findings.comparison.queries)),
         ("Products", "product", "query", rows(findings.comparison.products)),
+    ]
+
+
+def _lost(comparison: Comparison) -> list[tuple[str, str, list[dict[Any, Any]]]]:
+    return [
+        ("Queries", "query", rows(comparison.lost_queries)),
+        ("Products", "product", rows(comparison.lost_products)),
     ]
 
 

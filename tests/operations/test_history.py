@@ -202,6 +202,8 @@ def test_queries_and_products_that_moved_most_come_first_with_their_pair_that_mo
     moves = ["total_move", "before", "after"]
     np.testing.assert_allclose(found.queries[moves], [[0.5, 0.3, 0.8], [0.2, 0.9, 0.7]], rtol=1e-6)
     np.testing.assert_allclose(found.products[moves], [[0.7, 0.3, 0.8]], rtol=1e-6)
+    assert found.lost_queries.to_numpy().tolist() == [["kr", "q1", 1, 2]]
+    assert found.lost_products.to_numpy().tolist() == [["kr", "c", 1, 0]]
 
 
 def test_scores_are_counted_by_market_state_and_grade(nights: Callable[[str], RunFindings]) -> None:

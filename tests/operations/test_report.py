@@ -104,12 +104,15 @@ def comparison() -> Comparison:
         ),
         queries=pd.DataFrame([("kr", "q1", 3, 21, 2.875, "p1", 0.125, 0.875)], columns=moves),
         products=pd.DataFrame([("kr", "p1", 1, 0, 0.75, "q1", 0.125, 0.875)], columns=moves),
+        lost_queries=pd.DataFrame([("kr", "q1", 6_543, 12)], columns=["market", "id", "num_lost", "num_left"]),
+        lost_products=pd.DataFrame([("kr", "gone", 7, 0)], columns=["market", "id", "num_lost", "num_left"]),
     )
 
 
 def nothing_changed() -> Comparison:
     same = comparison()
-    return replace(same, changes=same.changes.head(0), queries=same.queries.head(0), products=same.products.head(0))
+    frames = ("changes", "queries", "products", "lost_queries", "lost_products")
+    return replace(same, **{name: getattr(same, name).head(0) for name in frames})
 
 
 def full_night(text: str = "운동화", **run: Any) -> RunFindings:
@@ -139,7 +142,7 @@ def hostile_night() -> RunFindings:
         frames,
         **{
             name: getattr(frames, name).assign(market=market)
-            for name in ("bins", "summary", "changes", "queries", "products")
+            for name in ("bins", "summary", "changes", "queries", "products", "lost_queries", "lost_products")
         },
     )
     run = {
@@ -230,6 +233,15 @@ def test_each_verdict_is_said_in_words(run: dict[str, Any], tone: str, word: str
     page = page_of(full_night(**run))
     assert f": {word}" in page.text
     assert ("class", tone) in page.attributes
+
+
+def test_queries_and_products_that_lost_pairs_are_named() -> None:
+    page = page_of(full_night())
+
+    assert "Queries that lost most pairs" in page.text
+    assert "6,543" in page.text
+    assert "Products that lost most pairs" in page.text
+    assert "lost most pairs" not in page_of(replace(full_night(), comparison=nothing_changed())).text
 
 
 def test_what_was_taken_back_since_is_said_first_and_in_the_history() -> None:
