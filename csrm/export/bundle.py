@@ -1,17 +1,15 @@
 """Export a trained model to a bundle, after proof that both give the same scores."""
 
-import gc
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
 from tokenizers import Tokenizer
 
 from csrm.bundle.contents import (
@@ -29,18 +27,22 @@ from csrm.errors import BundleError
 from csrm.export.graph_files import check_locations
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
+from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
+from csrm.export.weights import TrainedWeights
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest
-from csrm.scoring.labels import expected_gain
+from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.training.model.base import BaseModel, load_language_model
+from csrm.training.model.base import BaseModel
 from csrm.training.model.families import check_model, check_tokens, check_weights
-from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
-from csrm.training.trained import MODEL_KIND, ModelCard, load_trained
+from csrm.training.model.relevance import torch_pack_scorer
+from csrm.training.trained import MODEL_KIND, ModelCard, read_card
 
 _MERGE_PAIRS = 32
+_TORCH_TOKENS = 4_096
+"""Tokens of a call in torch: activations of so many take 1 GB in a model of 8 billion weights."""
 logger = logging.getLogger(__name__)
 
 
@@ -80,20 +82,21 @@ def export_bundle(
     folder.mkdir(parents=True)
     try:
         shutil.copyfile(model_dir / "tokenizer.json", folder / TOKENIZER_NAME)
-        with logged_step("model in torch, adapters merged"):
-            model, torch_scorer, card = load_trained(model_dir)
-            if card.tuning["method"] == "lora":
-                check_merge(model_dir, card, torch_scorer, pairs.iloc[:_MERGE_PAIRS])
-        tokenizer = _matching_tokenizer(folder / TOKENIZER_NAME, card, model)
+        card = read_card(model_dir)
+        weights = TrainedWeights(model_dir, card)
+        tokenizer = _matching_tokenizer(folder / TOKENIZER_NAME, card, weights)
+        model = weights.merged_model(tokenizer.label_ids(card.labels))
+        in_torch = torch_scorer(model, tokenizer, card.labels, "torch")
+        if weights.has_adapters:
+            with logged_step("adapters in the weights, against adapters beside them"):
+                check_merge(weights, tokenizer, in_torch, pairs.iloc[:_MERGE_PAIRS])
         with logged_step(f"scores of {len(pairs)} pairs in torch"):
-            torch_logits = torch_scorer.logits(pairs)
+            torch_logits = in_torch.logits(pairs)
         with logged_step("fp32 graph"):
             graph_path = unfinished / "fp32" / MODEL_NAME
             graph_path.parent.mkdir()
             export_packed_graph(model, graph_path)
             check_locations(graph_path)
-        del model, torch_scorer
-        gc.collect()
         scores = expected_gain(torch_logits, np.array([label.gain for label in card.labels]))
         golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
         with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
@@ -141,34 +144,43 @@ def _check_source(model_dir: Path) -> None:
     check_model(BaseModel(folder=str(model_dir / "weights")) if method == "full" else base_model, prompt_tokens)
 
 
-def check_merge(model_dir: Path, card: ModelCard, merged: PairScorer, pairs: pd.DataFrame) -> None:
+def check_merge(weights: TrainedWeights, tokenizer: PromptTokenizer, merged: PairScorer, pairs: pd.DataFrame) -> None:
     """Adapters inside of the weights must score as adapters beside them.
+
+    Args:
+        weights: with adapters.
+        tokenizer: of the model.
+        merged: scorer of the model as it is exported.
+        pairs: see csrm.scoring.PAIR_COLUMNS.
 
     Raises:
         ParityError: they do not.
     """
-    base = load_language_model(BaseModel(**card.base_model))
-    adapted = PeftModel.from_pretrained(base, str(model_dir / "weights"))
-    tokenizer = PromptTokenizer.from_file(model_dir / "tokenizer.json", card.budgets)
-    model = PackedRelevanceModel(adapted, tokenizer.label_ids(card.labels))
-    scorer = PairScorer(
+    adapted = weights.adapted_model(tokenizer.label_ids(merged.labels))
+    check_parity(pairs, torch_scorer(adapted, tokenizer, merged.labels, "adapters"), merged, SCORE_TOLERANCE)
+
+
+def torch_scorer(
+    model: StreamedModel, tokenizer: PromptTokenizer, labels: Sequence[Label], provider: str
+) -> PairScorer:
+    """Scorer with a streamed model; long calls, because each one reads all weights."""
+    tokens_per_call = max(_TORCH_TOKENS, tokenizer.budgets.prompt)
+    return PairScorer(
         tokenizer,
-        card.labels,
+        labels,
         pack_scorer=torch_pack_scorer(model),
-        tokens_per_call=card.pack_tokens,
-        provider="adapters",
+        tokens_per_call=tokens_per_call,
+        provider=provider,
     )
-    check_parity(pairs, scorer, merged, SCORE_TOLERANCE)
 
 
-def _matching_tokenizer(path: Path, card: ModelCard, model: PackedRelevanceModel) -> PromptTokenizer:
+def _matching_tokenizer(path: Path, card: ModelCard, weights: TrainedWeights) -> PromptTokenizer:
     """The tokenizer of a trained model, after a check that the model knows all its tokens.
 
     Raises:
         ConfigError: the tokenizer knows tokens that the model has no embedding for.
     """
-    num_embeddings = model.language_model.get_input_embeddings().weight.shape[0]
-    check_tokens(Tokenizer.from_file(str(path)), num_embeddings, BaseModel(**card.base_model).name)
+    check_tokens(Tokenizer.from_file(str(path)), weights.config.vocab_size, BaseModel(**card.base_model).name)
     return PromptTokenizer.from_file(path, card.budgets)
 
 

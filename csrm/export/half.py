@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from csrm.errors import ParityError
-from csrm.export.graph_files import save_graph
+from csrm.export.graph_files import GraphReader, GraphWriter
 from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import open_session
 from csrm.training.model.attention import HIDDEN
@@ -41,10 +41,12 @@ def fuse_norms(fp32_path: Path, path: Path) -> None:
     """Write a fp32 packed graph with each norm as one node, as ONNX Runtime's optimiser makes it.
 
     Such a node computes in float32 inside, whatever type it reads. Between the nodes of a norm that is not fused the
-    squares would pass through 16 bits: float16 ends at 256 squared.
+    squares would pass through 16 bits: float16 ends at 256 squared. The optimiser gets the structure alone: matrices
+    are inputs to it, and none is read.
 
     Args:
-        path: of the new graph; its weights go beside it.
+        fp32_path: the exported graph.
+        path: of the new graph, in the same folder, where it shares the weights beside the first.
 
     Raises:
         ParityError: this version of ONNX Runtime leaves a norm in parts.
@@ -55,10 +57,19 @@ def fuse_norms(fp32_path: Path, path: Path) -> None:
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}_data")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    onnxruntime.InferenceSession(str(fp32_path), options, providers=["CPUExecutionProvider"])
-    model = onnx.load(path, load_external_data=False)
+    model = onnx.load(fp32_path, load_external_data=False)
+    matrices = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    small = [tensor for tensor in model.graph.initializer if tensor.name not in matrices]
+    inputs = len(model.graph.input)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(small)
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims) for name, tensor in matrices.items()
+    )
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(path)
+    del model.graph.input[inputs:]
+    model.graph.initializer.extend(matrices.values())
     parts = [node.name for node in model.graph.node if node.op_type == "ReduceMean"]
     if parts:
         raise ParityError(
@@ -132,13 +143,13 @@ def write_half(fused_path: Path, precision: str, path: Path) -> None:
 
     Args:
         precision: fp16 or bf16.
-        path: of the new graph; its weights go beside it above 2 GB.
+        path: of the new graph; see csrm.export.graph_files.GraphWriter.
 
     Raises:
         ParityError: a weight is too large for float16.
     """
-    model = onnx.load(fused_path)
-    graph = model.graph
+    reader = GraphReader(fused_path)
+    model, graph = reader.model, reader.model.graph
     type_, _ = HALF_TYPES[precision]
     floats, exact = _tensors_of(graph, TensorProto.FLOAT), _exact_nodes(graph)
     read_exactly = {name for number in exact for name in graph.node[number].input}
@@ -164,10 +175,13 @@ def write_half(fused_path: Path, precision: str, path: Path) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    for name, tensor in weights.items():
-        if is_half[name]:
-            _round_weights(tensor, precision)
-    save_graph(model, path)
+    with GraphWriter(path) as writer:
+        for tensor in graph.initializer:
+            if tensor.name in weights and is_half[tensor.name]:
+                tensor.CopyFrom(writer.add(tensor.name, _rounded(reader.weight(tensor.name), tensor.name, precision)))
+            elif tensor.data_location == TensorProto.EXTERNAL:
+                tensor.CopyFrom(writer.add(tensor.name, reader.weight(tensor.name)))
+        writer.save(model)
 
 
 def write_rounded(half_path: Path, path: Path) -> None:
@@ -180,16 +194,15 @@ def write_rounded(half_path: Path, path: Path) -> None:
         half_path: graph of write_half.
         path: of the new graph.
     """
-    model = onnx.load(half_path)
-    graph = model.graph
+    reader = GraphReader(half_path)
+    model, graph = reader.model, reader.model.graph
     types = {type_ for type_, _ in HALF_TYPES.values()}
     (type_,) = types & {tensor.data_type for tensor in graph.initializer}
     halves = _tensors_of(graph, type_)
     nodes = []
-    for tensor in graph.initializer:
-        if tensor.name in halves:
-            nodes.append(helper.make_node("Cast", [f"{tensor.name}_16"], [tensor.name], to=TensorProto.FLOAT))
-            tensor.name += "_16"
+    half_weights = [tensor for tensor in graph.initializer if tensor.name in halves]
+    for tensor in half_weights:
+        nodes.append(helper.make_node("Cast", [f"{tensor.name}_16"], [tensor.name], to=TensorProto.FLOAT))
     for node in graph.node:
         nodes.append(node)
         for place, name in enumerate(node.output):
@@ -199,7 +212,10 @@ def write_rounded(half_path: Path, path: Path) -> None:
                 nodes.append(helper.make_node("Cast", [f"{name}_16"], [name], to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
-    save_graph(model, path)
+    with GraphWriter(path) as writer:
+        for tensor in half_weights:
+            tensor.CopyFrom(writer.add(f"{tensor.name}_16", reader.weight(tensor.name)))
+        writer.save(model)
 
 
 def _tensors_of(graph: onnx.GraphProto, type_: int) -> set[str]:
@@ -248,21 +264,16 @@ def _is_mask(tensor: onnx.TensorProto) -> bool:
     return is_scalar and float(numpy_helper.to_array(tensor).min()) == HIDDEN
 
 
-def _round_weights(tensor: onnx.TensorProto, precision: str) -> None:
-    """In place.
+def _rounded(values: torch.Tensor, name: str, precision: str) -> torch.Tensor:
+    """A weight in 16 bits.
 
     Raises:
-        ParityError: another number is too large for the type.
+        ParityError: a number is too large for the type.
     """
-    type_, dtype = HALF_TYPES[precision]
-    values = torch.from_numpy(np.array(numpy_helper.to_array(tensor)))
-    if not (peak := float(values.abs().max())) <= torch.finfo(dtype).max:
+    _, dtype = HALF_TYPES[precision]
+    if not (peak := max(map(abs, map(float, values.aminmax())))) <= torch.finfo(dtype).max:
         raise ParityError(
-            f"weights reach {peak:,.0f} in {tensor.name}, expected at most 65,504, where float16 ends. Use bf16, which "
-            "has the range of float32"
+            f"weights reach {peak:,.0f} in {name}, expected at most 65,504, where float16 ends. Use bf16, which has "
+            "the range of float32"
         )
-    halves = values.to(dtype)
-    name, shape = tensor.name, list(tensor.dims)
-    tensor.Clear()
-    tensor.name, tensor.data_type, tensor.raw_data = name, type_, halves.view(torch.int16).numpy().tobytes()
-    tensor.dims.extend(shape)
+    return values.to(dtype)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from csrm.bundle.contents import Precision
-from csrm.export.graph_files import save_graph
+from csrm.export.graph_files import GraphReader, GraphWriter
 from csrm.export.half import write_half
 
 
@@ -56,52 +57,76 @@ def write_precision(fp32_path: Path, recipe: Recipe, path: Path) -> None:
 
     Args:
         fp32_path: the exported graph; for 16 bits the one that csrm.export.half.fuse_norms made of it.
-        path: of the new graph; its weights go beside it above 2 GB.
+        recipe: of another precision than fp32.
+        path: of the new graph; see csrm.export.graph_files.GraphWriter.
 
     Raises:
         ParityError: see csrm.export.half.write_half.
     """
     if recipe.bits == 16:
         write_half(fp32_path, recipe.precision, path)
-        return
-    model = onnx.load(fp32_path)
-    if recipe.bits < 16:
-        _shrink_embedding(model)
-        model = _quantised(model, recipe)
-    save_graph(model, path)
+    else:
+        _write_quantised(fp32_path, recipe, path)
 
 
-def _quantised(model: onnx.ModelProto, recipe: Recipe) -> onnx.ModelProto:
-    """Matrix products with a constant weight become MatMulNBits, which quantises activations by row and block."""
+def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path) -> None:
+    """Matrix products with a constant weight become MatMulNBits, which quantises activations by row and block.
+
+    Embedding rows are stored in float16 and widened after the lookup: most of a small model is its vocabulary.
+    """
+    reader = GraphReader(fp32_path)
+    model, graph = reader.model, reader.model.graph
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+    with GraphWriter(path) as writer:
+        for node in graph.node:
+            name = next((name for name in node.input if name in matrices), None)
+            if node.op_type == "MatMul" and name and not any(part in node.name for part in recipe.float_layers):
+                node, parts = _quantised(node, name, reader.weight(name), recipe)
+                weights += [writer.add(part, values) for part, values in parts.items()]
+            elif node.op_type == "Gather" and name and (rows := _as_float16(reader.weight(name))) is not None:
+                weights.append(writer.add(name, rows))
+                output = node.output[0]
+                node.output[0] = f"{output}_float16"
+                nodes.append(node)
+                node = helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT)
+            nodes.append(node)
+        written = {tensor.name for tensor in weights}
+        read = {name for node in nodes for name in node.input}
+        for tensor in graph.initializer:
+            if tensor.name in read and tensor.name not in written:
+                is_beside = tensor.data_location == TensorProto.EXTERNAL
+                weights.append(writer.add(tensor.name, reader.weight(tensor.name)) if is_beside else tensor)
+        kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in weights]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(kept)
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        writer.save(model)
+
+
+def _quantised(
+    node: onnx.NodeProto, name: str, weight: torch.Tensor, recipe: Recipe
+) -> tuple[onnx.NodeProto, dict[str, torch.Tensor]]:
+    """One matrix product by onnxruntime's converter: its node, and the parts of its weight by name."""
     from onnxruntime.quantization import matmul_nbits_quantizer
 
     matmul_nbits_quantizer.logger.setLevel(logging.WARNING)  # it tells of every node
-    kept = [node.name for node in model.graph.node if any(part in node.name for part in recipe.float_layers)]
+    product = helper.make_graph([node], node.name, [], [], [numpy_helper.from_array(weight.numpy(), name)])
     quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-        model,
+        helper.make_model(product),
         bits=recipe.bits,
         block_size=recipe.block_size,
         accuracy_level=1 if recipe.float_activations else 4,
-        nodes_to_exclude=kept,
     )
     quantizer.process()
-    quantised: onnx.ModelProto = quantizer.model.model
-    return quantised
+    graph = quantizer.model.model.graph
+    parts = {part.name: torch.from_numpy(np.array(numpy_helper.to_array(part))) for part in graph.initializer}
+    return graph.node[0], {part: values for part, values in parts.items() if part in graph.node[0].input}
 
 
-def _shrink_embedding(model: onnx.ModelProto) -> None:
-    """Embedding rows are stored in float16 and widened after the lookup: most of a small model is its vocabulary."""
-    graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    for place, node in enumerate(graph.node):
-        tensor = weights.get(node.input[0]) if node.op_type == "Gather" else None
-        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
-            continue
-        rows = numpy_helper.to_array(tensor)
-        if np.abs(rows).max() > np.finfo(np.float16).max:
-            continue
-        tensor.CopyFrom(numpy_helper.from_array(rows.astype(np.float16), tensor.name))
-        output = node.output[0]
-        node.output[0] = f"{output}_float16"
-        graph.node.insert(place + 1, helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT))
-        return
+def _as_float16(rows: torch.Tensor) -> torch.Tensor | None:
+    """Embedding rows in float16, where it holds them."""
+    low, high = map(float, rows.aminmax())
+    return rows.to(torch.float16) if max(-low, high) <= torch.finfo(torch.float16).max else None

@@ -27,7 +27,7 @@ from csrm.bundle.contents import (
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import default_tokens_per_call, load_scorer
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ParityError
-from csrm.export.graph_files import check_locations
+from csrm.export.graph_files import check_locations, graph_files
 from csrm.export.half import Peak, check_range, fuse_norms, largest_activation
 from csrm.export.parity import SCORE_TOLERANCE, pack_spread
 from csrm.export.precision import RECIPES, Recipe, write_precision
@@ -119,7 +119,7 @@ def write_best_precision(
             "Export at precision auto, which keeps fp32 where nothing else passes, or train longer."
         )
     best = max(wanted, key=lambda graph: graph.report.pairs_per_s)
-    for path in best.path.parent.iterdir():
+    for path in graph_files(best.path):
         shutil.move(path, folder / path.name)
     golden.write(folder / GOLDEN_NAME)
     if gains is not None:
@@ -174,9 +174,8 @@ class _Trials:
         """
         device, source = self._settings.device, fp32_path
         if recipe.bits == 16:
-            source = fp32_path.parent.with_name("fused") / MODEL_NAME
+            source = fp32_path.with_name("fused.onnx")
             if self._peak is None:
-                source.parent.mkdir(exist_ok=True)
                 fuse_norms(fp32_path, source)
                 self._peak = largest_activation(source, self._packs(pairs), device)
         if recipe.precision == "fp16":
@@ -232,7 +231,7 @@ class _Trials:
         report = PrecisionReport(
             precision=recipe.precision,
             recipe=str(recipe),
-            num_bytes=sum(file.stat().st_size for file in path.parent.iterdir()),
+            num_bytes=sum(file.stat().st_size for file in graph_files(path)),
             pairs_per_s=rate,
             pack_spread=spread,
             quality=quality,

@@ -99,7 +99,10 @@ def graph_tensors(model_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs and outputs of a graph: name to (type, shape), where named dimensions may have any size."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # so that no weight is read
+    session = onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
     inputs, outputs = (
         {tensor.name: (tensor.type, tuple(tensor.shape)) for tensor in tensors}
         for tensors in (session.get_inputs(), session.get_outputs())

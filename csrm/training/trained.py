@@ -79,7 +79,7 @@ def has_ended(folder: Path, fingerprint: str) -> bool:
         card = read_card(folder)
         if card.fingerprint != fingerprint:
             return False
-        _check_base(folder, card)
+        check_base(folder, card)
     except BundleError:
         return False
     return True
@@ -116,11 +116,11 @@ def _base_model_files(base_model: BaseModel) -> dict[str, str]:
 
 def load_base(folder: Path, card: ModelCard) -> PreTrainedModel:
     """The model that a folder's adapters were made for."""
-    _check_base(folder, card)
+    check_base(folder, card)
     return load_language_model(BaseModel(**card.base_model))
 
 
-def _check_base(folder: Path, card: ModelCard) -> None:
+def check_base(folder: Path, card: ModelCard) -> None:
     """Adapters fit the weights that they were made for alone.
 
     Raises:

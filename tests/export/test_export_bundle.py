@@ -18,6 +18,7 @@ from csrm.errors import ConfigError, DeviceError, ParityError
 from csrm.export import bundle as export_module
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
+from csrm.export.weights import TrainedWeights
 from csrm.manifest import write_manifest
 from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Pack, build_packs, lay_out
@@ -140,12 +141,13 @@ def test_adapters_that_were_not_merged_are_seen(
     """Negative control: the base model alone, in place of the merged model."""
     model_dir = tiny_bundle.parent / "model"
     _, merged, card = load_trained(model_dir)
-    export_module.check_merge(model_dir, card, merged, pairs_pdf)
+    weights = TrainedWeights(model_dir, card)
+    export_module.check_merge(weights, prompt_tokenizer, merged, pairs_pdf)
     base = PairScorer(
         prompt_tokenizer, ESCI_LABELS, pack_scorer=torch_pack_scorer(loud_model), tokens_per_call=512, provider="base"
     )
     with pytest.raises(ParityError, match=r"pair \d+ of 30 .* with adapters and .* with base"):
-        export_module.check_merge(model_dir, card, base, pairs_pdf)
+        export_module.check_merge(weights, prompt_tokenizer, base, pairs_pdf)
 
 
 def changed_model(tiny_bundle: Path, folder: Path, change: Callable[[Path], None]) -> Path:

@@ -21,7 +21,7 @@ def export(folder: Path) -> None:
     import torch
     import transformers
 
-    from csrm.export.graph_files import check_locations
+    from csrm.export.graph_files import check_locations, graph_files
     from csrm.export.half import fuse_norms, largest_activation
     from csrm.export.packed_onnx import export_packed_graph
     from csrm.export.precision import RECIPES, write_precision
@@ -42,23 +42,24 @@ def export(folder: Path) -> None:
     model = PackedRelevanceModel(transformers.LlamaForCausalLM(config), LABEL_IDS).eval()
     pack = lay_out(random_groups()[:2])
     expected = torch_pack_scorer(model)(pack)
-    paths = [folder / name / "model.onnx" for name in ("fp32", "int8", "fp16", "fused")]
+    paths = [folder / name / "model.onnx" for name in ("fp32", "int8", "fp16")]
     for path in paths:
         path.parent.mkdir()
+    fused = paths[0].with_name("fused.onnx")
     export_packed_graph(model, paths[0])
     del model
     gc.collect()
     write_precision(paths[0], RECIPES["int8"][0], paths[1])
-    fuse_norms(paths[0], paths[3])
-    peak = largest_activation(paths[3], [pack])
-    write_precision(paths[3], RECIPES["fp16"][0], paths[2])
+    fuse_norms(paths[0], fused)
+    peak = largest_activation(fused, [pack])
+    write_precision(fused, RECIPES["fp16"][0], paths[2])
     differences = []
     for path in paths[:3]:
         check_locations(path)
         actual = load_pack_scorer(path, "cpu")[0](pack)
         differences.append(float(np.abs(actual - expected).max() / np.ptp(expected)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    sizes = [{file.name: file.stat().st_size / 1e9 for file in path.parent.iterdir()} for path in paths[:3]]
+    sizes = [{file.name: file.stat().st_size / 1e9 for file in graph_files(path)} for path in paths[:3]]
     print(json.dumps({"peak": peak.value, "memory_gb": memory, "sizes_gb": sizes, "differences": differences}))
 
 

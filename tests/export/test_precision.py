@@ -72,8 +72,7 @@ def test_a_smaller_precision_is_near_fp32_and_hardly_depends_on_the_pack(
 ) -> None:
     source = fp32_graph
     if recipe.bits == 16:
-        source = tmp_path / "fused" / "model.onnx"
-        source.parent.mkdir()
+        source = fp32_graph.with_name("fused.onnx")
         fuse_norms(fp32_graph, source)
     write_precision(source, recipe, tmp_path / "model.onnx")
     assert any(node.op_type == operator for node in onnx.load(tmp_path / "model.onnx").graph.node)

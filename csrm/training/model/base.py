@@ -1,5 +1,6 @@
 """The model and tokenizer that training starts from: a folder, a GGUF file, or, when named as such, a hub model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,16 @@ import numpy as np
 import torch
 from pydantic import model_validator
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import generate_merges
 
 from csrm.config import Settings
 from csrm.errors import ConfigError
 
 _MOST_REASON = 300
+_OF_TEXT_AND_IMAGES = {r"^model\.language_model\.": "model."}
+"""How transformers 5 names the weights of a language model in a model of text and images, and their names alone. Before
+it, they began with language_model, which from_pretrained itself takes off."""
 
 
 class BaseModel(Settings):
@@ -53,6 +57,32 @@ class BaseModel(Settings):
         return source | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
+def language_config(base_model: BaseModel) -> Any:
+    """The configuration of the language model; of a model of text and images (gemma3), that of its language model.
+
+    Raises:
+        Exception: transformers cannot read it; each kind of broken file has an error of its own.
+    """
+    config = AutoConfig.from_pretrained(**base_model.source(), trust_remote_code=False)
+    return config.get_text_config() if config.model_type == "gemma3" else config
+
+
+def weight_name(stored: str) -> str:
+    """A weight's name in the causal language model.
+
+    Args:
+        stored: its name in the files, where a model may lack its LM head, or be part of a model of text and images.
+
+    Example:
+        >>> weight_name("language_model.model.norm.weight"), weight_name("norm.weight"), weight_name("lm_head.weight")
+        ('model.norm.weight', 'model.norm.weight', 'lm_head.weight')
+    """
+    stored = stored.removeprefix("language_model.")
+    for pattern, name in _OF_TEXT_AND_IMAGES.items():
+        stored = re.sub(pattern, name, stored)
+    return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
+
+
 def load_language_model(base_model: BaseModel) -> PreTrainedModel:
     """The causal language model in float32, with scaled-dot-product attention.
 
@@ -61,8 +91,9 @@ def load_language_model(base_model: BaseModel) -> PreTrainedModel:
     """
     source = base_model.source()
     if base_model.gguf_file is None:
-        source["use_safetensors"] = True
+        source |= {"use_safetensors": True, "key_mapping": _OF_TEXT_AND_IMAGES}
     try:
+        source["config"] = language_config(base_model)
         model, loading = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
 from csrm.errors import ConfigError
-from csrm.training.model.base import BaseModel
+from csrm.training.model.base import BaseModel, language_config
 from csrm.training.model.weight_files import tensor_shapes
 
 FAMILIES = {
@@ -35,12 +34,12 @@ def check_model(base_model: BaseModel, prompt_tokens: int, *, tokenizer: Tokeniz
         ConfigError: another family, or a setting of it that packs do not honour; weights in a pickle only; files of
             weights that are missing or cut off; fewer embeddings than the tokenizer has tokens.
     """
-    source = base_model.source()
+    base_model.source()  # says what is not there
     is_folder = base_model.folder is not None and base_model.gguf_file is None
     if is_folder:
         check_weights(Path(base_model.folder or ""))
     try:
-        config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+        config = language_config(base_model)
     except Exception as error:  # each kind of broken file has an error of its own
         raise ConfigError(
             f"model {base_model.name!r}: {_supported()} Its configuration cannot be read: {error}"

@@ -1,6 +1,6 @@
 """The packed relevance model: a causal language model that answers with label logits for every pair of a pack."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +112,11 @@ class PackedRelevanceModel(nn.Module):
         rows: torch.Tensor = self.language_model.get_output_embeddings().weight[self.label_ids]
         return rows
 
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The language model's weights by their names in it, adapters merged."""
+        weights: Mapping[str, torch.Tensor] = self.language_model.state_dict()
+        return weights
+
 
 def task_totals(targets: torch.Tensor, translation_index: torch.Tensor) -> torch.Tensor:
     """What the tasks' losses are divided by, shape (tasks,): weight of all pairs, number of translated tokens."""
@@ -120,7 +125,7 @@ def task_totals(targets: torch.Tensor, translation_index: torch.Tensor) -> torch
 
 def torch_pack_scorer(model: PackedRelevanceModel, precision: TrainingPrecision = "fp32") -> PackScorer:
     """Pack scorer that runs the torch model where its weights are; bf16: as in training, by autocast."""
-    device = next(model.parameters()).device
+    device = model.label_ids.device
 
     def score(pack: Pack) -> np.ndarray:
         inputs = {name: torch.from_numpy(array).to(device) for name, array in pack._asdict().items()}

@@ -11,18 +11,28 @@ _HEADER_LENGTH_BYTES = 8
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor of a model's folder to its shape; see tensor_files."""
+    return {name: shape for name, (_, shape) in _tensors(folder).items()}
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The tensors of a model's folder, from the headers of its files. No weight is read.
 
     Args:
         folder: in the format of save_pretrained, with one file or with an index of several.
 
     Returns:
-        Name of each tensor to its shape.
+        Name of each tensor to its file.
 
     Raises:
         ConfigError: a file is missing or cut off, or is none of safetensors, or lacks tensors that the index puts
             there; all problems in one message.
     """
+    return {name: path for name, (path, _) in _tensors(folder).items()}
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """See tensor_files; name to file and shape."""
     if (folder / WEIGHTS_NAME).exists():
         wanted: dict[str, list[str]] = {WEIGHTS_NAME: []}
     elif (folder / INDEX_NAME).exists():
@@ -31,20 +41,20 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(
             f"base_model: {str(folder)!r} has no {WEIGHTS_NAME} and no {INDEX_NAME}. Copy the model again."
         )
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {}
     problems = []
-    for name, tensors in wanted.items():
+    for name, expected in wanted.items():
         try:
             found = _header(folder / name)
         except ValueError as error:
             problems.append(f"{name} {error}")
             continue
-        shapes |= found
-        if absent := sorted(set(tensors) - found.keys()):
+        tensors |= {tensor: (folder / name, shape) for tensor, shape in found.items()}
+        if absent := sorted(set(expected) - found.keys()):
             problems.append(f"{name} lacks {len(absent)} tensors that {INDEX_NAME} puts there, such as {absent[0]}")
     if problems:
         raise ConfigError(f"base_model: weights in {str(folder)!r}: {'; '.join(problems)}. Copy the model again.")
-    return shapes
+    return tensors
 
 
 def _indexed(folder: Path) -> dict[str, list[str]]:
