@@ -24,7 +24,8 @@ OPTIONAL_COLUMNS = ["retrieved_titles", "brand", "category", "attributes"]
 _PLACES_PER_TOKEN = 2
 """Places of a group index for each token of a call, at most: one long group behind many short ones pads all of them."""
 CALLS_TO_GROW = 256
-"""Calls without a failure after which halved calls grow again; twice as many where that was too early."""
+"""Calls without a failure after which halved calls grow again. The number doubles where fewer larger calls than these
+succeed before one fails: growing was too early."""
 TOKENIZER_ERROR, MODEL_ERROR, NOT_FINITE = "tokenizer_error", "model_error", "not_finite"
 """Reasons for which a pair has no score: its text cannot be tokenised, the model fails on it, or gives no numbers."""
 
@@ -101,7 +102,11 @@ class PairScorer:
         self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
         self._calls_to_grow = CALLS_TO_GROW
         self._calls_since_failure = 0
-        self._has_grown = False
+        """Calls since the last failure, or since calls grew."""
+        self._grown_from: int | None = None
+        """Most tokens of a call before calls grew; None: they have not grown since the last failure."""
+        self._num_larger = 0
+        """Calls since then that were larger."""
         self._known_good: tuple[Pack, np.ndarray] | None = None
         """The first pack that was scored, and its logits: what a healthy process gives again."""
 
@@ -198,9 +203,10 @@ class PairScorer:
         self.num_tokens += len(pack.input_ids)
         self.num_prompt_tokens += int((pack.position_ids[pack.last_index] + 1).sum())
         self._calls_since_failure += 1
+        self._num_larger += self._grown_from is not None and len(pack.input_ids) > self._grown_from
         if self._tokens_per_call < self._most_tokens and self._calls_since_failure >= self._calls_to_grow:
+            self._grown_from, self._num_larger = self._tokens_per_call, 0
             self._tokens_per_call, self._calls_since_failure = min(2 * self._tokens_per_call, self._most_tokens), 0
-            self._has_grown = True
             logger.info("calls of up to %d tokens again", self._tokens_per_call)
         if self._known_good is None and np.isfinite(logits).all():
             self._known_good = pack, logits
@@ -267,8 +273,10 @@ class PairScorer:
         self.num_halved_packs += 1
         fewer = min(self._tokens_per_call, len(pack.input_ids) // 2)
         self._tokens_per_call = max(fewer, self.tokenizer.budgets.prompt)
-        if self._has_grown:  # too early
-            self._calls_to_grow, self._has_grown = 2 * self._calls_to_grow, False
+        if self._grown_from is not None:
+            was_too_early = self._num_larger < CALLS_TO_GROW
+            self._calls_to_grow = 2 * self._calls_to_grow if was_too_early else CALLS_TO_GROW
+            self._grown_from = None
         self._calls_since_failure = 0
         logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
 

@@ -232,7 +232,9 @@ _FIELD_TYPES = dict.fromkeys(PAIR_COLUMNS, "string") | {
 }
 
 
-def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 1) -> Any:
+def relevance_score_udf(
+    bundle_dir: str, device: str = "cpu", *, threads: int = 1, tokens_per_call: int | None = None
+) -> Any:
     """UDF from a struct of PAIR_COLUMNS to the relevance score (float), for any DataFrame.
 
     Fields may come in any order; market, language, query and title must be there, the others may be absent. Their types
@@ -248,6 +250,8 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 
         bundle_dir: folder of the bundle, the same path on every machine, or its URI.
         device: cpu; cuda, which is the GPU that Spark gives the task, or the first one; or cuda:<number>.
         threads: threads of one forward pass on the CPU, from 1.
+        tokens_per_call: most tokens of one forward pass, from 1; None: 16,384 on a GPU and 1,024 on a CPU. Where memory
+            does not suffice, shorter calls are made from then on.
 
     Returns:
         A function from a struct column to a column of floats in [0, 1] or null; spark.udf.register takes it too.
@@ -264,7 +268,7 @@ def relevance_score_udf(bundle_dir: str, device: str = "cpu", *, threads: int = 
     >>> [0 <= row["relevance_score"] <= 1 for row in scored_df.collect()]
     [True]
     """
-    place, digest = ScorerPlace(bundle_dir, device, threads), load_bundle(bundle_dir).digest
+    place, digest = ScorerPlace(bundle_dir, device, threads, tokens_per_call), load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
         scorer = _scorer_at(place, digest)

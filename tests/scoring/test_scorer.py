@@ -263,6 +263,39 @@ def test_calls_grow_again_when_memory_is_back_and_less_often_where_it_is_not(
     assert max(sizes) > 2_000
 
 
+def test_calls_that_fail_rarely_grow_as_soon_each_time(
+    pairs_pdf: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is short once, for one call; then it suffices for long, as beside another job that comes and goes."""
+    monkeypatch.setattr("csrm.scoring.scorer.CALLS_TO_GROW", 4)
+    sizes: list[int] = []
+    is_short = False
+
+    def score(pack: Pack) -> np.ndarray:
+        nonlocal is_short
+        sizes.append(len(pack.input_ids))
+        if is_short:
+            is_short = False
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")
+        return length_scorer(pack)
+
+    pairs = pd.concat([pairs_pdf] * 20, ignore_index=True)
+    shared = PairScorer(golden_tokenizer(), BINARY_LABELS, pack_scorer=score, tokens_per_call=3_200)
+    shared.score_or_reject(pairs)
+    largest, waits = max(sizes), []
+    for _ in range(5):
+        is_short = True
+        for wait in range(100):
+            sizes.clear()
+            shared.score_or_reject(pairs)
+            if wait > 0 and max(sizes) == largest:
+                break
+        waits.append(wait)
+        for _ in range(8):
+            shared.score_or_reject(pairs)
+    assert len(set(waits)) == 1 <= waits[0] <= 5
+
+
 @pytest.mark.parametrize("tokens_per_call", [1, 400, 2_100, 100_000])
 def test_a_call_has_at_most_so_many_tokens_and_the_scores_stay(pairs_pdf: pd.DataFrame, tokens_per_call: int) -> None:
     sizes: list[int] = []

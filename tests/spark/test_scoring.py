@@ -281,7 +281,7 @@ def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: Spar
 def test_the_udf_gives_the_scores_of_the_core_in_any_dataframe(spark: SparkSession, tiny_bundle: Path) -> None:
     pdf = pairs_pdf(6)
     scorer = load_scorer(str(tiny_bundle), "cpu", threads=1)
-    udf = relevance_score_udf(str(tiny_bundle))
+    udf = relevance_score_udf(str(tiny_bundle), tokens_per_call=400)
     few = ["title", "query", "language", "market"]
 
     rows = (
@@ -322,6 +322,14 @@ def test_a_bundle_replaced_at_its_path_is_loaded_by_workers_that_had_the_earlier
     assert digest != earlier_digest
     assert probe_scorer(spark, ScorerPlace(str(folder))).digest == digest
     np.testing.assert_allclose(scores(), 1 - np.array(earlier), atol=1e-5)
+
+
+@pytest.mark.spark
+def test_the_udf_hands_its_budget_to_the_workers(spark: SparkSession, tiny_bundle: Path) -> None:
+    score = relevance_score_udf(str(tiny_bundle), tokens_per_call=0)
+
+    with pytest.raises(PythonException, match=r"tokens_per_call"):
+        pairs_df(spark, pairs_pdf(1)).select(score(F.struct(*PAIR_COLUMNS))).collect()
 
 
 @pytest.mark.spark
