@@ -79,3 +79,18 @@ def test_a_model_above_2_gb_has_its_weights_beside_the_graph(tmp_path: Path) -> 
     assert 0 < found["differences"][2] <= 0.01
     assert 0.1 < found["peak"] < 100
     assert found["memory_gb"] < MAX_MEMORY_GB, found
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_benchmark_of_memory_exports_a_trained_folder_and_checks_the_graph(precision: str) -> None:
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "export_memory.py"
+    command = [sys.executable, str(benchmark), "--layers", "3", "--hidden-size", "64", "--precision", precision]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    heading, _, row = ([cell.strip() for cell in line.strip("| ").split("|")] for line in result.stdout.splitlines())
+    cells = dict(zip(heading, row, strict=True))
+    assert 0.1 < float(cells["peak, GB"]) < float(cells["limit, GB"]) < 3.1
+    assert 0 < float(cells["largest error, share"]) < 0.03
+    assert float(cells["range of logits"]) > 1
