@@ -10,9 +10,10 @@ Its residual stream is as loud as that of a real model: norms read hundreds to t
 - export: adapters are merged, torch scores pairs one layer at a time, the fp32 graph is written, its norms are fused,
   and its weights are rounded to 16 bits. Its largest resident size must stay below twice the largest tensor in float32
   and 3 GB. Exit code 1 where it does not.
-- check: ONNX Runtime computes the same pairs by the finished graph, with no optimisation, so that weights are read from
-  the file as they are needed. The largest error of a label logit, as a share of the range of all, must be as in
-  half_precision.py. A CPU has no products in bfloat16: those of --precision bf16 go through write_rounded.
+- check: ONNX Runtime computes the same pairs by the finished graph, with no optimisation, which would widen all weights
+  to float32 at once; it takes a fifth more than the graph's size. The largest error of a label logit, as a share of the
+  range of all, must be as in half_precision.py. A CPU has no products in bfloat16: those of --precision bf16 go through
+  write_rounded.
 
 The work folder needs 10 bytes a weight: the model, the fp32 graph, which is deleted, and the bundle's.
 """
