@@ -188,6 +188,55 @@ TEXT_VECTORS = Table(
     checks=(("known_kind", "kind IN ('passage', 'query')"),),
 )
 
+QUERY_TRANSLATIONS = Table(
+    name="query_translations",
+    comment="Queries of live markets in the language of a market that is to be opened",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        Column("translation", "string", "The query in that language; null where there is none", required=False),
+    ),
+    key=("market", "query_id"),
+)
+
+LAUNCH_QUERIES = Table(
+    name="launch_queries",
+    comment="Queries of live markets, put into the language of a market; each text once. Columns as those of queries",
+    columns=(
+        MARKET,
+        Column("query_id", "string", "Market it comes from, a colon, and its id there"),
+        Column("query", "string", "The translation"),
+        Column("frequency", "bigint", "Searches in the live markets", required=False),
+        Column("language", "string", "Language of the translation, BCP 47"),
+    ),
+    key=("market", "query_id"),
+    partition_by=("market",),
+)
+
+LAUNCH_FINDINGS = Table(
+    name="launch_findings",
+    comment="What a market lacks by its published scores, one row a query, term or product",
+    columns=(
+        MARKET,
+        Column(
+            "finding",
+            "string",
+            "query_without_good_product, query_all_foreign (its best titles), unknown_term (no title has it), "
+            "product_unreached (no query has it as a good product); of queries of live markets: "
+            "live_query_without_good_product, live_query_not_scored or live_query_untranslated",
+        ),
+        Column("origin", "string", "Market that the query comes from; else the market itself"),
+        Column("item", "string", "Id of the query in its origin, id of the product, or the term"),
+        Column("text", "string", "Query as it is asked here, product title, or a query with the term"),
+        Column("language", "string", "Language of the query or product, in lower case", required=False),
+        Column("category", "string", "Of the product, or of the query's best product", required=False),
+        Column("searches", "bigint", "Searches of the query, or of all queries with the term", required=False),
+        Column("score", "float", "Best published score; null where there is none", required=False),
+    ),
+    key=("market", "finding", "origin", "item"),
+    partition_by=("market",),
+)
+
 _SCORE_CHECKS = (
     ("score_range", "relevance_score >= 0 AND relevance_score <= 1"),
     ("score_not_nan", "NOT isnan(relevance_score)"),
@@ -318,5 +367,7 @@ OUTPUTS = (
     CANDIDATES,
     UNCOVERED_PRODUCTS,
     TEXT_VECTORS,
+    LAUNCH_QUERIES,
+    LAUNCH_FINDINGS,
 )
 """Tables that CSRM writes."""

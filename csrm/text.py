@@ -5,6 +5,8 @@ Every engine asks here. Spark and DuckDB have their own rules, which differ by e
 
 import re
 import unicodedata
+from collections.abc import Sequence
+from itertools import groupby
 
 import regex
 
@@ -80,6 +82,47 @@ def search_terms(text: str | None) -> list[str]:
         else:
             terms.extend(characters[i : i + 2] for i in range(len(characters) - 1))
     return terms
+
+
+def unknown_phrases(text: str, is_known: Sequence[bool]) -> list[str]:
+    """Phrases of a text that have no known term, each once, in order.
+
+    In scripts that are written without spaces, terms are pairs of neighbours, and a pair across two words is rarely in
+    any other text. So one unknown pair between known ones is no phrase, and of more the outer characters, which belong
+    to known pairs, are left out.
+
+    Args:
+        text: any string.
+        is_known: for each of `search_terms(text)`, whether it is known.
+
+    >>> text = "남성용 blue 클라이밍화"
+    >>> search_terms(text)
+    ['남성', '성용', 'blue', '클라', '라이', '이밍', '밍화']
+    >>> unknown_phrases(text, [True, True, False, False, False, False, False])
+    ['blue', '클라이밍화']
+    >>> unknown_phrases("手機殼", [True, False])
+    []
+    """
+    found: dict[str, None] = {}
+    start = 0
+    for run in _RUNS.finditer(_folded(text)):
+        characters = run.group()
+        if run.lastgroup == "word" or len(characters) == 1:
+            if not is_known[start]:
+                found[characters] = None
+            start += 1
+            continue
+        num_terms = len(characters) - 1
+        known = is_known[start : start + num_terms]
+        for is_term_known, places in groupby(range(num_terms), key=known.__getitem__):
+            if not is_term_known:
+                pairs = list(places)
+                first = pairs[0] if pairs[0] == 0 else pairs[0] + 1
+                last = pairs[-1] + 1 if pairs[-1] == num_terms - 1 else pairs[-1]
+                if last > first:
+                    found[characters[first : last + 1]] = None
+        start += num_terms
+    return list(found)
 
 
 def _folded(text: str) -> str:

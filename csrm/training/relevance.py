@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from csrm.manifest import verify_manifest
+from csrm.scoring.phrasebook import Phrasebook
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.checks import TrainingData
@@ -21,7 +22,7 @@ from csrm.training.data.packs import (
     with_translations,
 )
 from csrm.training.data.parallel_text import ParallelText
-from csrm.training.data.phrasebook import Phrasebook, with_switched_languages
+from csrm.training.data.phrasebook import with_switched_languages
 from csrm.training.data.title_pairs import title_pairs
 from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig

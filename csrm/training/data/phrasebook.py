@@ -5,92 +5,17 @@ pair stays what it was when its query, its product or both are said in the other
 """
 
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import regex
 
-from csrm.scoring.prompts import Translation, neutralize
+from csrm.scoring.phrasebook import Phrasebook
 
-MAX_PHRASE_CHARACTERS = 48
-"""Longer texts are sentences, which do not occur inside a title."""
 NUM_CHOICES = 60
 """Of a phrase's translations: each of up to six is as likely as the others."""
-_DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]")
-
-
-class Phrasebook:
-    """Phrases of parallel text with their translations, in memory."""
-
-    def __init__(self, texts: Iterable[Sequence[Translation]]) -> None:
-        """Collect the phrases of parallel text.
-
-        Args:
-            texts: batches. A phrase may have several translations.
-        """
-        self._phrases: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(list))
-        )
-        self._longest: dict[str, int] = defaultdict(int)
-        for batch in texts:
-            for text in batch:
-                phrase = neutralize(text.source_text).lower()
-                if phrase and len(phrase) <= MAX_PHRASE_CHARACTERS:
-                    translations = self._phrases[text.source_language][text.target_language][phrase]
-                    if (translation := neutralize(text.target_text)) not in translations:
-                        translations.append(translation)
-                    self._longest[text.source_language] = max(self._longest[text.source_language], len(phrase))
-
-    def known_languages(self) -> set[str]:
-        """Those that have phrases."""
-        return set(self._longest)
-
-    def languages(self, language: str) -> list[str]:
-        """What a language can be put into."""
-        return sorted(self._phrases[language]) if language in self._phrases else []
-
-    def translate(self, text: str | None, language: str, other: str, choice: int = 0) -> str:
-        """A text with the phrases that are known in the other language, the longest first; the rest stays.
-
-        Phrases start and end where words do; Han and kana, which are written without spaces, anywhere.
-
-        Args:
-            choice: which of a phrase's translations, at least 0; after the last comes the first.
-        """
-        phrases = self._phrases[language][other]
-        clean = neutralize(text)
-        lowered = clean.lower()
-        if len(lowered) != len(clean):  # a few letters grow when they are lowered
-            return clean
-        said, start = [], 0
-        while start < len(clean):
-            end = next(
-                (
-                    end
-                    for end in range(min(len(clean), start + self._longest[language]), start, -1)
-                    if lowered[start:end] in phrases and _is_boundary(clean, start) and _is_boundary(clean, end)
-                ),
-                None,
-            )
-            if end is None:
-                said.append(clean[start])
-            else:
-                translations = phrases[lowered[start:end]]
-                said.append(translations[choice % len(translations)])
-            start = start + 1 if end is None else end
-        return "".join(said)
-
-
-def _is_boundary(text: str, place: int) -> bool:
-    """Whether a phrase may start or end before this character."""
-    if place in (0, len(text)):
-        return True
-    before, after = text[place - 1], text[place]
-    return not (before.isalnum() and after.isalnum()) or bool(_DENSE.match(before) or _DENSE.match(after))
 
 
 class _Texts(NamedTuple):

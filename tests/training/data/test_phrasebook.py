@@ -1,8 +1,9 @@
 import pandas as pd
 import pytest
 
+from csrm.scoring.phrasebook import Phrasebook
 from csrm.scoring.prompts import Translation
-from csrm.training.data.phrasebook import Phrasebook, with_switched_languages
+from csrm.training.data.phrasebook import with_switched_languages
 
 
 @pytest.fixture
