@@ -42,7 +42,7 @@ GROUPS = {
     },
     "Look after the scores": {
         "explain": "show why products have their scores for a query",
-        "launch-report": "write the page about a market that is to be opened: what its queries and products lack",
+        "launch-report": "what a market that is to be opened lacks, by its published scores",
         "evaluate": "measure the published scores against human judgments",
         "rollback": "bring a market back to what an earlier run published",
         "retire": "take a market that is scored no more out of the published table",

@@ -8,7 +8,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from csrm.spark.text import is_blank, text_key_udf
-from csrm.text import has_text, search_terms, text_key
+from csrm.text import has_text, search_terms, text_key, unknown_phrases
 from csrm.training.data.database import has_text as has_text_sql
 from csrm.training.data.database import open_database
 
@@ -146,3 +146,32 @@ def test_spark_knows_the_same_texts_as_python(spark: SparkSession) -> None:
 def test_nothing_is_no_text_and_what_a_newer_unicode_knows_is_some() -> None:
     assert not any(map(has_text, NOTHING))
     assert all(map(has_text, SOMETHING))
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "phrases"),
+    [
+        ("Red shoe, red!", {"shoe"}, ["red"]),
+        ("紅色手機殼", {"紅色", "手機", "機殼"}, []),  # 色手 is across two words
+        ("紅色攀岩鞋男", {"紅色", "鞋男"}, ["攀岩"]),
+        ("攀岩鞋", {"鞋男"}, ["攀岩鞋"]),
+        ("紅色攀岩", {"紅色"}, ["攀岩"]),
+        ("攀岩紅色", {"紅色"}, ["攀岩"]),
+        ("女手機", {"手機"}, []),  # one character of a run says too little
+        ("茶 tea", {"tea"}, ["茶"]),
+        ("LG전자", {"lg"}, ["전자"]),
+        ("", set(), []),
+    ],
+)
+def test_unknown_phrases_are_whole_words_where_no_space_is_written(
+    text: str, known: set[str], phrases: list[str]
+) -> None:
+    assert unknown_phrases(text, [term in known for term in search_terms(text)]) == phrases
+
+
+@given(st.text())
+def test_without_known_terms_every_run_is_a_phrase_and_with_all_of_them_none_is(text: str) -> None:
+    num_terms = len(search_terms(text))
+    phrases = unknown_phrases(text, [False] * num_terms)
+    assert bool(phrases) == bool(num_terms)
+    assert unknown_phrases(text, [True] * num_terms) == []

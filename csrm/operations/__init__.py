@@ -1,5 +1,6 @@
 """After the night: review a rejected run, roll back, maintain, evaluate, report.
 
-Read review, rollback, maintenance and evaluation; then findings, history and report (with report.html).
-The commands may import it. It imports night, retrieval and the platform (spark), never torch.
+Read review, rollback, maintenance and evaluation; then findings, history and report (with report.html); then
+launch_answers, live_queries, launch_findings, launch and launch_report: a market that is to be opened.
+The commands may import it. It imports scoring, night, retrieval and the platform (spark), never torch.
 """

@@ -315,4 +315,6 @@ def _examples(
 
 
 def _frame(small_df: DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(small_df.collect(), columns=small_df.columns)
+    return pd.DataFrame(
+        small_df.collect(), columns=small_df.columns, dtype=object
+    )  # whole numbers stay so beside nulls

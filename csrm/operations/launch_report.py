@@ -142,7 +142,7 @@ def _live(live: pd.DataFrame) -> list[dict[str, Any]]:
             {
                 "origin": origin,
                 "num_queries": int(own["num_queries"].sum()),
-                "searches": own["searches"].sum(min_count=1),
+                "searches": sum(searches) if (searches := [*own["searches"].dropna()]) else None,
                 "states": states,
             }
         )

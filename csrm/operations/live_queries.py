@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import pandas_udf
 
@@ -19,6 +19,7 @@ from csrm.spark.text import is_blank, search_terms_udf, text_key_udf
 
 NUM_TRANSLATIONS = 6
 """Translations of a live query that are tried."""
+_NO_SPACES = r"[\p{IsHan}\p{IsHiragana}\p{IsKatakana}]"
 _PHRASES_TEXT = "struct<texts: array<string>, rest: string>"
 
 
@@ -138,6 +139,11 @@ def translated_queries(live: LiveQueries, language: str) -> DataFrame:
     )
 
 
+def query_key(name: str) -> Column:
+    """The same for spellings of a query; also for those with and without spaces, where a script needs none."""
+    return F.regexp_replace(text_key_udf(name), f"(?<={_NO_SPACES}) | (?={_NO_SPACES})", "")
+
+
 def live_answers(translated_df: DataFrame, answers_df: DataFrame, known_df: DataFrame) -> DataFrame:
     """What the queries of live markets would get: the answer to the query of the market that has the same text.
 
@@ -160,14 +166,14 @@ def live_answers(translated_df: DataFrame, answers_df: DataFrame, known_df: Data
         .withColumn("is_foreign", F.lit(True))
     )
     answered_df = (
-        answers_df.withColumn("key", text_key_udf("query"))
+        answers_df.withColumn("key", query_key("query"))
         .groupBy("key")
         .agg(F.max("score").alias("score"), F.max("is_good").alias("is_good"))
     )
     taken = F.struct(F.isnull("is_good").alias("is_new"), "place", "translation", "score", "is_good")
     said_df = (
         translated_df.select(*key, F.posexplode("texts").alias("place", "translation"))
-        .withColumn("key", text_key_udf("translation"))
+        .withColumn("key", query_key("translation"))
         .join(answered_df, "key", "left")
         .groupBy(*key)
         .agg(F.min(taken).alias("taken"))
@@ -197,7 +203,7 @@ def launch_queries(live_df: DataFrame, market: str, language: str) -> DataFrame:
     one = F.min(F.struct("origin", "query_id", "translation"))
     return (
         live_df.where("state != 'untranslated'")
-        .groupBy(text_key_udf("translation").alias("key"))
+        .groupBy(query_key("translation").alias("key"))
         .agg(one.alias("one"), F.sum("searches").alias("frequency"))
         .select(
             F.lit(market).alias("market"),

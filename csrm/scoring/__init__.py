@@ -2,6 +2,7 @@
 
 Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes) and
 explanation (what each part of a prompt does).
+Phrasebook puts texts into another language, for training and for the launch report.
 Every room that scores may import it, in Spark or in training. It imports ground files only.
 """
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from csrm.operations.launch_report import launch_report_html
 from csrm.operations.report import night_report_html
 from tests.browser import Browser, Visit, open_browser
+from tests.operations.test_launch_report import hostile_launch
 from tests.operations.test_report import MADE_AT, full_night, hostile_night
 
 NIGHTS = {"full": full_night(), "hostile": hostile_night()}
@@ -120,3 +122,15 @@ def test_what_is_folded_is_printed(browser: Browser, tmp_path: Path) -> None:
     page.emulate(media="print")
     assert page.value(height) > folded + 40
     assert page.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_launch_report_asks_for_nothing_and_is_no_wider_than_the_window(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    page = visit(browser, tmp_path, launch_report_html(hostile_launch(), MADE_AT))
+    page.resize(width)
+    assert page.value("document.documentElement.scrollWidth") == width
+    assert page.value("document.querySelectorAll('section').length") == 6
+    assert page.requests == []
+    assert page.complaints == []
