@@ -29,7 +29,7 @@ GROUPS = {
         "train": "train a language model to judge relevance",
         "train-on-spark": "the same on the executors of a Spark cluster",
         "export-bundle": "export a trained model to a bundle, after proof that it scores alike",
-        "bundle": "show a bundle, or verify it on this machine",
+        "bundle": "show a bundle or an encoder, or verify it on this machine",
         "export-encoder": "export a text encoder, after proof that it gives the model's vectors",
         "demo-bundle": "train and export the tiny bundle that the demo scores with",
     },

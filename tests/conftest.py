@@ -156,3 +156,26 @@ def tiny_bundle(
     train_on(judged, BaseModel(folder=str(loud_base_model)), folder / "model", max_steps=2, learning_rate=1e-4)
     export_bundle(str(folder / "model"), folder / "bundle", judged)
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def encoder_at(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., Path]":
+    """Export a tiny random encoder: encoder_at(folder, **settings); other settings make another one."""
+    from csrm.export.encoder import EncoderExportConfig, export_encoder
+    from tests.export.encoder_models import write_encoder_model
+
+    model_dir = write_encoder_model(tmp_path_factory.mktemp("model"), "bert")
+    inputs = {"catalog": {"path": "unread"}, "queries": {"path": "unread"}}
+
+    def export(folder: Path, **settings: object) -> Path:
+        values = {"model_dir": str(model_dir), "encoder_dir": str(folder), "inputs": inputs, **settings}
+        export_encoder(EncoderExportConfig.model_validate(values), ["tent", "藍牙耳機"], ["tent"])
+        return folder
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(encoder_at: "Callable[..., Path]", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real encoder: a tiny random model, exported by the code that does it for real ones."""
+    return encoder_at(tmp_path_factory.mktemp("encoders") / "encoder")

@@ -31,7 +31,7 @@ LAW = {
     "retrieval": ["embedding", "spark"],
     "night": ["scoring", "bundle", "evaluation", "spark"],
     "operations": ["scoring", "evaluation", "pages", "spark", "retrieval", "night"],
-    "doctor": ["scoring", "bundle", "spark", "night"],
+    "doctor": ["scoring", "bundle", "embedding", "spark", "night"],
     "capacity": ["scoring", "bundle", "night"],
     "training": ["scoring", "evaluation", "pages"],
     "export": ["scoring", "bundle", "embedding", "evaluation", "training"],

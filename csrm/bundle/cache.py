@@ -9,6 +9,7 @@ Environment: CSRM_CACHE_DIR, the cache (default: csrm in the user's cache folder
 """
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -31,6 +32,30 @@ _used: dict[Path, BinaryIO] = {}
 """Folder in the cache to the open file whose shared lock keeps it, until the process ends."""
 
 
+def artefact_kind(place: str | Path) -> str | None:
+    """What a folder's manifest says that it is; None where no manifest can be read.
+
+    Args:
+        place: a path, or a URI.
+    """
+    try:
+        if "://" in str(place):
+            *_, text = _open_manifest(str(place))
+        else:
+            text = (Path(place) / MANIFEST_NAME).read_text(encoding="utf-8")
+        kind = json.loads(text)["kind"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _open_manifest(uri: str) -> tuple[pa_fs.FileSystem, str, str]:
+    """File system and path of a URI, and the text of the manifest there."""
+    filesystem, path = pa_fs.FileSystem.from_uri(uri)
+    with filesystem.open_input_stream(f"{path}/{MANIFEST_NAME}") as stream:
+        return filesystem, path, stream.read().decode("utf-8", errors="replace")
+
+
 def fetch_folder(place: str | Path, kind: str) -> Path:
     """The folder of an artefact on this machine.
 
@@ -45,9 +70,7 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
         return Path(place)
     uri = str(place)
     try:
-        filesystem, path = pa_fs.FileSystem.from_uri(uri)
-        with filesystem.open_input_stream(f"{path}/{MANIFEST_NAME}") as stream:
-            text = stream.read().decode("utf-8", errors="replace")
+        filesystem, path, text = _open_manifest(uri)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise BundleError(f"{kind} {uri!r}: {MANIFEST_NAME} cannot be read: {error}. Is the URI right?") from error
     manifest = parse_manifest(text, f"{kind} {uri!r}", kind)

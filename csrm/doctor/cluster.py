@@ -3,7 +3,7 @@
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,9 @@ from pyspark.sql import SparkSession
 
 from csrm.bundle.loading import load_bundle
 from csrm.doctor.checks import Check, CheckWarning, checked, failed
+from csrm.doctor.encoder import CheckedSemantic, checks_of_encoder
 from csrm.doctor.machine import PACKAGES, checks_of_code, checks_of_scoring, installed_versions
+from csrm.embedding.encoder import read_encoder
 from csrm.errors import ConfigError, CsrmError, InputError, ScoringError
 from csrm.night.settings import NightSettings
 from csrm.schemas import Column, Table
@@ -66,8 +68,15 @@ def check_settings(settings: NightSettings) -> str:
     return "a task that scores has " + ("what any task has" if profile is None else "a GPU for itself")
 
 
-def checks_of_executors(settings: NightSettings, patience_s: float = PATIENCE_S) -> Iterator[tuple[str, Check]]:
+def checks_of_executors(
+    settings: NightSettings, patience_s: float = PATIENCE_S, *, searches: Sequence[CheckedSemantic] = ()
+) -> Iterator[tuple[str, Check]]:
     """Every executor, by as many tasks at one time as it can run: one of them looks, or one for each GPU.
+
+    Args:
+        settings: of the night.
+        patience_s: seconds that executors may take to come.
+        searches: encoders that every executor must have, too.
 
     Yields:
         Place (host and port of the executor, and its GPU) and check; "driver" for what was found from there.
@@ -78,7 +87,7 @@ def checks_of_executors(settings: NightSettings, patience_s: float = PATIENCE_S)
         return
     try:
         with errors_of_workers():
-            rows = _looks(doctor_session(), settings)
+            rows = _looks(doctor_session(), settings, searches)
     except CsrmError as error:
         yield "driver", failed("executors", _cause(error))
         return
@@ -86,10 +95,13 @@ def checks_of_executors(settings: NightSettings, patience_s: float = PATIENCE_S)
         yield row[0], Check(*row[1:])
 
 
-def _looks(spark: SparkSession, settings: NightSettings) -> list[tuple[str, str, str, str, int]]:
+def _looks(
+    spark: SparkSession, settings: NightSettings, searches: Sequence[CheckedSemantic]
+) -> list[tuple[str, str, str, str, int]]:
     """Rows of place and Check, ordered by place."""
     device, threads = settings.device, task_threads(spark)
     digest = load_bundle(settings.bundle, settings.bundle_digest).digest
+    encoders = {search: read_encoder(search.encoder)[1] for search in searches}
     driver = installed_versions(PACKAGES)
     profile = scoring_profile(spark, device, settings.one_task_per_gpu)
     columns = ["place", *Check._fields]
@@ -105,7 +117,13 @@ def _looks(spark: SparkSession, settings: NightSettings) -> list[tuple[str, str,
         if context.allGather(place).index(place) == number:  # the first of those that share a place
             checks = checks_of_code(PACKAGES, driver)
             scoring = checks_of_scoring(settings, task_device(device), gpu, threads, digest)
-            yield pd.DataFrame([(place, *check) for check in (*checks, *scoring)], columns=columns)
+            encoding = [
+                check
+                for search, encoder in encoders.items()
+                for check in checks_of_encoder(search, task_device(search.device), threads, encoder)
+            ]
+            rows = [(place, *check) for check in (*checks, *scoring, *encoding)]
+            yield pd.DataFrame(rows, columns=columns)
 
     schema = "place string, name string, verdict string, text string, exit_code int"
     num_tasks = _tasks_at_once(spark, profile)

@@ -181,7 +181,7 @@ def test_the_command_proves_the_encoder_on_texts_of_the_tables(
     golden = GoldenTexts.read(tmp_path / "encoder" / "golden.json")
     assert set(golden.texts) <= {*TITLES, *QUERIES}
     assert (golden.kinds.count("query"), golden.kinds.count("passage")) == (3, 4)
-    assert "on 7 texts" in capsys.readouterr().out
+    assert "proven on 7 texts" in capsys.readouterr().out
     (tmp_path / "queries.json").write_text('{"market": "us", "query_id": "q", "query": " "}\n')
     with pytest.raises(InputError, match=r"queries .*expected texts in column query, got none"):
         main(setting_arguments(**values))
@@ -194,3 +194,20 @@ def test_nothing_is_written_where_the_vectors_do_not_agree(
     with pytest.raises(ParityError, match=r"have cosine [01]\.\d+, expected at least 1\.1\. Nothing was written"):
         export_encoder(config(model_dir, tmp_path / "encoder"), TITLES, QUERIES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_bundle_shows_and_verifies_encoders(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from csrm.commands.bundle import main
+
+    digest = load_encoder(tiny_encoder).digest
+    assert main(["show", str(tiny_encoder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"digest      {digest}\n" in shown
+    assert "32 dimensions, mean pooling, length 1" in shown
+    assert "at most 24 tokens; prefixes 'find: ' (query), '' (title)" in shown
+
+    monkeypatch.setenv("CSRM_CACHE_DIR", str(tmp_path / "cache"))
+    assert main(["verify", tiny_encoder.as_uri()]) == 0
+    assert "3 golden texts have their vectors on cpu (CPUExecutionProvider)" in capsys.readouterr().out

@@ -14,39 +14,18 @@ from csrm.retrieval.vectors import read_vectors, text_digest
 from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
 from csrm.spark.embedding import embed_udf
 from csrm.spark.tables import read_table, table_path, table_version
-from tests.export.encoder_models import write_encoder_model
 
 pytestmark = pytest.mark.spark
 
 
-@pytest.fixture(scope="module")
-def export_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    from csrm.export.encoder import EncoderExportConfig, export_encoder
-
-    model_dir = write_encoder_model(tmp_path_factory.mktemp("model"), "bert")
-    inputs = {"catalog": {"path": "unread"}, "queries": {"path": "unread"}}
-
-    def export(folder: Path, **settings: object) -> Path:
-        values = {"model_dir": str(model_dir), "encoder_dir": str(folder), "inputs": inputs, **settings}
-        export_encoder(EncoderExportConfig.model_validate(values), ["tent", "藍牙耳機"], ["tent"])
-        return folder
-
-    return export
-
-
-@pytest.fixture(scope="module")
-def encoder_dir(export_at: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_at(tmp_path_factory.mktemp("encoders") / "encoder")
-
-
-def test_the_udf_gives_the_encoders_vectors_and_null_for_no_text(spark: SparkSession, encoder_dir: Path) -> None:
+def test_the_udf_gives_the_encoders_vectors_and_null_for_no_text(spark: SparkSession, tiny_encoder: Path) -> None:
     titles = ["red shoe", None, "藍牙耳機", " \u3000", "캠핑 텐트"]
     titles_df = spark.createDataFrame(list(enumerate(titles)), "n int, title string").repartition(2)
-    rows = titles_df.select("n", embed_udf(str(encoder_dir), "query")("title").alias("vector")).collect()
+    rows = titles_df.select("n", embed_udf(str(tiny_encoder), "query")("title").alias("vector")).collect()
     found = {row["n"]: row["vector"] for row in rows}
     assert found[1] is None
     assert found[3] is None
-    expected = load_encoder(encoder_dir).embed(["red shoe", "藍牙耳機", "캠핑 텐트"], "query")
+    expected = load_encoder(tiny_encoder).embed(["red shoe", "藍牙耳機", "캠핑 텐트"], "query")
     np.testing.assert_allclose([found[n] for n in (0, 2, 4)], expected, atol=1e-6)
 
 
@@ -65,16 +44,16 @@ def write_inputs(spark: SparkSession, folder: Path, *titles: str | None) -> None
         df.coalesce(1).write.mode("overwrite").parquet(str(folder / f"{name}.parquet"))
 
 
-def arguments(folder: Path, encoder_dir: Path) -> list[str]:
+def arguments(folder: Path, encoder: Path) -> list[str]:
     values = [f"inputs.{name}={{path: {folder}/{name}.parquet, format: parquet}}" for name in ("catalog", "queries")]
-    values += [f"tables={folder}", f"encoder={encoder_dir}", 'markets={"us": "en"}', "num_partitions=2"]
+    values += [f"tables={folder}", f"encoder={encoder}", 'markets={"us": "en"}', "num_partitions=2"]
     return ["--config", "conf/embed_catalog.yaml", *(part for value in values for part in ("--set", value))]
 
 
 def test_only_texts_that_have_no_vector_of_this_encoder_are_embedded(
     spark: SparkSession,
-    encoder_dir: Path,
-    export_at: Callable[..., Path],
+    tiny_encoder: Path,
+    encoder_at: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -91,21 +70,21 @@ def test_only_texts_that_have_no_vector_of_this_encoder_are_embedded(
         return {row["text"]: row["vector"] for row in rows}
 
     write_inputs(spark, tmp_path, "red shoe", "blue shoe", "red shoe", None, " ")
-    assert run(encoder_dir) == ["catalog: 2 new texts embedded", "queries: 1 new texts embedded"]
-    encoder = load_encoder(encoder_dir)
+    assert run(tiny_encoder) == ["catalog: 2 new texts embedded", "queries: 1 new texts embedded"]
+    encoder = load_encoder(tiny_encoder)
     found = vectors(encoder, "passage")
     assert set(found) == {"red shoe", "blue shoe"}
     np.testing.assert_allclose(found["red shoe"], encoder.embed(["red shoe"])[0], atol=1e-6)
     assert set(vectors(encoder, "query")) == {"shoe"}
 
     write_inputs(spark, tmp_path, "blue shoe", "green hat")
-    assert run(encoder_dir) == ["catalog: 1 new texts embedded", "queries: 0 new texts embedded"]
+    assert run(tiny_encoder) == ["catalog: 1 new texts embedded", "queries: 0 new texts embedded"]
     assert set(vectors(encoder, "passage")) == {"red shoe", "blue shoe", "green hat"}
     version = table_version(spark, path)
-    assert run(encoder_dir) == ["catalog: 0 new texts embedded", "queries: 0 new texts embedded"]
+    assert run(tiny_encoder) == ["catalog: 0 new texts embedded", "queries: 0 new texts embedded"]
     assert table_version(spark, path) == version
 
-    other_dir = export_at(tmp_path / "other", pooling="cls")
+    other_dir = encoder_at(tmp_path / "other", pooling="cls")
     assert run(other_dir) == ["catalog: 2 new texts embedded", "queries: 1 new texts embedded"]
     other = load_encoder(other_dir)
     found = vectors(other, "passage")
@@ -128,24 +107,24 @@ def semantic_inputs(spark: SparkSession, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def semantic(folder: Path, encoder_dir: Path, **settings: object) -> list[str]:
+def semantic(folder: Path, encoder: Path, **settings: object) -> list[str]:
     inputs = {name: {"path": folder / f"{name}.parquet", "format": "parquet"} for name in ("catalog", "queries")}
     values = {"inputs": inputs, "tables": folder, "markets": {"us": "en"}, "max_term_share": 1.0}
-    return setting_arguments(**values, semantic={"encoder": encoder_dir, **settings})
+    return setting_arguments(**values, semantic={"encoder": encoder, **settings})
 
 
-def cosines(encoder_dir: Path) -> np.ndarray:
+def cosines(tiny_encoder: Path) -> np.ndarray:
     """Of each query and each product."""
-    encoder = load_encoder(encoder_dir)
+    encoder = load_encoder(tiny_encoder)
     queries = encoder.embed([query for _, _, query in ASKED], "query")
     return queries @ encoder.embed([title for _, _, title in FOREIGN]).T
 
 
 def test_candidates_are_also_found_by_meaning(
-    spark: SparkSession, encoder_dir: Path, semantic_inputs: Path, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession, tiny_encoder: Path, semantic_inputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    near = cosines(encoder_dir)
-    arguments = semantic(semantic_inputs, encoder_dir, k=1, min_similarity=-1)
+    near = cosines(tiny_encoder)
+    arguments = semantic(semantic_inputs, tiny_encoder, k=1, min_similarity=-1)
     assert build_candidates.main([*arguments, *setting_arguments(products_per_query=1, queries_per_product=1)]) == 0
     candidates_df = read_table(spark, CANDIDATES, table_path(str(semantic_inputs), CANDIDATES))
     found = {(row["query_id"], row["product_id"]): row["source"] for row in candidates_df.collect()}
@@ -158,16 +137,16 @@ def test_candidates_are_also_found_by_meaning(
     )
 
     bound = (near[:, 1].max() + near[:, 2].max()) / 2
-    arguments = semantic(semantic_inputs, encoder_dir, k=4, min_similarity=float(bound))
+    arguments = semantic(semantic_inputs, tiny_encoder, k=4, min_similarity=float(bound))
     assert build_candidates.main([*arguments, *setting_arguments(products_per_query=1, queries_per_product=1)]) == 0
     path = table_path(str(semantic_inputs), UNCOVERED_PRODUCTS)
     rows = [tuple(row) for row in read_table(spark, UNCOVERED_PRODUCTS, path).collect()]
     assert rows == [("us", "p2" if near[:, 1].max() < bound else "p3", "too_dissimilar")]
 
 
-def test_titles_of_words_and_meaning_are_fused(spark: SparkSession, encoder_dir: Path, semantic_inputs: Path) -> None:
-    near = cosines(encoder_dir)
-    arguments = semantic(semantic_inputs, encoder_dir, k=4, min_similarity=-1)
+def test_titles_of_words_and_meaning_are_fused(spark: SparkSession, tiny_encoder: Path, semantic_inputs: Path) -> None:
+    near = cosines(tiny_encoder)
+    arguments = semantic(semantic_inputs, tiny_encoder, k=4, min_similarity=-1)
     assert build_retrieval_table.main([*arguments, *setting_arguments(num_titles=4)]) == 0
     titles_df = read_table(spark, RETRIEVAL_TABLE, table_path(str(semantic_inputs), RETRIEVAL_TABLE))
     found = {query_id: [] for _, query_id, _ in ASKED}

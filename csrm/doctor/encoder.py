@@ -1,0 +1,132 @@
+"""Checks of what searches by meaning: the encoder of a build, and the vectors that it has already."""
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import ConfigDict
+
+from csrm.bundle.cache import cache_dir
+from csrm.config import Settings, TablesDir
+from csrm.doctor.checks import Check, CheckWarning, checked
+from csrm.doctor.machine import check_disk
+from csrm.embedding.contents import GOLDEN_NAME, GoldenTexts
+from csrm.embedding.encoder import load_encoder, read_encoder
+from csrm.errors import ConfigError
+
+
+class CheckedSemantic(Settings):
+    """The part of `semantic` that a check needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    encoder: str
+    """Folder of the encoder, the same path on every machine; or its URI."""
+    device: str = "cpu"
+    """Device that embeds."""
+
+
+class CheckedBuild(Settings):
+    """Settings of build_retrieval_table, build_candidates or embed_catalog: how it searches by meaning."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    tables: TablesDir
+    """Folder of the tables that CSRM writes."""
+    semantic: CheckedSemantic | None = None
+    """As build_retrieval_table and build_candidates have it; without it they do not search by meaning."""
+    encoder: str | None = None
+    """As embed_catalog has it."""
+    device: str = "cpu"
+    """As embed_catalog has it."""
+
+    @property
+    def search(self) -> CheckedSemantic | None:
+        """The encoder and its device, wherever they are named."""
+        if self.semantic is not None or self.encoder is None:
+            return self.semantic
+        return CheckedSemantic(encoder=self.encoder, device=self.device)
+
+
+def checks_of_encoder(
+    search: CheckedSemantic, device: str, threads: int | None = None, digest: str | None = None
+) -> Iterator[Check]:
+    """What a process that embeds needs of its machine: room for the encoder, and an encoder that proves itself.
+
+    Args:
+        search: the encoder.
+        device: cpu, cuda or cuda:<number>, of this process.
+        threads: of one forward pass on the CPU.
+        digest: that the encoder must have; None: any.
+    """
+    if "://" in search.encoder:
+        yield checked("cache", lambda: check_disk(cache_dir(), "CSRM_CACHE_DIR"))
+    encoder = checked("encoder", check_encoder, search, digest)
+    yield encoder
+    if not encoder.exit_code:
+        yield checked("embeds", check_embeds, search, device, threads)
+
+
+def check_encoder(search: CheckedSemantic, digest: str | None = None) -> str:
+    settings, found, folder = read_encoder(search.encoder, digest)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    about = f"{settings.model}, {settings.dimensions} dimensions"
+    return f"{found[:12]} ({about}), {size:,.1f} MB, every file whole; in {folder}"
+
+
+def check_embeds(search: CheckedSemantic, device: str, threads: int | None) -> str:
+    encoder = load_encoder(search.encoder, device, threads=threads)
+    num_texts = len(GoldenTexts.read(read_encoder(search.encoder)[2] / GOLDEN_NAME).texts)
+    return f"{num_texts} golden texts have their vectors on {device} ({encoder.provider})"
+
+
+def check_one_encoder(builds: Sequence[CheckedBuild]) -> str:
+    """That all builds of one folder of tables search with one encoder, so that each text is embedded once.
+
+    Raises:
+        CheckWarning: two encoders.
+    """
+    digests = {search.encoder: read_encoder(search.encoder)[1] for build in builds if (search := build.search)}
+    if len(set(digests.values())) > 1:
+        listed = ", ".join(f"{digest[:12]} in {place}" for place, digest in sorted(digests.items()))
+        raise CheckWarning(f"{len(set(digests.values()))} encoders: {listed}; each text is embedded by each of them")
+    return f"{len(builds)} configurations name one encoder"
+
+
+def check_text_vectors(tables: str, encoder: str) -> str:
+    """The table of vectors, where there is one: that it can be read, and whether it has any of this encoder.
+
+    Raises:
+        BundleError: no encoder there.
+        InputError: its columns are others.
+        CheckWarning: its vectors are those of other encoders.
+    """
+    from pyspark.sql import functions as F
+
+    from csrm.doctor.cluster import doctor_session
+    from csrm.schemas import TEXT_VECTORS
+    from csrm.spark.tables import read_table, table_exists, table_path
+
+    digest = read_encoder(encoder)[1]
+    spark, path = doctor_session(), table_path(tables, TEXT_VECTORS)
+    if not table_exists(spark, path):
+        return f"none yet in {path}: the first build embeds every text"
+    counts_df = read_table(spark, TEXT_VECTORS, path).groupBy("encoder_digest").agg(F.count("*").alias("num_vectors"))
+    counts = {row["encoder_digest"]: row["num_vectors"] for row in counts_df.collect()}
+    others = {name: count for name, count in counts.items() if name != digest}
+    own = f"{counts.get(digest, 0):,} vectors of {digest[:12]} in {path}"
+    if others and digest not in counts:
+        listed = ", ".join(f"{count:,} of {name[:12]}" for name, count in sorted(others.items()))
+        raise CheckWarning(f"{own}, but {listed}: the encoder is a new one, so the next build embeds every text again")
+    return own + (f"; {sum(others.values()):,} of other encoders, which nothing reads" if others else "")
+
+
+def require_search(builds: Sequence[CheckedBuild]) -> None:
+    """Check that a build searches by meaning at all.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if not any(build.search for build in builds):
+        raise ConfigError(
+            "--build: expected a configuration with semantic.encoder (build_retrieval_table, build_candidates) or "
+            "encoder (embed_catalog), found none. Such builds need no check of an encoder."
+        )
