@@ -32,7 +32,7 @@ LAW = {
     "night": ["scoring", "bundle", "evaluation", "spark"],
     "operations": ["scoring", "evaluation", "pages", "spark", "retrieval", "night"],
     "doctor": ["scoring", "bundle", "embedding", "spark", "night"],
-    "capacity": ["scoring", "bundle", "night"],
+    "capacity": ["scoring", "bundle", "embedding", "night"],
     "training": ["scoring", "evaluation", "pages"],
     "export": ["scoring", "bundle", "embedding", "evaluation", "training"],
     "commands": None,  # parser, configuration, one call: any room

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from csrm.capacity.formula import Plan
+from csrm.capacity.search import SearchPlan
 
 NIGHTS = tuple(10**power for power in range(6, 11))
 """Pairs of the nights in the table, beside the one that was asked for."""
@@ -93,6 +94,39 @@ def capacity_report(plan: Plan, num_queries: float, limits: Sequence[Limit], num
     verdict = "fits" if num_queries <= first.num_queries else "does not fit"
     lines += ["", f"What breaks first: {first.what}. The night that was asked for {verdict}."]
     return "\n".join(lines)
+
+
+SEARCHES = ((10**6, 10**5), (10**7, 10**6))
+"""Products and queries of the searches in the table, beside the one that was asked for."""
+
+
+def search_report(plan: SearchPlan, num_products: float, num_queries: float, num_gpus: int | None) -> str:
+    """The search by meaning that was asked for beside SEARCHES; plain text.
+
+    Args:
+        plan: encoder and machines.
+        num_products: of all markets.
+        num_queries: of all markets.
+        num_gpus: GPUs that embed; None: cores do. Cores compare vectors in any case.
+    """
+    searches = [plan.needs(products, queries) for products, queries in ((num_products, num_queries), *SEARCHES)]
+    cores = plan.machines.cores
+    device, slots = ("core", cores) if num_gpus is None else ("GPU", num_gpus)
+    rows = [
+        ("products", [_count(one.num_products) for one in searches]),
+        ("queries", [_count(one.num_queries) for one in searches]),
+        ("hours, embedding", [_hours(one.embed_s / 3600) for one in searches]),
+        ("hours, search", [_hours(one.search_s / 3600) for one in searches]),
+        (f"{device}-hours, embedding", [_hours(slots * one.embed_s / 3600) for one in searches]),
+        ("core-hours, search", [_hours(cores * one.search_s / 3600) for one in searches]),
+        ("broadcast at once", [_count(one.broadcast_bytes, "B") for one in searches]),
+        ("broadcasts", [_count(one.num_chunks) for one in searches]),
+        ("vectors read", [_count(one.read_bytes, "B") for one in searches]),
+        ("shuffled", [_count(one.shuffled_bytes, "B") for one in searches]),
+        ("text_vectors", [_count(one.table_bytes, "B") for one in searches]),
+    ]
+    lines = [f"{'Search by meaning':<24}{'this night':>12}"]
+    return "\n".join([*lines, *(f"{name:<24}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows)])
 
 
 def _count(number: float, unit: str = "") -> str:

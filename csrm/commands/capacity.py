@@ -8,7 +8,9 @@ from dataclasses import replace
 from csrm.bundle.loading import load_bundle
 from csrm.capacity.figures import bundle_figures, read_run, with_run
 from csrm.capacity.formula import Machines, Plan
-from csrm.capacity.report import capacity_report, find_limits
+from csrm.capacity.report import capacity_report, find_limits, search_report
+from csrm.capacity.search import SearchPlan, encoder_rate
+from csrm.embedding.encoder import read_encoder
 from csrm.errors import ConfigError
 from csrm.night.settings import BROADCAST_LIMIT_MB
 
@@ -37,6 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--driver-memory-gb", type=float, default=4.0, help="spark.driver.memory; default: 4")
     parser.add_argument("--storage-gb", type=float, help="that the tables may take; default: any")
+    parser.add_argument(
+        "--products", type=int, help="with --encoder: of all markets; shows what search by meaning takes"
+    )
+    parser.add_argument("--encoder", help="folder of the encoder, or its URI")
+    parser.add_argument(
+        "--texts-per-second", type=float, help="of the encoder on one GPU or core; default: measured here, on one core"
+    )
+    parser.add_argument("--new-texts", type=float, default=1.0, help="share of texts without a vector yet; default: 1")
     return parser
 
 
@@ -69,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     limits = find_limits(plan, args.window_hours, args.broadcast_limit_mb, args.driver_memory_gb, args.storage_gb)
     print(capacity_report(plan, args.queries, limits, args.gpus))
+    if args.encoder is not None:
+        settings, digest, _ = read_encoder(args.encoder)
+        rate = args.texts_per_second or encoder_rate(args.encoder)
+        search = SearchPlan(settings.dimensions, rate, plan.machines, args.new_texts, args.markets)
+        measured = "measured here" if args.texts_per_second is None else "--texts-per-second"
+        print(
+            f"\nencoder {digest[:12]}: {settings.dimensions} dimensions; {rate:,.0f} texts/s on each of {slots} (from "
+            f"{measured}); {cores} compare vectors\n\n{search_report(search, args.products, args.queries, args.gpus)}"
+        )
     return 0
 
 
@@ -85,14 +104,18 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that make no sense.
 
     Raises:
-        ConfigError: a number that makes no sense, or --tables without --run-id.
+        ConfigError: a number that makes no sense, or an argument without the one that it goes with.
     """
     above_0 = [name for name, value in vars(args).items() if isinstance(value, int | float) and value <= 0]
-    if above_0 or args.scored > 1 or args.products_per_query < 1:
+    if above_0 or max(args.scored, args.new_texts) > 1 or args.products_per_query < 1:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in above_0)
         raise ConfigError(
-            f"expected numbers above 0{f', not so: {names}' if names else ''}; --scored is at most 1, "
-            "--products-per-query at least 1."
+            f"expected numbers above 0{f', not so: {names}' if names else ''}; --scored is at most 1, as is "
+            "--new-texts, --products-per-query at least 1."
         )
+    if (args.products is None) != (args.encoder is None):
+        raise ConfigError("--products and --encoder go together: the products, and what embeds their titles.")
+    if args.encoder is not None and args.gpus is not None and args.texts_per_second is None:
+        raise ConfigError("--texts-per-second: expected the encoder's rate on one GPU, got none. Measure it there.")
     if (args.tables is None) != (args.run_id is None):
         raise ConfigError("--tables and --run-id go together: the folder of the tables, and the run in it.")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from csrm.cli import job_parser, job_settings
 from csrm.doctor.checks import Check, checked
-from csrm.doctor.encoder import CheckedBuild, check_one_encoder, check_text_vectors, checks_of_encoder, require_search
+from csrm.doctor.encoder import CheckedBuild, check_one_encoder, checks_of_encoder, require_search
 from csrm.doctor.machine import (
     PACKAGES,
     SPARK_PACKAGES,
@@ -61,6 +61,8 @@ def _checks_of_builds(builds: Sequence[CheckedBuild], *, has_spark: bool, has_ma
         if has_machine and (search.encoder, search.device) not in seen:
             yield from checks_of_encoder(search, search.device)
         if has_spark and (search.encoder, build.tables) not in seen:
+            from csrm.doctor.cluster import check_text_vectors
+
             yield checked("text_vectors", check_text_vectors, build.tables, search.encoder)
         seen |= {(search.encoder, search.device), (search.encoder, build.tables)}
     if len(builds) > 1:

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     titles, queries = read_texts(config)
     export_encoder(config, titles, queries)
     num_texts = len(titles) + len(queries)
-    print(f"{encoder_card(config.encoder_dir)}\n\nproven on {num_texts} texts; exported in {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    print(f"{encoder_card(config.encoder_dir)}\n\nproven on {num_texts} texts; exported in {seconds:.0f} s")
     return 0
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pyspark
 from pyspark import BarrierTaskContext
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from csrm.bundle.loading import load_bundle
 from csrm.doctor.checks import Check, CheckWarning, checked, failed
@@ -18,10 +19,10 @@ from csrm.doctor.machine import PACKAGES, checks_of_code, checks_of_scoring, ins
 from csrm.embedding.encoder import read_encoder
 from csrm.errors import ConfigError, CsrmError, InputError, ScoringError
 from csrm.night.settings import NightSettings
-from csrm.schemas import Column, Table
+from csrm.schemas import TEXT_VECTORS, Column, Table
 from csrm.spark.session import build_session
 from csrm.spark.storage import delete_table
-from csrm.spark.tables import read_table, replace_rows, table_path
+from csrm.spark.tables import read_table, replace_rows, table_exists, table_path
 from csrm.spark.workers import errors_of_workers, scoring_profile, task_device, task_threads
 
 PATIENCE_S = 120.0
@@ -216,3 +217,25 @@ def check_tables(settings: NightSettings) -> str:
     if num_rows != _NUM_FILES:
         raise InputError(f"{settings.tables}: expected {_NUM_FILES} rows that were just written, found {num_rows}.")
     return f"{settings.tables}: a Delta table was written, read and deleted"
+
+
+def check_text_vectors(tables: str, encoder: str) -> str:
+    """The table of vectors, where there is one: that it can be read, and whether it has any of this encoder.
+
+    Raises:
+        BundleError: no encoder there.
+        InputError: its columns are others.
+        CheckWarning: its vectors are those of other encoders.
+    """
+    digest = read_encoder(encoder)[1]
+    spark, path = doctor_session(), table_path(tables, TEXT_VECTORS)
+    if not table_exists(spark, path):
+        return f"none yet in {path}: the first build embeds every text"
+    counts_df = read_table(spark, TEXT_VECTORS, path).groupBy("encoder_digest").agg(F.count("*").alias("num_vectors"))
+    counts = {row["encoder_digest"]: row["num_vectors"] for row in counts_df.collect()}
+    others = {name: count for name, count in counts.items() if name != digest}
+    own = f"{counts.get(digest, 0):,} vectors of {digest[:12]} in {path}"
+    if others and digest not in counts:
+        listed = ", ".join(f"{count:,} of {name[:12]}" for name, count in sorted(others.items()))
+        raise CheckWarning(f"{own}, but {listed}: the encoder is a new one, so the next build embeds every text again")
+    return own + (f"; {sum(others.values()):,} of other encoders, which nothing reads" if others else "")

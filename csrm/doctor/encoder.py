@@ -91,34 +91,6 @@ def check_one_encoder(builds: Sequence[CheckedBuild]) -> str:
     return f"{len(builds)} configurations name one encoder"
 
 
-def check_text_vectors(tables: str, encoder: str) -> str:
-    """The table of vectors, where there is one: that it can be read, and whether it has any of this encoder.
-
-    Raises:
-        BundleError: no encoder there.
-        InputError: its columns are others.
-        CheckWarning: its vectors are those of other encoders.
-    """
-    from pyspark.sql import functions as F
-
-    from csrm.doctor.cluster import doctor_session
-    from csrm.schemas import TEXT_VECTORS
-    from csrm.spark.tables import read_table, table_exists, table_path
-
-    digest = read_encoder(encoder)[1]
-    spark, path = doctor_session(), table_path(tables, TEXT_VECTORS)
-    if not table_exists(spark, path):
-        return f"none yet in {path}: the first build embeds every text"
-    counts_df = read_table(spark, TEXT_VECTORS, path).groupBy("encoder_digest").agg(F.count("*").alias("num_vectors"))
-    counts = {row["encoder_digest"]: row["num_vectors"] for row in counts_df.collect()}
-    others = {name: count for name, count in counts.items() if name != digest}
-    own = f"{counts.get(digest, 0):,} vectors of {digest[:12]} in {path}"
-    if others and digest not in counts:
-        listed = ", ".join(f"{count:,} of {name[:12]}" for name, count in sorted(others.items()))
-        raise CheckWarning(f"{own}, but {listed}: the encoder is a new one, so the next build embeds every text again")
-    return own + (f"; {sum(others.values()):,} of other encoders, which nothing reads" if others else "")
-
-
 def require_search(builds: Sequence[CheckedBuild]) -> None:
     """Check that a build searches by meaning at all.
 

@@ -14,6 +14,8 @@ from csrm.errors import BundleError
 ENCODER_KIND = "encoder"
 FORMAT_VERSION = 1
 GOLDEN_NAME = "golden.json"
+QUERIES_PER_CHUNK = 50_000
+"""Queries whose vectors a search broadcasts at once: 77 MB of 384 dimensions. Products are read once for each chunk."""
 Pooling = Literal["mean", "cls", "last"]
 """How the vectors of a text's tokens become one: their mean, the first, or the last."""
 TextKind = Literal["query", "passage"]

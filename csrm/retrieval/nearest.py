@@ -15,10 +15,9 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from csrm.embedding.contents import QUERIES_PER_CHUNK
 from csrm.errors import InputError
 
-QUERIES_PER_CHUNK = 50_000
-"""Queries that are broadcast at once: 77 MB of 384 dimensions. Products are read once for each chunk."""
 _SIMILARITIES_PER_BLOCK = 16_000_000
 _PAIRS_AT_ONCE = 100_000
 _PAIRS_IN_CACHE = 512

@@ -9,7 +9,9 @@ It needs no package of CSRM's; each task starts `jobs/<name>.py` in a process of
 | `csrm_submit` | `spark-submit` | starts a job: `spark-submit --master yarn ...`, or `python` for a local session |
 | `csrm_alert_url` | none | a web hook that takes alerts as `{"text": ...}`; without it they are only logged |
 
-A market without judgments: leave `evaluate.yaml` out of the configurations, and the night is not evaluated.
+A market without judgments: leave `evaluate.yaml` out of the configurations, and the night is not evaluated. Texts are
+embedded before the builds where there is an `embed_catalog.yaml` and a build has the setting `semantic`; the builds
+embed what is left.
 
 The form of a run describes its parameters. The data date is the day (UTC) of the run's logical date, or of its start
 where it has none. The run id of the scores is that of the DAG and its run, so what is tried again goes on where it
@@ -91,9 +93,10 @@ class CsrmJobOperator(BaseOperator):
         run_id: for a job that writes a row of scoring_runs: the row's run. What became of the run is then pushed as the
             XCom `outcome`.
         is_optional: whether the task is skipped where there is no such configuration file.
+        semantic_in: configuration files of which one must have the setting `semantic`, or the task is skipped too.
     """
 
-    template_fields = ("config", "arguments", "submit", "home", "tables", "run_id")
+    template_fields = ("config", "arguments", "submit", "home", "tables", "run_id", "semantic_in")
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class CsrmJobOperator(BaseOperator):
         tables: str = "",
         run_id: str = "",
         is_optional: bool = False,
+        semantic_in: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -117,11 +121,14 @@ class CsrmJobOperator(BaseOperator):
         self.tables = tables
         self.run_id = run_id
         self.is_optional = is_optional
+        self.semantic_in = semantic_in
         self._process: subprocess.Popen[str] | None = None
 
     def execute(self, context: Context) -> None:
         if self.is_optional and not Path(self.home, self.config).exists():
             raise AirflowSkipException(f"{self.job}: there is no {self.config}.")
+        if self.semantic_in and not any(self._settings(config).get("semantic") for config in self.semantic_in):
+            raise AirflowSkipException(f"{self.job}: none of {', '.join(self.semantic_in)} has the setting semantic.")
         started_at = datetime.now(UTC)
         words = [f"--config={self.config}", setting("tables", self.tables or None), *self.arguments]
         command = [*shlex.split(self.submit), f"jobs/{self.job}.py", *filter(None, words)]
@@ -183,8 +190,12 @@ class CsrmJobOperator(BaseOperator):
         """The folder or URI of the tables that the job writes."""
         if self.tables:
             return self.tables
-        settings = yaml.safe_load(Path(self.home, self.config).read_text(encoding="utf-8"))
-        return str(settings["tables"])
+        return str(self._settings(self.config)["tables"])
+
+    def _settings(self, config: str) -> Mapping[str, Any]:
+        """Settings of a configuration file; empty where there is no such file."""
+        path = Path(self.home, config)
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
 
     def _run_row(self) -> Mapping[str, Any]:
         """What scoring_runs says of the run; empty where it cannot be read, and then what was printed has to do."""
@@ -312,7 +323,14 @@ with DAG(
     user_defined_macros={"setting": setting, "run_id_of": run_id_of, "checkout": str(Path(__file__).parents[2])},
     tags=["csrm"],
 ):
-    retrieval_table = job("build_retrieval_table", MARKETS)
+    builds = ("build_retrieval_table", "build_candidates")
+    vectors = job(
+        "embed_catalog",
+        MARKETS,
+        is_optional=True,
+        semantic_in=["{{ params.conf }}/" + f"{name}.yaml" for name in builds],
+    )
+    retrieval_table = job("build_retrieval_table", MARKETS, trigger_rule=TriggerRule.NONE_FAILED)
     candidates = job("build_candidates", MARKETS)
     score_and_publish = job(
         "score_catalog",
@@ -330,6 +348,6 @@ with DAG(
     )
     maintenance = job("maintain", trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS)
 
-    retrieval_table >> candidates >> score_and_publish >> evaluation >> report >> maintenance
+    vectors >> retrieval_table >> candidates >> score_and_publish >> evaluation >> report >> maintenance
     score_and_publish >> announce()
     evaluation >> maintenance  # after a report all the same, but only where all went well

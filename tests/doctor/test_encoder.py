@@ -10,11 +10,11 @@ from pyspark.sql import SparkSession
 
 from csrm.commands.doctor import main
 from csrm.doctor.checks import Check, checked
+from csrm.doctor.cluster import check_text_vectors
 from csrm.doctor.encoder import (
     CheckedBuild,
     CheckedSemantic,
     check_one_encoder,
-    check_text_vectors,
     checks_of_encoder,
 )
 from csrm.embedding import load_encoder
