@@ -14,6 +14,7 @@ from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import DummyInputGenerator, NormalizedTextConfig
 from pydantic import Field
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
@@ -28,13 +29,13 @@ from csrm.manifest import check_replaceable, file_digest, replace_folder, write_
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
 from csrm.training.model.families import check_weights
 
-FAMILIES = ("bert", "xlm-roberta", "qwen3")
+FAMILIES = ("bert", "xlm-roberta", "qwen3", "gemma3_text")
 """`model_type` of the encoders whose graph is proven by tests."""
 MIN_COSINE = 0.9999
 """Smallest cosine of the graph's vector of a text and torch's."""
 NUM_GOLDEN = 16
 OPSET = 18
-_MODULES = ("Transformer", "Pooling", "Normalize")
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _POOLING_MODES: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -79,9 +80,10 @@ class EncoderExportConfig(Settings):
 class _Pooled(torch.nn.Module):
     """A model with its pooling: token ids and attention mask to one vector a text."""
 
-    def __init__(self, model: PreTrainedModel, pooling: Pooling, normalize: bool, dimensions: int) -> None:
+    def __init__(self, model: PreTrainedModel, dense: Sequence[torch.nn.Linear], settings: EncoderSettings) -> None:
         super().__init__()
-        self.model, self.pooling, self.normalize, self.dimensions = model, pooling, normalize, dimensions
+        self.model, self.dense = model, torch.nn.Sequential(*dense)
+        self.pooling, self.normalize, self.dimensions = settings.pooling, settings.normalize, settings.dimensions
         self.config = model.config
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -94,7 +96,7 @@ class _Pooled(torch.nn.Module):
         else:
             last = (attention_mask.sum(1) - 1).reshape(-1, 1, 1).expand(-1, 1, tokens.shape[-1])
             vectors = tokens.gather(1, last).squeeze(1)
-        vectors = vectors[:, : self.dimensions]
+        vectors = self.dense(vectors)[:, : self.dimensions]
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         return {"embedding": vectors}
@@ -159,7 +161,7 @@ def export_encoder(config: EncoderExportConfig, titles: Sequence[str], queries: 
                 config.model_dir, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
             ).eval()
             _tokenizer(config.model_dir).save(str(unfinished / TOKENIZER_NAME))
-        pooled = _Pooled(model, settings.pooling, settings.normalize, settings.dimensions).eval()
+        pooled = _Pooled(model, _dense_layers(Path(config.model_dir)), settings).eval()
         tokenizer = TextTokenizer(Tokenizer.from_file(str(unfinished / TOKENIZER_NAME)), settings)
         in_torch = Encoder(tokenizer, settings, _torch_model(pooled), digest="", provider=f"torch {torch.__version__}")
         texts: list[tuple[TextKind, Sequence[str]]] = [("query", queries), ("passage", titles)]
@@ -206,7 +208,8 @@ def encoder_settings(config: EncoderExportConfig) -> EncoderSettings:
     if unknown := [name for name in modules if name not in _MODULES]:
         problems.append(f"modules.json has {', '.join(unknown)}; only {', '.join(_MODULES)} are supported")
     pooling = config.pooling or _pooling(folder, problems)
-    hidden_size = int(model_config.hidden_size)
+    dense = _dense_shapes(folder, int(model_config.hidden_size), problems)
+    hidden_size = dense[-1] if dense else int(model_config.hidden_size)
     dimensions = config.dimensions or _json(folder / "config_sentence_transformers.json", {}).get("truncate_dim")
     if (dimensions or 1) > hidden_size:
         problems.append(f"dimensions is {dimensions}, but the model has {hidden_size}")
@@ -222,7 +225,7 @@ def encoder_settings(config: EncoderExportConfig) -> EncoderSettings:
     packages = ["csrm", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "tokenizers"]
     return EncoderSettings(
         model=folder.resolve().name,
-        model_files={path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))},
+        model_files={path.relative_to(folder).as_posix(): file_digest(path) for path in _weights(folder)},
         model_type=model_config.model_type,
         pooling=pooling,
         normalize="Normalize" in modules if config.normalize is None else config.normalize,
@@ -250,6 +253,48 @@ def _pooling(folder: Path, problems: list[str]) -> Pooling:
     said = f"its Pooling/config.json has {', '.join(modes)}" if modes else "no Pooling/config.json says how"
     problems.append(f"pooling: expected one of {', '.join(get_args(Pooling))}; {said}. Set 'pooling'")
     return "mean"
+
+
+def _dense_folders(folder: Path) -> list[Path]:
+    """Folders of the linear layers after the pooling, in their order."""
+    return [
+        folder / str(entry.get("path", ""))
+        for entry in _json(folder / "modules.json", [])
+        if str(entry.get("type", "")).rpartition(".")[2] == "Dense"
+    ]
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Files of the model's weights, and of those of its linear layers."""
+    return [*sorted(folder.glob("*.safetensors")), *(path / "model.safetensors" for path in _dense_folders(folder))]
+
+
+def _dense_shapes(folder: Path, hidden_size: int, problems: list[str]) -> list[int]:
+    """Numbers that each linear layer gives."""
+    sizes = [hidden_size]
+    for path in _dense_folders(folder):
+        values = _json(path / "config.json", {})
+        if values.get("in_features") != sizes[-1] or not isinstance(values.get("out_features"), int):
+            problems.append(f"{path.name}/config.json: expected in_features {sizes[-1]}, got {values}")
+        if not str(values.get("activation_function", "")).endswith("Identity"):
+            named = values.get("activation_function")
+            problems.append(f"{path.name}: activation {named!r}; only Identity is supported")
+        if not (path / "model.safetensors").is_file():
+            problems.append(f"{path.name}: there is no model.safetensors; only that format is supported")
+        sizes.append(values.get("out_features") or 0)
+    return sizes[1:]
+
+
+def _dense_layers(folder: Path) -> list[torch.nn.Linear]:
+    """The linear layers after the pooling."""
+    layers = []
+    for path in _dense_folders(folder):
+        weights = load_file(path / "model.safetensors")
+        out_features, in_features = weights["linear.weight"].shape
+        layer = torch.nn.Linear(in_features, out_features, bias="linear.bias" in weights)
+        layer.load_state_dict({name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()})
+        layers.append(layer)
+    return layers
 
 
 def _json(path: Path, default: Any) -> Any:

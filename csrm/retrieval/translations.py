@@ -173,10 +173,9 @@ def translated_postings(product_terms_df: DataFrame, translations_df: DataFrame,
     """
     asked_terms_df = asked_df.select("market", "language", F.explode("terms").alias("term")).distinct()
     return (
-        product_terms_df.select(
-            "market",
-            *("language", "product_language", "product_id"),
-            F.size("terms").alias("length"),
+        product_terms_df.withColumn("length", F.size("terms"))  # before: else each term's row carries them all
+        .select(
+            *("market", "language", "product_language", "product_id", "length"),
             F.explode("terms").alias("translation"),
         )
         .join(translations_df, ["language", "product_language", "translation"], "inner")

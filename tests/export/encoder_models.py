@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from transformers import (
     BertConfig,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     PreTrainedModel,
     Qwen3Config,
     Qwen3Model,
@@ -18,11 +21,12 @@ from transformers import (
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tokenizer.json"
 HIDDEN_SIZE = 32
-FAMILIES = ("bert", "xlm-roberta", "qwen3")
+FAMILIES = ("bert", "xlm-roberta", "qwen3", "gemma3_text")
 _POOLING = {
     "bert": "pooling_mode_mean_tokens",
     "xlm-roberta": "pooling_mode_cls_token",
     "qwen3": "pooling_mode_lasttoken",
+    "gemma3_text": "pooling_mode_mean_tokens",
 }
 
 
@@ -37,14 +41,17 @@ def write_encoder_model(
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     model(family, tokenizer.get_vocab_size()).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    if family == "gemma3_text":  # EmbeddingGemma widens its vectors, and narrows them again
+        modules = ("Transformer", "Pooling", "Dense", "Dense", "Normalize")
+        write_dense(folder / "2_Dense", HIDDEN_SIZE, 3 * HIDDEN_SIZE)
+        write_dense(folder / "3_Dense", 3 * HIDDEN_SIZE, HIDDEN_SIZE)
     write_json(
         folder / "modules.json",
         [
             {
                 "idx": number,
                 "name": str(number),
-                "path": paths.get(name, name),
+                "path": "" if name == "Transformer" else f"{number}_{name}",
                 "type": f"sentence_transformers.models.{name}",
             }
             for number, name in enumerate(modules)
@@ -57,6 +64,16 @@ def write_encoder_model(
         {"prompts": {"query": "find: ", "document": ""}, "similarity_fn_name": "cosine"},
     )
     return folder
+
+
+def write_dense(folder: Path, in_features: int, out_features: int) -> None:
+    """A linear layer as sentence-transformers keeps it."""
+    folder.mkdir(parents=True)
+    layer = torch.nn.Linear(in_features, out_features, bias=False)
+    save_file({"linear.weight": layer.weight.detach()}, folder / "model.safetensors")
+    activation = "torch.nn.modules.linear.Identity"
+    shape = {"in_features": in_features, "out_features": out_features, "bias": False}
+    write_json(folder / "config.json", {**shape, "activation_function": activation})
 
 
 def model(family: str, vocab_size: int) -> PreTrainedModel:
@@ -73,6 +90,11 @@ def model(family: str, vocab_size: int) -> PreTrainedModel:
         return BertModel(BertConfig(**shape, max_position_embeddings=64))
     if family == "xlm-roberta":
         return XLMRobertaModel(XLMRobertaConfig(**shape, max_position_embeddings=66, pad_token_id=1, type_vocab_size=1))
+    if family == "gemma3_text":
+        own = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+        gemma = Gemma3TextConfig(**shape, **own, num_key_value_heads=2, use_bidirectional_attention=True)
+        gemma.max_position_embeddings = 64
+        return Gemma3TextModel(gemma)
     return Qwen3Model(Qwen3Config(**shape, max_position_embeddings=64, num_key_value_heads=2, head_dim=8))
 
 

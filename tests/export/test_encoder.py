@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
@@ -37,7 +38,10 @@ def plain_vector(folder: Path, family: str, text: str) -> np.ndarray:
         ids = [*ids[:23], ids[-1]]
     with torch.inference_mode():
         tokens = AutoModel.from_pretrained(folder).eval()(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
-    vector = {"bert": tokens.mean(axis=0), "xlm-roberta": tokens[0], "qwen3": tokens[-1]}[family]
+    mean = tokens.mean(axis=0)
+    vector = {"bert": mean, "gemma3_text": mean, "xlm-roberta": tokens[0], "qwen3": tokens[-1]}[family]
+    for path in sorted(folder.glob("*_Dense/model.safetensors")):
+        vector = load_file(path)["linear.weight"].numpy() @ vector
     return np.asarray(vector / np.linalg.norm(vector))
 
 
@@ -53,6 +57,22 @@ def test_an_exported_encoder_gives_the_vectors_of_its_model(family: str, tmp_pat
     assert similarities[~np.eye(len(TITLES), dtype=bool)].max() < 0.99  # texts can be told apart
     assert encoder.settings.smallest_cosine >= 0.9999
     assert encoder.provider == "CPUExecutionProvider"
+
+
+def test_linear_layers_that_cannot_be_exported_are_named(tmp_path: Path) -> None:
+    folder = write_encoder_model(tmp_path / "model", "gemma3_text")
+    values = json.loads((folder / "2_Dense" / "config.json").read_text())
+    write_json(
+        folder / "2_Dense" / "config.json", {**values, "activation_function": "torch.nn.modules.activation.Tanh"}
+    )
+    (folder / "3_Dense" / "model.safetensors").unlink()
+    write_json(folder / "3_Dense" / "config.json", {**values, "out_features": HIDDEN_SIZE})
+    with pytest.raises(ConfigError) as caught:
+        encoder_settings(config(folder, tmp_path / "encoder"))
+    message = str(caught.value)
+    assert "2_Dense: activation 'torch.nn.modules.activation.Tanh'; only Identity is supported" in message
+    assert "3_Dense/config.json: expected in_features 96, got {'in_features': 32" in message
+    assert "3_Dense: there is no model.safetensors" in message
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +163,15 @@ def test_settings_that_do_not_fit_the_model_are_refused(
 
 
 def test_all_problems_of_a_models_folder_come_in_one_message(tmp_path: Path) -> None:
-    folder = write_encoder_model(tmp_path / "model", "bert", modules=("Transformer", "Pooling", "Dense"))
+    folder = write_encoder_model(tmp_path / "model", "bert", modules=("Transformer", "Pooling", "LayerNorm"))
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_max_tokens": True})
     values = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**values, "model_type": "electra"})
     with pytest.raises(ConfigError) as caught:
         encoder_settings(config(folder, tmp_path / "encoder"))
     message = str(caught.value)
-    assert "models of type 'electra' are not supported, only bert, xlm-roberta, qwen3" in message
-    assert "modules.json has Dense; only Transformer, Pooling, Normalize are supported" in message
+    assert "models of type 'electra' are not supported, only bert, xlm-roberta, qwen3, gemma3_text" in message
+    assert "modules.json has LayerNorm; only Transformer, Pooling, Dense, Normalize are supported" in message
     assert "its Pooling/config.json has pooling_mode_max_tokens. Set 'pooling'" in message
 
 

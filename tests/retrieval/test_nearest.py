@@ -3,7 +3,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import Column, SparkSession
+from pyspark.sql import functions as F
 
 from csrm.errors import InputError
 from csrm.retrieval import nearest
@@ -109,6 +110,35 @@ def test_the_result_is_the_same_for_any_partitions_and_chunks(spark: SparkSessio
             best = [row[2] for row in one if row[:2] == (market, query_id) and row[3] == "query"]
             assert sorted(best) == sorted(ids[place] for place in places)
         assert {row[2] for row in one if row[0] == market} == set(ids)  # each product has its best query
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("num_partitions", [1, 4])
+def test_the_best_are_those_of_sparks_own_exact_join(spark: SparkSession, num_partitions: int) -> None:
+    rng = np.random.default_rng(2)
+    products_df, queries_df = (
+        spark.createDataFrame(
+            [("us", f"{n:03d}", row) for n, row in enumerate(rng.normal(size=(count, 6)).tolist())],
+            VECTORS.format(name),
+        )
+        for count, name in ((90, "product_id"), (25, "query_id"))
+    )
+
+    def sum_of(one: str, other: str) -> Column:
+        products = F.zip_with(one, other, lambda a, b: a.cast("double") * b.cast("double"))
+        return F.aggregate(products, F.lit(0.0), lambda total, product: total + product)
+
+    of_product = products_df.select("product_id", F.col("vector").alias("of_product"))
+    cosine = sum_of("vector", "of_product") / F.sqrt(sum_of("vector", "vector") * sum_of("of_product", "of_product"))
+    joined_df = queries_df.nearestByJoin(of_product, cosine, 7, "exact", "similarity")
+    expected = joined_df.select("market", "query_id", "product_id", cosine.alias("similarity"))
+
+    pairs_df = near_pairs(products_df, queries_df, products_per_query=7, num_partitions=num_partitions)
+    chosen_df = best_pairs(pairs_df.withColumnRenamed("similarity", "bm25"), 7, 0)
+    found_df = pairs_df.join(chosen_df.drop("source"), ["market", "query_id", "product_id"], "left_semi")
+    similarities = {tuple(row)[1:3]: row["similarity"] for row in found_df.collect()}
+    assert similarities == {tuple(row)[1:3]: pytest.approx(row["similarity"], abs=1e-6) for row in expected.collect()}
+    assert len(similarities) == 25 * 7
 
 
 @pytest.mark.spark

@@ -1,0 +1,227 @@
+"""What the builds before a night make of faulty parallel text and encoders: the right tables, or those from before."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+from pyspark.sql import SparkSession
+
+from csrm.cli import run_job, setting_arguments
+from csrm.commands import build_candidates, build_retrieval_table, embed_catalog
+from csrm.embedding import load_encoder
+from csrm.retrieval import semantic
+from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
+from csrm.spark.tables import read_table, table_exists, table_path, table_version
+from tests.faults.cluster import ROOT, wait_for
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
+
+HUGE = "거대한 텍스트" * 400_000
+"""5 MB in UTF-8, without a space that a word could end at."""
+TITLES = {"p1": "등산 재킷", "p2": "防水登山外套", "p3": None, "p4": HUGE, "p5": "\u200b"}
+LISTED = {"p1": "ko", "p2": "zh-TW", "p3": "ko", "p4": "ko", "p5": "ko"}
+PHRASES = [("ko", "zh-TW", "등산", "登山"), ("zh-TW", "ko", "外套", "재킷")]
+FAULTY = [
+    ("ko", "zh-TW", None, "登山"),
+    ("ko", "zh-TW", "등산", None),
+    ("ko", "zh-TW", "", " "),
+    ("ko", "zh-TW", HUGE, HUGE),
+    ("ko", "zh-TW", "등산", HUGE),
+    ("xx", "", "등산", "登山"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    catalog = [("tw", name, title, LISTED[name]) for name, title in TITLES.items()]
+    save(tmp_path, "catalog", catalog, "market product_id title language")
+    queries = [("tw", "q1", "登山外套"), ("tw", "q2", None), ("tw", "q3", HUGE)]
+    save(tmp_path, "queries", queries, "market query_id query")
+    save_phrases(tmp_path, PHRASES)
+    return tmp_path
+
+
+def save(folder: Path, name: str, rows: list[tuple[Any, ...]], columns: str) -> None:
+    names = columns.split()
+    pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names, "string")).to_parquet(folder / f"{name}.parquet")
+
+
+def save_phrases(folder: Path, rows: list[tuple[Any, ...]]) -> None:
+    save(folder, "parallel_text", rows, "source_language target_language source_text target_text")
+
+
+def arguments(folder: Path, encoder: Path | None = None, *, phrases: bool = True, **settings: object) -> list[str]:
+    names = ("catalog", "queries", *(["parallel_text"] if phrases else []))
+    inputs = {name: {"path": folder / f"{name}.parquet", "format": "parquet"} for name in names}
+    values = {"inputs": inputs, "tables": folder / "tables", "markets": {"tw": "zh-TW"}, "max_term_share": 1.0}
+    found = {} if encoder is None else {"semantic": {"encoder": encoder, "k": 2, "min_similarity": -1}}
+    return setting_arguments(**{**values, **found, **settings})
+
+
+def embedding_arguments(folder: Path, encoder: Path, **settings: object) -> list[str]:
+    inputs = {name: {"path": folder / f"{name}.parquet", "format": "parquet"} for name in ("catalog", "queries")}
+    values = {"inputs": inputs, "tables": folder / "tables", "markets": {"tw": "zh-TW"}, "encoder": encoder}
+    return setting_arguments(**values, **settings)
+
+
+def rows_of(spark: SparkSession, folder: Path, *tables: str) -> dict[str, list[tuple[Any, ...]]]:
+    of_name = {table.name: table for table in (CANDIDATES, UNCOVERED_PRODUCTS, RETRIEVAL_TABLE, TEXT_VECTORS)}
+    read = {
+        name: read_table(spark, of_name[name], table_path(str(folder / "tables"), of_name[name])) for name in tables
+    }
+    return {name: sorted(map(tuple, table_df.collect()), key=str) for name, table_df in read.items()}
+
+
+def test_faulty_parallel_texts_change_nothing_that_the_good_ones_find(spark: SparkSession, folder: Path) -> None:
+    assert run_job(build_candidates.main, arguments(folder)) == 0
+    assert run_job(build_retrieval_table.main, arguments(folder)) == 0
+    tables = ("candidates", "uncovered_products", "retrieval_table")
+    good = rows_of(spark, folder, *tables)
+    assert ("tw", "q1", "p1", "translated") in good["candidates"]
+    assert ("tw", "p3", "no_title") in good["uncovered_products"]
+
+    save_phrases(folder, [*FAULTY, *PHRASES])
+    assert run_job(build_candidates.main, arguments(folder)) == 0
+    assert run_job(build_retrieval_table.main, arguments(folder)) == 0
+    assert rows_of(spark, folder, *tables) == good
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "It has texts in: none"),
+        ([("ko-KR", "zh-Hant", "등산", "登山")], "It has texts in: ko-KR and zh-Hant"),
+        ([("ko", "zh-TW", "등산", None)], "expected short texts of split train in zh-tw and ko"),
+        ([(None, "zh-TW", "등산", "登山")], "required column source_language is null in 1 of 1 rows"),
+    ],
+    ids=["empty", "other names of languages", "no text", "no language"],
+)
+def test_parallel_text_that_translates_nothing_is_refused_and_the_tables_stay(
+    spark: SparkSession,
+    folder: Path,
+    rows: list[tuple[Any, ...]],
+    problem: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_job(build_candidates.main, arguments(folder, phrases=False)) == 0
+    path = table_path(str(folder / "tables"), CANDIDATES)
+    version = table_version(spark, path)
+    save_phrases(folder, rows)
+    capsys.readouterr()
+    assert run_job(build_candidates.main, arguments(folder)) == 2
+    assert problem in capsys.readouterr().err
+    assert table_version(spark, path) == version
+
+
+def test_an_encoder_that_is_replaced_between_nights_embeds_all_texts_again_and_its_vectors_alone_are_compared(
+    spark: SparkSession, folder: Path, encoder_at: Callable[..., Path]
+) -> None:
+    encoder = encoder_at(folder / "encoder")
+    first = load_encoder(encoder).digest
+    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+    shutil.rmtree(encoder)
+    encoder_at(encoder, dimensions=8, pooling="cls")  # other vectors, of another length
+    second = load_encoder(encoder).digest
+    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+
+    found = rows_of(spark, folder, "candidates", "text_vectors")
+    vectors = pd.DataFrame(found["text_vectors"], columns=TEXT_VECTORS.column_names)
+    assert vectors.groupby("encoder_digest").size().to_dict() == {first: 5, second: 5}  # blank texts have none
+    assert {len(vector) for vector in vectors.loc[vectors["encoder_digest"] == second, "vector"]} == {8}
+    fresh = arguments(folder, encoder, tables=folder / "fresh" / "tables")
+    assert run_job(build_candidates.main, fresh) == 0
+    assert found["candidates"] == rows_of(spark, folder / "fresh", "candidates")["candidates"]
+    assert {row[3] for row in found["candidates"]} >= {"semantic"}
+
+
+def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
+    spark: SparkSession,
+    folder: Path,
+    encoder_at: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoder, other = encoder_at(folder / "encoder"), encoder_at(folder / "other", pooling="cls")
+    embed_new_texts = semantic.embed_new_texts
+
+    def replaced(*args: Any, **settings: Any) -> int:
+        shutil.rmtree(encoder)
+        shutil.copytree(other, encoder)
+        return embed_new_texts(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(semantic, "embed_new_texts", replaced)
+        assert run_job(build_candidates.main, arguments(folder, encoder)) == 2
+    assert "expected digest" in capsys.readouterr().err
+    assert rows_of(spark, folder, "text_vectors") == {"text_vectors": []}
+    assert not table_exists(spark, table_path(str(folder / "tables"), CANDIDATES))
+    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+
+
+@pytest.mark.parametrize("fault", ["missing", "a file is missing", "one byte flipped", "another kind"])
+def test_an_encoder_that_is_no_encoder_is_refused_before_a_text_is_embedded(
+    spark: SparkSession, folder: Path, tiny_encoder: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = folder / "encoder"
+    if fault == "another kind":
+        encoder = ROOT / "conf" / "demo_bundle"
+    elif fault != "missing":
+        shutil.copytree(tiny_encoder, encoder)
+        if fault == "a file is missing":
+            (encoder / "tokenizer.json").unlink()
+        else:
+            content = bytearray((encoder / "model.onnx").read_bytes())
+            content[len(content) // 2] ^= 1
+            (encoder / "model.onnx").write_bytes(content)
+    for main, words in (
+        (build_retrieval_table.main, arguments(folder, encoder)),
+        (embed_catalog.main, embedding_arguments(folder, encoder)),
+    ):
+        assert run_job(main, words) == 2, main
+        assert "encoder '" in capsys.readouterr().err
+    assert not table_exists(spark, table_path(str(folder / "tables"), TEXT_VECTORS))
+
+
+@pytest.fixture
+def embedding(folder: Path, tiny_encoder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The job embed_catalog in a process group of its own."""
+    titles = [("tw", f"p{number}", f"텐트 {number} " * 12, "ko") for number in range(3_000)]
+    save(folder, "catalog", titles, "market product_id title language")
+    words = embedding_arguments(folder, tiny_encoder, num_partitions=40)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csrm", "embed-catalog", *words],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_embedding_leaves_whole_commits_and_the_next_one_embeds_what_is_left(
+    spark: SparkSession, folder: Path, tiny_encoder: Path, embedding: subprocess.Popen[bytes]
+) -> None:
+    table = folder / "tables" / "text_vectors"
+    wait_for(lambda: [*table.rglob("*.parquet")], "a file of vectors that is being written")
+    children = psutil.Process(embedding.pid).children(recursive=True)
+    os.killpg(embedding.pid, signal.SIGKILL)
+    assert embedding.wait() == -signal.SIGKILL
+    psutil.wait_procs(children, timeout=60)
+    left = rows_of(spark, folder, "text_vectors")["text_vectors"]
+    assert len(left) in (0, 3_000)  # titles come in one commit
+
+    assert run_job(embed_catalog.main, embedding_arguments(folder, tiny_encoder)) == 0
+    found = rows_of(spark, folder, "text_vectors")["text_vectors"]
+    assert len(found) == len({row[:3] for row in found}) == 3_002  # two queries have a text
+    assert set(map(str, left)) <= set(map(str, found))
