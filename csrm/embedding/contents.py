@@ -22,6 +22,19 @@ TextKind = Literal["query", "passage"]
 """What a text is: encoders may put another prefix before what is searched for than before what is found."""
 
 
+class Recall(Settings):
+    """What a precision loses, on judged pairs."""
+
+    value: float
+    """Recall@10 of the encoder."""
+    of_torch: float
+    """Recall@10 of the model in torch, in float32."""
+    num_queries: int
+    """Queries that it was measured with."""
+    recipe: str
+    """How the graph was made."""
+
+
 class EncoderSettings(Settings):
     """What `manifest.json` says about an encoder, under `about`."""
 
@@ -49,6 +62,10 @@ class EncoderSettings(Settings):
     """Smallest cosine of a golden vector and its counterpart here."""
     smallest_cosine: float
     """Smallest cosine of the graph's vectors and torch's at the export."""
+    precision: str = "fp32"
+    """Precision of the graph."""
+    recall: Recall | None = None
+    """Of another precision than fp32: what it loses."""
     versions: dict[str, str]
     """Package to version that made the encoder."""
 

@@ -6,23 +6,24 @@ import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
 from optimum.exporters.onnx import export
 from optimum.exporters.onnx.base import OnnxConfig
 from optimum.utils import DummyInputGenerator, NormalizedTextConfig
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from csrm.bundle.contents import MODEL_NAME, TOKENIZER_NAME
 from csrm.config import InputSpec, Settings
-from csrm.embedding.contents import ENCODER_KIND, GOLDEN_NAME, EncoderSettings, GoldenTexts, Pooling, TextKind
+from csrm.embedding.contents import ENCODER_KIND, GOLDEN_NAME, EncoderSettings, GoldenTexts, Pooling, Recall, TextKind
 from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, cosine, graph_model, load_encoder
 from csrm.errors import ConfigError, ParityError
+from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
 from csrm.manifest import check_replaceable, file_digest, replace_folder, write_manifest
@@ -33,6 +34,8 @@ FAMILIES = ("bert", "xlm-roberta", "qwen3", "gemma3_text")
 """`model_type` of the encoders whose graph is proven by tests."""
 MIN_COSINE = 0.9999
 """Smallest cosine of the graph's vector of a text and torch's."""
+MIN_COSINE_OF_PRECISION = 0.999
+"""The same of a golden text where the precision is another one: processors round 8 and 16 bits in their own ways."""
 NUM_GOLDEN = 16
 OPSET = 18
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -49,6 +52,8 @@ class EncoderInputs(Settings):
 
     catalog: InputSpec
     queries: InputSpec
+    judgments: InputSpec | None = None
+    """Judged pairs, on which another precision than fp32 has to prove itself."""
 
 
 class EncoderExportConfig(Settings):
@@ -73,8 +78,24 @@ class EncoderExportConfig(Settings):
     """Most tokens of a text."""
     device: str = "cpu"
     """Device that will embed: cpu, cuda or cuda:<number>."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Precision of the graph. fp16 is for GPUs, int8 (weights, and activations where it loses little) for CPUs."""
+    relevant_grades: tuple[str, ...] = ("E",)
+    """Grades of judged pairs that count as relevant."""
+    max_recall_loss: float = Field(default=0.01, ge=0, le=1)
+    """Most recall@10 that a precision may lose on the judged pairs."""
+    judged_queries: int = Field(default=500, ge=1)
+    """Judged queries that recall is measured with."""
+    judged_titles: int = Field(default=5000, ge=10)
+    """Titles that are searched: those of the judged pairs, and others of the catalog up to so many."""
     parity_texts: int = Field(default=256, ge=1)
     """Texts of each table whose vectors are compared with torch's."""
+
+    @model_validator(mode="after")
+    def _precision_has_judged_pairs(self) -> Self:
+        if self.precision != "fp32" and self.inputs.judgments is None:
+            raise ValueError(f"precision {self.precision}: expected inputs.judgments, on which it has to prove itself")
+        return self
 
 
 class _Pooled(torch.nn.Module):
@@ -132,20 +153,23 @@ class _EncoderOnnxConfig(OnnxConfig):
         return {"embedding": {0: "texts"}}
 
 
-def export_encoder(config: EncoderExportConfig, titles: Sequence[str], queries: Sequence[str]) -> Encoder:
+def export_encoder(
+    config: EncoderExportConfig, titles: Sequence[str], queries: Sequence[str], judged: JudgedTexts | None = None
+) -> Encoder:
     """Write the encoder of a model folder.
 
     Args:
         config: settings of the export; its inputs are not read.
         titles: real product titles over which the vectors of torch and the graph must agree, at least one.
         queries: real queries, the same.
+        judged: judged texts, for another precision than fp32.
 
     Returns:
         The encoder, as load_encoder opens it.
 
     Raises:
         ConfigError: the model is not supported, or a setting does not fit it; said before any work.
-        ParityError: vectors do not agree; nothing was written.
+        ParityError: vectors do not agree, or the precision loses too much recall; nothing was written.
         DeviceError: the device is not there.
     """
     encoder_dir = Path(config.encoder_dir)
@@ -176,13 +200,57 @@ def export_encoder(config: EncoderExportConfig, titles: Sequence[str], queries: 
             got = np.concatenate([in_graph.embed(part, kind) for kind, part in texts])
         smallest = _check_cosines([*queries, *titles], expected, got, provider)
         golden = _golden(texts, expected, tokenizer, in_torch.provider)
+        found: dict[str, Any] = {"smallest_cosine": smallest}
+        if config.precision != "fp32":
+            assert judged is not None
+            measured = _write_precision(config, unfinished, in_torch, judged)
+            session, provider = open_session(unfinished / MODEL_NAME, config.device)
+            in_graph = Encoder(tokenizer, settings, graph_model(session), digest="", provider=provider)
+            got = np.concatenate([in_graph.embed(part, kind) for kind, part in texts])
+            golden = _golden(texts, got, tokenizer, f"{provider} at {config.precision}")
+            smallest = float(cosine(got, expected).min())
+            found = {"smallest_cosine": smallest, "golden_cosine": MIN_COSINE_OF_PRECISION}
+            found |= {"precision": config.precision, "recall": measured}
         golden.write(unfinished / GOLDEN_NAME)
-        about = settings.model_copy(update={"smallest_cosine": smallest}).model_dump(mode="json")
+        about = settings.model_copy(update=found).model_dump(mode="json")
         write_manifest(unfinished, ENCODER_KIND, about)
         replace_folder(unfinished, encoder_dir, ENCODER_KIND)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return load_encoder(encoder_dir, config.device)
+
+
+def _write_precision(config: EncoderExportConfig, folder: Path, in_torch: Encoder, judged: JudgedTexts) -> Recall:
+    """Replace the folder's graph by one of the precision, once it has proven itself."""
+
+    def recall_of(encoder: Encoder) -> float:
+        queries = encoder.embed([text for _, text in judged.queries], "query")
+        titles = encoder.embed([text for _, text in judged.titles])
+        return recall(queries, titles, judged)
+
+    def measure(path: Path) -> float:
+        session, provider = open_session(path, config.device)
+        model = graph_model(session)
+        return recall_of(Encoder(in_torch.tokenizer, in_torch.settings, model, digest="", provider=provider))
+
+    fp32 = folder / "fp32"
+    fp32.mkdir()
+    for file in [*folder.glob(f"{MODEL_NAME}*")]:
+        file.rename(fp32 / file.name)
+    with logged_step(f"graph at {config.precision}, recall on {len(judged.queries)} judged queries"):
+        measured = write_gated(
+            fp32 / MODEL_NAME,
+            config.precision,
+            fp32 / "written" / MODEL_NAME,
+            measure=measure,
+            recall_of_torch=recall_of(in_torch),
+            max_loss=config.max_recall_loss,
+            num_queries=len(judged.queries),
+        )
+    for file in (fp32 / "written").glob(f"{MODEL_NAME}*"):
+        file.rename(folder / file.name)
+    shutil.rmtree(fp32)
+    return measured
 
 
 def encoder_settings(config: EncoderExportConfig) -> EncoderSettings:

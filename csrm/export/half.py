@@ -1,6 +1,6 @@
 """16-bit graphs: norms fused by ONNX Runtime, the rest in float16 or bfloat16; the largest activation of a sample."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ def check_range(peak: Peak) -> None:
         )
 
 
-def write_half(fused_path: Path, precision: str, path: Path) -> None:
+def write_half(fused_path: Path, precision: str, path: Path, *, exact_from: Collection[str] = ()) -> None:
     """Write a graph of fuse_norms with weights and activations in 16 bits.
 
     Kept in float32: rotary tables up to sine and cosine, whose angles 16 bits cannot hold; the label logits, from the
@@ -144,6 +144,7 @@ def write_half(fused_path: Path, precision: str, path: Path) -> None:
     Args:
         precision: fp16 or bf16.
         path: of the new graph; see csrm.export.graph_files.GraphWriter.
+        exact_from: tensors from which on everything is computed in float32.
 
     Raises:
         ParityError: a weight is too large for float16.
@@ -151,7 +152,7 @@ def write_half(fused_path: Path, precision: str, path: Path) -> None:
     reader = GraphReader(fused_path)
     model, graph = reader.model, reader.model.graph
     type_, _ = HALF_TYPES[precision]
-    floats, exact = _tensors_of(graph, TensorProto.FLOAT), _exact_nodes(graph)
+    floats, exact = _tensors_of(graph, TensorProto.FLOAT), _exact_nodes(graph, exact_from)
     read_exactly = {name for number in exact for name in graph.node[number].input}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.name in floats}
     is_half = {name: name not in read_exactly for name in weights}
@@ -231,11 +232,11 @@ def _tensors_of(graph: onnx.GraphProto, type_: int) -> set[str]:
     return found
 
 
-def _exact_nodes(graph: onnx.GraphProto) -> set[int]:
+def _exact_nodes(graph: onnx.GraphProto, exact_from: Collection[str] = ()) -> set[int]:
     """Numbers of the nodes that stay in float32.
 
     These are rotary tables; label logits, once the last tokens are taken; and what is computed from the largest scores
-    and weights of attention alone, up to the share of a product's own tokens.
+    and weights of attention alone, up to the share of a product's own tokens; and what is computed from `exact_from`.
     """
     exact = set()
     needed: set[str] = set()
@@ -244,7 +245,7 @@ def _exact_nodes(graph: onnx.GraphProto) -> set[int]:
             exact.add(number)
             if node.op_type != "Shape":
                 needed.update(node.input)
-    last: set[str] = set()
+    last = set(exact_from)
     floats = _tensors_of(graph, TensorProto.FLOAT) - {tensor.name for tensor in graph.initializer}
     largest: set[str] = set()
     for number, node in enumerate(graph.node):

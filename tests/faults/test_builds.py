@@ -24,8 +24,8 @@ from tests.faults.cluster import ROOT, wait_for
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
-HUGE = "거대한 텍스트" * 400_000
-"""5 MB in UTF-8, without a space that a word could end at."""
+HUGE = "거대한 텍스트" * 20_000
+"""Four hundred kilobytes in UTF-8, which are 100,000 terms."""
 TITLES = {"p1": "등산 재킷", "p2": "防水登山外套", "p3": None, "p4": HUGE, "p5": "\u200b"}
 LISTED = {"p1": "ko", "p2": "zh-TW", "p3": "ko", "p4": "ko", "p5": "ko"}
 PHRASES = [("ko", "zh-TW", "등산", "登山"), ("zh-TW", "ko", "外套", "재킷")]
