@@ -79,17 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         persisted(query_terms(queries_df)) as terms_df,
     ):
         with persisted(product_terms(catalog_df)) as products_df:
-            scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
+            scores_df = bm25_scores(products_df, terms_df, config.max_term_share).withColumnRenamed("bm25", "strength")
             pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
             if translated is not None:
-                scores_df = translated_scores(translated, config.max_term_share)
+                scores_df = translated_scores(translated, config.max_term_share).withColumnRenamed("bm25", "strength")
                 translated_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
                 pairs_df = with_pairs_of(pairs_df, translated_df, "translated")
             if config.semantic is not None:
                 vectors_path = table_path(config.tables, TEXT_VECTORS)
                 near_df = semantic_scores(
                     spark, catalog_df, queries_df, vectors_path, config.semantic, config.queries_per_product
-                ).withColumnRenamed("similarity", "bm25")
+                ).withColumnRenamed("similarity", "strength")
                 semantic_df = best_pairs(near_df, config.semantic.k, config.queries_per_product)
                 pairs_df = with_pairs_of(pairs_df, semantic_df, "semantic")
             if "candidates" in inputs:

@@ -83,15 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         products_df = kept.enter_context(persisted(product_terms(catalog_df)))
         parallel_df = inputs["parallel_text"].df if "parallel_text" in inputs else None
         if config.semantic is not None:
-            sources = {"lexical": bm25_scores(products_df, terms_df, config.max_term_share)}
+            scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
+            sources = {"lexical": scores_df.withColumnRenamed("bm25", "strength")}
             index = translated_products(catalog_df, rest_df, parallel_df, config.markets)
             if (translated := kept.enter_context(index)) is not None:
-                sources["translated"] = translated_scores(translated, config.max_term_share)
+                scores_df = translated_scores(translated, config.max_term_share)
+                sources["translated"] = scores_df.withColumnRenamed("bm25", "strength")
             vectors_path = table_path(config.tables, TEXT_VECTORS)
             near_df = semantic_scores(spark, catalog_df, rest_df, vectors_path, config.semantic)
-            sources["semantic"] = near_df.withColumnRenamed("similarity", "bm25")
-            strengths = {name: scores_df.withColumnRenamed("bm25", "strength") for name, scores_df in sources.items()}
-            titles_df = behaviour_df.unionByName(fused_titles(strengths, catalog_df, config.num_titles))
+            sources["semantic"] = near_df.withColumnRenamed("similarity", "strength")
+            titles_df = behaviour_df.unionByName(fused_titles(sources, catalog_df, config.num_titles))
         else:
             lexical_df = lexical_titles(products_df, terms_df, catalog_df, config.num_titles, config.max_term_share)
             if parallel_df is not None:

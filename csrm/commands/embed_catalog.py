@@ -7,14 +7,11 @@ from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
 from csrm.config import InputSpec, Markets, Settings, TablesDir
-from csrm.embedding.contents import TextKind
-from csrm.embedding.encoder import read_encoder
-from csrm.retrieval.vectors import embed_new_texts
+from csrm.retrieval.vectors import embed_catalog_and_queries
 from csrm.schemas import CATALOG, QUERIES, TEXT_VECTORS
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session
 from csrm.spark.tables import table_path
-from csrm.spark.workers import errors_of_workers, task_threads
 
 
 class EmbeddingInputs(Settings):
@@ -52,21 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = read_inputs(spark, specs, config.markets)
     require_markets(inputs, config.markets)
     path = table_path(config.tables, TEXT_VECTORS)
-    digest = read_encoder(config.encoder)[1]
-    kinds: tuple[tuple[TextKind, str, str], ...] = (("passage", "catalog", "title"), ("query", "queries", "query"))
-    for kind, name, column in kinds:
-        with errors_of_workers():
-            num_new = embed_new_texts(
-                spark,
-                inputs[name].df.selectExpr(f"{column} AS text"),
-                path,
-                encoder=config.encoder,
-                digest=digest,
-                kind=kind,
-                device=config.device,
-                threads=task_threads(spark),
-                num_partitions=config.num_partitions,
-            )
-        print(f"{name}: {num_new:,} new texts embedded")
+    _, num_new = embed_catalog_and_queries(
+        spark,
+        inputs["catalog"].df,
+        inputs["queries"].df,
+        path,
+        encoder=config.encoder,
+        device=config.device,
+        num_partitions=config.num_partitions,
+    )
+    print(f"catalog: {num_new['passage']:,} new texts embedded")
+    print(f"queries: {num_new['query']:,} new texts embedded")
     print(f"Written: {path}")
     return 0

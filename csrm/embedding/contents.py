@@ -1,15 +1,14 @@
 """What `manifest.json` of an encoder says under `about`, and what its files hold."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from csrm.bundle.golden import read_golden, write_golden
 from csrm.config import Settings
-from csrm.errors import BundleError
 
 ENCODER_KIND = "encoder"
 FORMAT_VERSION = 1
@@ -101,8 +100,7 @@ class GoldenTexts:
         """One line a text."""
         rows = zip(self.kinds, self.texts, self.token_ids, self.vectors.astype(float).tolist(), strict=True)
         names = ("kind", "text", "token_ids", "vector")
-        lines = ",\n    ".join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
-        path.write_text(f'{{\n  "source": {json.dumps(self.source)},\n  "texts": [\n    {lines}\n  ]\n}}\n', "utf-8")
+        write_golden(path, self.source, "texts", (dict(zip(names, row, strict=True)) for row in rows))
 
     @classmethod
     def read(cls, path: Path) -> "GoldenTexts":
@@ -111,12 +109,7 @@ class GoldenTexts:
         Raises:
             BundleError: the file does not hold golden texts.
         """
-        try:
-            file = _GoldenFile.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise BundleError(
-                f"encoder {str(path.parent)!r}: {path.name} does not hold golden texts: {error}. Export it again."
-            ) from error
+        file = read_golden(path, _GoldenFile, "encoder", "golden texts")
         return cls(
             source=file.source,
             kinds=[entry.kind for entry in file.texts],

@@ -11,24 +11,24 @@ from csrm.schemas import CANDIDATES, PAIR_KEY, UNCOVERED_PRODUCTS
 from csrm.spark.text import is_blank
 
 
-def best_pairs(scores_df: DataFrame, products_per_query: int, queries_per_product: int) -> DataFrame:
+def best_pairs(strengths_df: DataFrame, products_per_query: int, queries_per_product: int) -> DataFrame:
     """Each query's best products together with each product's best queries.
 
-    Both ranks are put on one and the same frame, so BM25 is computed once. Ties go to the smaller id.
+    Both ranks are put on one and the same frame, so strengths are computed once. Ties go to the smaller id.
 
     Args:
-        scores_df: market, query_id, product_id, bm25, each pair once.
+        strengths_df: market, query_id, product_id, strength (BM25, a cosine, ...: more is better), each pair once.
         products_per_query: best products of a query, >= 0.
         queries_per_product: best queries of a product, >= 0.
 
     Returns:
         Columns of `schemas.CANDIDATES`; source is "query" for the first kind, "product" for what only the second adds.
     """
-    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("bm25"), F.asc("product_id"))
-    of_product = Window.partitionBy("market", "product_id").orderBy(F.desc("bm25"), F.asc("query_id"))
+    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("strength"), F.asc("product_id"))
+    of_product = Window.partitionBy("market", "product_id").orderBy(F.desc("strength"), F.asc("query_id"))
     is_best_product = F.col("product_rank") <= products_per_query
     return (
-        scores_df.withColumn("query_rank", F.row_number().over(of_product))
+        strengths_df.withColumn("query_rank", F.row_number().over(of_product))
         .withColumn("product_rank", F.row_number().over(of_query))
         .where(is_best_product | (F.col("query_rank") <= queries_per_product))
         .withColumn("source", F.when(is_best_product, "query").otherwise("product"))

@@ -8,11 +8,9 @@ from pyspark.sql import functions as F
 
 from csrm.config import Settings
 from csrm.embedding.contents import TextKind
-from csrm.embedding.encoder import read_encoder
 from csrm.retrieval.nearest import near_pairs
-from csrm.retrieval.vectors import embed_new_texts, read_vectors, text_digest
+from csrm.retrieval.vectors import embed_catalog_and_queries, read_vectors, text_digest
 from csrm.spark.text import is_blank
-from csrm.spark.workers import errors_of_workers, task_threads
 
 
 class SemanticSettings(Settings):
@@ -56,20 +54,10 @@ def semantic_scores(
         "passage": catalog_df.where(~is_blank(F.col("title"))).selectExpr("market", "product_id", "title AS text"),
         "query": queries_df.where(~is_blank(F.col("query"))).selectExpr("market", "query_id", "query AS text"),
     }
-    digest = read_encoder(settings.encoder)[1]
+    digest, _ = embed_catalog_and_queries(
+        spark, catalog_df, queries_df, vectors_path, encoder=settings.encoder, device=settings.device
+    )
     kinds: tuple[TextKind, ...] = ("passage", "query")
-    for kind in kinds:
-        with errors_of_workers():
-            embed_new_texts(
-                spark,
-                texts[kind].select("text"),
-                vectors_path,
-                encoder=settings.encoder,
-                digest=digest,
-                kind=kind,
-                device=settings.device,
-                threads=task_threads(spark),
-            )
     products_df, asked_df = (
         texts[kind]
         .withColumn("text_sha256", F.expr(text_digest("text")))

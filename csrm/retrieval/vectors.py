@@ -6,11 +6,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.embedding.contents import TextKind
+from csrm.embedding.encoder import read_encoder
 from csrm.schemas import TEXT_VECTORS
 from csrm.spark.commits import Transaction, append_rows
 from csrm.spark.embedding import embed_udf
 from csrm.spark.tables import create_table, read_table
 from csrm.spark.text import is_blank
+from csrm.spark.workers import errors_of_workers, task_threads
 
 
 def text_digest(column: str) -> str:
@@ -42,6 +44,55 @@ def read_vectors(spark: SparkSession, path: str, digest: str, kind: TextKind) ->
     is_asked = (F.col("encoder_digest") == digest) & (F.col("kind") == kind)
     vectors_df = read_table(spark, TEXT_VECTORS, path).where(is_asked)
     return vectors_df.groupBy("text_sha256").agg(F.min("vector").alias("vector"))
+
+
+def embed_catalog_and_queries(
+    spark: SparkSession,
+    catalog_df: DataFrame,
+    queries_df: DataFrame,
+    path: str,
+    *,
+    encoder: str,
+    device: str = "cpu",
+    num_partitions: int | None = None,
+) -> tuple[str, dict[str, int]]:
+    """Embed the titles and queries that the table has no vector of yet; see embed_new_texts.
+
+    Args:
+        spark: the session.
+        catalog_df: columns of `schemas.CATALOG`.
+        queries_df: columns of `schemas.QUERIES`.
+        path: the table's folder.
+        encoder: folder of the encoder, or its URI.
+        device: see csrm.spark.embedding.embed_udf.
+        num_partitions: tasks that embed; None: Spark's default parallelism.
+
+    Returns:
+        Digest of the encoder; kind to the number of texts that were embedded, passage first.
+
+    Raises:
+        BundleError: no encoder there, or another one on a worker's machine.
+    """
+    digest = read_encoder(encoder)[1]
+    texts: dict[TextKind, DataFrame] = {
+        "passage": catalog_df.selectExpr("title AS text"),
+        "query": queries_df.selectExpr("query AS text"),
+    }
+    num_new = {}
+    for kind, texts_df in texts.items():
+        with errors_of_workers():
+            num_new[str(kind)] = embed_new_texts(
+                spark,
+                texts_df,
+                path,
+                encoder=encoder,
+                digest=digest,
+                kind=kind,
+                device=device,
+                threads=task_threads(spark),
+                num_partitions=num_partitions,
+            )
+    return digest, num_new
 
 
 def embed_new_texts(

@@ -17,15 +17,15 @@ from pyspark.sql import SparkSession
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import build_candidates, build_retrieval_table, embed_catalog
 from csrm.embedding import load_encoder
-from csrm.retrieval import semantic
+from csrm.retrieval import vectors
 from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
 from csrm.spark.tables import read_table, table_exists, table_path, table_version
 from tests.faults.cluster import ROOT, wait_for
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
-HUGE = "거대한 텍스트" * 20_000
-"""Four hundred kilobytes in UTF-8, which are 100,000 terms."""
+HUGE = "".join(chr(0xAC00 + n * 7919 % 11_172) for n in range(100_000))
+"""Three hundred kilobytes in UTF-8, which are 100,000 terms, 11,172 of them different."""
 TITLES = {"p1": "등산 재킷", "p2": "防水登山外套", "p3": None, "p4": HUGE, "p5": "\u200b"}
 LISTED = {"p1": "ko", "p2": "zh-TW", "p3": "ko", "p4": "ko", "p5": "ko"}
 PHRASES = [("ko", "zh-TW", "등산", "登山"), ("zh-TW", "ko", "外套", "재킷")]
@@ -133,9 +133,9 @@ def test_an_encoder_that_is_replaced_between_nights_embeds_all_texts_again_and_i
     assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
 
     found = rows_of(spark, folder, "candidates", "text_vectors")
-    vectors = pd.DataFrame(found["text_vectors"], columns=TEXT_VECTORS.column_names)
-    assert vectors.groupby("encoder_digest").size().to_dict() == {first: 5, second: 5}  # blank texts have none
-    assert {len(vector) for vector in vectors.loc[vectors["encoder_digest"] == second, "vector"]} == {8}
+    rows = pd.DataFrame(found["text_vectors"], columns=TEXT_VECTORS.column_names)
+    assert rows.groupby("encoder_digest").size().to_dict() == {first: 5, second: 5}  # blank texts have none
+    assert {len(vector) for vector in rows.loc[rows["encoder_digest"] == second, "vector"]} == {8}
     fresh = arguments(folder, encoder, tables=folder / "fresh" / "tables")
     assert run_job(build_candidates.main, fresh) == 0
     assert found["candidates"] == rows_of(spark, folder / "fresh", "candidates")["candidates"]
@@ -150,7 +150,7 @@ def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoder, other = encoder_at(folder / "encoder"), encoder_at(folder / "other", pooling="cls")
-    embed_new_texts = semantic.embed_new_texts
+    embed_new_texts = vectors.embed_new_texts
 
     def replaced(*args: Any, **settings: Any) -> int:
         shutil.rmtree(encoder)
@@ -158,7 +158,7 @@ def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
         return embed_new_texts(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(semantic, "embed_new_texts", replaced)
+        patch.setattr(vectors, "embed_new_texts", replaced)
         assert run_job(build_candidates.main, arguments(folder, encoder)) == 2
     assert "expected digest" in capsys.readouterr().err
     assert rows_of(spark, folder, "text_vectors") == {"text_vectors": []}

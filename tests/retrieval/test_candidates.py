@@ -30,7 +30,7 @@ def test_best_products_of_queries_and_best_queries_of_products_are_united(spark:
             ("us", "q2", "p4", 0.9),
             ("kr", "q1", "p4", 0.5),
         ],
-        f"{PAIR}, bm25 double",
+        f"{PAIR}, strength double",
     )
     assert rows(best_pairs(scores_df, products_per_query=2, queries_per_product=1)) == [
         ("kr", "q1", "p4", "query"),
@@ -49,7 +49,7 @@ def test_best_products_of_queries_and_best_queries_of_products_are_united(spark:
 
 
 def test_a_product_whose_queries_score_alike_gets_the_smaller_query_id(spark: SparkSession) -> None:
-    scores_df = spark.createDataFrame([("us", q, "p1", 1.0) for q in ("q3", "q1", "q2")], f"{PAIR}, bm25 double")
+    scores_df = spark.createDataFrame([("us", q, "p1", 1.0) for q in ("q3", "q1", "q2")], f"{PAIR}, strength double")
     assert rows(best_pairs(scores_df, products_per_query=0, queries_per_product=2)) == [
         ("us", "q1", "p1", "product"),
         ("us", "q2", "p1", "product"),

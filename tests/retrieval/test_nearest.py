@@ -97,7 +97,7 @@ def test_the_result_is_the_same_for_any_partitions_and_chunks(spark: SparkSessio
             queries_per_chunk=queries_per_chunk,
         )
         assert pairs_df.groupBy("market", "query_id", "product_id").count().where("count > 1").isEmpty()
-        chosen_df = best_pairs(pairs_df.withColumnRenamed("similarity", "bm25"), 3, 1)
+        chosen_df = best_pairs(pairs_df.withColumnRenamed("similarity", "strength"), 3, 1)
         return sorted(tuple(row) for row in chosen_df.collect())
 
     one = found(1, 50_000)
@@ -134,7 +134,7 @@ def test_the_best_are_those_of_sparks_own_exact_join(spark: SparkSession, num_pa
     expected = joined_df.select("market", "query_id", "product_id", cosine.alias("similarity"))
 
     pairs_df = near_pairs(products_df, queries_df, products_per_query=7, num_partitions=num_partitions)
-    chosen_df = best_pairs(pairs_df.withColumnRenamed("similarity", "bm25"), 7, 0)
+    chosen_df = best_pairs(pairs_df.withColumnRenamed("similarity", "strength"), 7, 0)
     found_df = pairs_df.join(chosen_df.drop("source"), ["market", "query_id", "product_id"], "left_semi")
     similarities = {tuple(row)[1:3]: row["similarity"] for row in found_df.collect()}
     assert similarities == {tuple(row)[1:3]: pytest.approx(row["similarity"], abs=1e-6) for row in expected.collect()}
