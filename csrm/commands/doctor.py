@@ -14,6 +14,7 @@ Two things are left to the night, which looks at them before it scores: its inpu
 from collections.abc import Iterator, Sequence
 
 from csrm.cli import job_parser, job_settings
+from csrm.config import load_config
 from csrm.doctor.checks import Check, checked
 from csrm.doctor.encoder import CheckedBuild, check_one_encoder, checks_of_encoder, require_search
 from csrm.doctor.machine import (

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
-from csrm.cli import job_parser
-from csrm.config import InputSpec, MarketName, Markets, Settings, TablesDir, load_config
+from csrm.cli import job_parser, job_settings
+from csrm.config import InputSpec, MarketName, Markets, Settings, TablesDir
 from csrm.extras import import_eval
 from csrm.operations.launch import LaunchLimits, find_launch, open_market, require_scores
 from csrm.operations.launch_report import launch_report_html, launch_summary
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    config = load_config(args.config, LaunchReportConfig, args.overrides)
+    config = job_settings(args, LaunchReportConfig)
     for module in ("jinja2", "matplotlib"):
         import_eval(module)  # before the work, not after it
     spark = build_session("csrm-launch-report")
