@@ -1,42 +1,28 @@
 """What the builds before a night make of faulty parallel text and encoders: the right tables, or those from before."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import build_candidates, build_retrieval_table, embed_catalog
-from csrm.embedding import load_encoder
 from csrm.retrieval import vectors
 from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
 from csrm.spark.tables import read_table, table_exists, table_path, table_version
-from tests.faults.cluster import ROOT, wait_for
+from tests.faults.cluster import ROOT
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
-HUGE = "".join(chr(0xAC00 + n * 7919 % 11_172) for n in range(100_000))
-"""Three hundred kilobytes in UTF-8, which are 100,000 terms, 11,172 of them different."""
+HUGE = "".join(chr(0xAC00 + n * 7919 % 11_172) for n in range(20_000))
+"""Sixty kilobytes in UTF-8, which are 20,000 terms, 11,172 of them different."""
 TITLES = {"p1": "등산 재킷", "p2": "防水登山外套", "p3": None, "p4": HUGE, "p5": "\u200b"}
 LISTED = {"p1": "ko", "p2": "zh-TW", "p3": "ko", "p4": "ko", "p5": "ko"}
 PHRASES = [("ko", "zh-TW", "등산", "登山"), ("zh-TW", "ko", "外套", "재킷")]
-FAULTY = [
-    ("ko", "zh-TW", None, "登山"),
-    ("ko", "zh-TW", "등산", None),
-    ("ko", "zh-TW", "", " "),
-    ("ko", "zh-TW", HUGE, HUGE),
-    ("ko", "zh-TW", "등산", HUGE),
-    ("xx", "", "등산", "登山"),
-]
 
 
 @pytest.fixture
@@ -80,66 +66,17 @@ def rows_of(spark: SparkSession, folder: Path, *tables: str) -> dict[str, list[t
     return {name: sorted(map(tuple, table_df.collect()), key=str) for name, table_df in read.items()}
 
 
-def test_faulty_parallel_texts_change_nothing_that_the_good_ones_find(spark: SparkSession, folder: Path) -> None:
-    assert run_job(build_candidates.main, arguments(folder)) == 0
-    assert run_job(build_retrieval_table.main, arguments(folder)) == 0
-    tables = ("candidates", "uncovered_products", "retrieval_table")
-    good = rows_of(spark, folder, *tables)
-    assert ("tw", "q1", "p1", "translated") in good["candidates"]
-    assert ("tw", "p3", "no_title") in good["uncovered_products"]
-
-    save_phrases(folder, [*FAULTY, *PHRASES])
-    assert run_job(build_candidates.main, arguments(folder)) == 0
-    assert run_job(build_retrieval_table.main, arguments(folder)) == 0
-    assert rows_of(spark, folder, *tables) == good
-
-
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        ([], "It has texts in: none"),
-        ([("ko-KR", "zh-Hant", "등산", "登山")], "It has texts in: ko-KR and zh-Hant"),
-        ([("ko", "zh-TW", "등산", None)], "expected short texts of split train in zh-tw and ko"),
-        ([(None, "zh-TW", "등산", "登山")], "required column source_language is null in 1 of 1 rows"),
-    ],
-    ids=["empty", "other names of languages", "no text", "no language"],
-)
 def test_parallel_text_that_translates_nothing_is_refused_and_the_tables_stay(
-    spark: SparkSession,
-    folder: Path,
-    rows: list[tuple[Any, ...]],
-    problem: str,
-    capsys: pytest.CaptureFixture[str],
+    spark: SparkSession, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_job(build_candidates.main, arguments(folder, phrases=False)) == 0
     path = table_path(str(folder / "tables"), CANDIDATES)
     version = table_version(spark, path)
-    save_phrases(folder, rows)
+    save_phrases(folder, [])
     capsys.readouterr()
     assert run_job(build_candidates.main, arguments(folder)) == 2
-    assert problem in capsys.readouterr().err
+    assert "It has texts in: none" in capsys.readouterr().err
     assert table_version(spark, path) == version
-
-
-def test_an_encoder_that_is_replaced_between_nights_embeds_all_texts_again_and_its_vectors_alone_are_compared(
-    spark: SparkSession, folder: Path, encoder_at: Callable[..., Path]
-) -> None:
-    encoder = encoder_at(folder / "encoder")
-    first = load_encoder(encoder).digest
-    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
-    shutil.rmtree(encoder)
-    encoder_at(encoder, dimensions=8, pooling="cls")  # other vectors, of another length
-    second = load_encoder(encoder).digest
-    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
-
-    found = rows_of(spark, folder, "candidates", "text_vectors")
-    rows = pd.DataFrame(found["text_vectors"], columns=TEXT_VECTORS.column_names)
-    assert rows.groupby("encoder_digest").size().to_dict() == {first: 5, second: 5}  # blank texts have none
-    assert {len(vector) for vector in rows.loc[rows["encoder_digest"] == second, "vector"]} == {8}
-    fresh = arguments(folder, encoder, tables=folder / "fresh" / "tables")
-    assert run_job(build_candidates.main, fresh) == 0
-    assert found["candidates"] == rows_of(spark, folder / "fresh", "candidates")["candidates"]
-    assert {row[3] for row in found["candidates"]} >= {"semantic"}
 
 
 def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
@@ -188,40 +125,3 @@ def test_an_encoder_that_is_no_encoder_is_refused_before_a_text_is_embedded(
         assert run_job(main, words) == 2, main
         assert "encoder '" in capsys.readouterr().err
     assert not table_exists(spark, table_path(str(folder / "tables"), TEXT_VECTORS))
-
-
-@pytest.fixture
-def embedding(folder: Path, tiny_encoder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The job embed_catalog in a process group of its own."""
-    titles = [("tw", f"p{number}", f"텐트 {number} " * 12, "ko") for number in range(3_000)]
-    save(folder, "catalog", titles, "market product_id title language")
-    words = embedding_arguments(folder, tiny_encoder, num_partitions=40)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "csrm", "embed-catalog", *words],
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_a_killed_embedding_leaves_whole_commits_and_the_next_one_embeds_what_is_left(
-    spark: SparkSession, folder: Path, tiny_encoder: Path, embedding: subprocess.Popen[bytes]
-) -> None:
-    table = folder / "tables" / "text_vectors"
-    wait_for(lambda: [*table.rglob("*.parquet")], "a file of vectors that is being written")
-    children = psutil.Process(embedding.pid).children(recursive=True)
-    os.killpg(embedding.pid, signal.SIGKILL)
-    assert embedding.wait() == -signal.SIGKILL
-    psutil.wait_procs(children, timeout=60)
-    left = rows_of(spark, folder, "text_vectors")["text_vectors"]
-    assert len(left) in (0, 3_000)  # titles come in one commit
-
-    assert run_job(embed_catalog.main, embedding_arguments(folder, tiny_encoder)) == 0
-    found = rows_of(spark, folder, "text_vectors")["text_vectors"]
-    assert len(found) == len({row[:3] for row in found}) == 3_002  # two queries have a text
-    assert set(map(str, left)) <= set(map(str, found))
