@@ -11,7 +11,6 @@ from onnx import numpy_helper
 from csrm.bundle.contents import Precision
 from csrm.embedding.contents import Recall
 from csrm.errors import ParityError
-from csrm.export.graph_files import save_graph
 from csrm.export.half import fuse_norms, write_half, write_rounded
 from csrm.export.precision import RECIPES, Recipe, write_precision
 
@@ -115,13 +114,13 @@ def _write(fp32_path: Path, recipe: Recipe, path: Path) -> Path:
 
 def _soften_masks(path: Path) -> None:
     """Replace the lowest float32 number, with which models hide tokens, by one that float16 and its sums can hold."""
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)  # single numbers are in the graph itself
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and int(np.prod(tensor.dims)) == 1:
             value = numpy_helper.to_array(tensor)
             if value.min() < HIDING:
                 tensor.CopyFrom(numpy_helper.from_array(np.full_like(value, HIDING), tensor.name))
-    save_graph(model, path)
+    onnx.save(model, path)
 
 
 def _last_hidden_states(path: Path) -> set[str]:
