@@ -1,3 +1,6 @@
+import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,8 +10,9 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from csrm.scoring.prompts import neutralize
 from csrm.spark.text import is_blank, text_key_udf
-from csrm.text import has_text, search_terms, text_key, unknown_phrases
+from csrm.text import SHORT, has_text, normalized, search_terms, text_key, unknown_phrases
 from csrm.training.data.database import has_text as has_text_sql
 from csrm.training.data.database import open_database
 
@@ -175,3 +179,23 @@ def test_without_known_terms_every_run_is_a_phrase_and_with_all_of_them_none_is(
     phrases = unknown_phrases(text, [False] * num_terms)
     assert bool(phrases) == bool(num_terms)
     assert unknown_phrases(text, [True] * num_terms) == []
+
+
+MANY_MARKS = "a" + "\u0301" * 20_000 + "\u0327" * 20_000
+"""A title that Unicode normalisation alone takes ten seconds for, in each of its prompts."""
+
+
+@pytest.mark.parametrize("cleaned", [text_key, neutralize, lambda text: "".join(search_terms(text))])
+@pytest.mark.parametrize("text", [MANY_MARKS, ("\u0301" * 30 + "\u034f") * 1_000 + "\u0327" * 20_000])
+def test_a_text_of_many_marks_takes_no_longer_than_others(cleaned: Callable[[str], str], text: str) -> None:
+    before = time.process_time()
+    found = cleaned(text)
+    assert time.process_time() - before < 1
+    assert cleaned(found) == found
+
+
+def test_marks_that_a_language_needs_are_kept_in_texts_of_any_length() -> None:
+    vietnamese, many = "e\u0302\u0323" * 1_000, "a" + "\u0301" * (SHORT - 1)
+    assert normalized("NFC", vietnamese) == "\u1ec7" * 1_000
+    assert normalized("NFC", many) == unicodedata.normalize("NFC", many)
+    assert normalized("NFC", many + "b") == "\u00e1" + "\u0301" * 29 + "b"

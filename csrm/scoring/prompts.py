@@ -25,11 +25,12 @@ Fields are foreign text: `neutralize` takes from them whatever could read as str
 leave no line. Changing a character here changes every score: raise TEMPLATE_VERSION with it.
 """
 
-import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import regex
+
+from csrm.text import normalized
 
 TEMPLATE_VERSION = 1
 ANSWER_CUE = "\nRelevant:"
@@ -112,7 +113,7 @@ def neutralize(text: str | None) -> str:
         return ""
     # Each look is a fraction of the substitution that it spares: of most texts nothing is taken.
     visible = text if text.isprintable() else _INVISIBLE.sub(" ", text)
-    visible = unicodedata.normalize("NFC", visible)
+    visible = normalized("NFC", visible)
     if "<" in visible or ">" in visible:
         visible = visible.translate(_ANGLES)
     if "[" in visible:
