@@ -1,6 +1,7 @@
 """Configuration files: one YAML file a job, checked against the settings class that the job declares."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import to_jsonable_python
 
 from csrm.errors import ConfigError
@@ -36,6 +37,39 @@ TablesDir = Annotated[str, Field(min_length=1)]
 """Folder that holds the tables that CSRM writes, any URI."""
 
 
+def _local_path(path: str) -> str:
+    if "://" in path:
+        raise ValueError("is a URI; expected a folder of this machine, from which the files can be copied there")
+    return path
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
+"""Folder of the machine on which the job was started."""
+
+
+def make_folder(path: str) -> Path:
+    """A folder for what a job writes on this machine; called before the work.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output {path!r}: cannot be made ({error.strerror}: {error.filename}). Name another folder, such as "
+            "--set output=/tmp/csrm."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output {path!r}: cannot be written. Name another folder, such as --set output=/tmp/csrm.")
+    return folder
+
+
+_KNOWN_FORMATS = ("delta", "parquet", "csv", "json", "orc")
+"""Formats that CSRM has rules of its own for; any other name is Spark's, which may be that of a class."""
+
+
 class InputSpec(Settings):
     """Where one input table is, and how its columns are called there."""
 
@@ -48,7 +82,13 @@ class InputSpec(Settings):
     out, whatever is there."""
     options: dict[str, str] = {}
     """Options of the data source, such as header and sep for csv. `binaryAsString: "true"` of parquet reads bytes that
-    nothing marks as text as text."""
+    nothing marks as text as text. `versionAsOf: "41"` of delta reads that version."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        """Spark takes Delta and DELTA for delta too; only by one name its versions and types are looked at."""
+        return name.lower() if name.lower() in _KNOWN_FORMATS else name
 
 
 MOST_VALUES = 100_000

@@ -2,11 +2,11 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from csrm.cli import setting_arguments
-from csrm.commands import score_catalog
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config, resolved_settings
+from csrm.commands import report, score_catalog
+from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config, make_folder, resolved_settings
 from csrm.errors import ConfigError
 from csrm.night.settings import ScoringConfig
 
@@ -182,3 +182,20 @@ def test_show_config_prints_the_settings_and_does_nothing(
     assert 'markets.kr: "ko"  # conf/score_catalog.yaml' in lines
     assert "hang_minutes: 30.0  # default" in lines
     assert "audit.deleted_share.limit: 0.2  # conf/score_catalog.yaml" in lines
+
+
+@pytest.mark.parametrize("name", ["delta", "Delta", "PARQUET"])
+def test_known_formats_have_one_name(name: str) -> None:
+    assert InputSpec(path="p", format=name).format == name.lower()
+    assert InputSpec(path="p", format="org.example.Reader").format == "org.example.Reader"
+
+
+def test_an_output_that_is_no_folder_of_this_machine_is_refused_before_the_work(tmp_path: Path) -> None:
+    values = {"markets": {"tw": "zh-TW"}, "inputs": {"catalog": {"path": "c"}, "queries": {"path": "q"}}, "tables": "t"}
+    with pytest.raises(ValidationError, match=r"is a URI; expected a folder of this machine"):
+        report.ReportConfig.model_validate({**values, "output": "s3a://bucket/reports"})
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"output '.*reports': cannot be made \(Not a directory: .*Name another folder"
+    ):
+        make_folder(str(tmp_path / "file" / "reports"))

@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from csrm.cli import job_parser, job_settings
+from csrm.config import make_folder
 from csrm.evaluation.report import format_evaluation, plot_evaluation, write_metrics
 from csrm.extras import import_eval
 from csrm.operations.evaluation import EvaluationConfig, evaluate_published
@@ -20,9 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job_settings(args, EvaluationConfig)
     for module in ("ir_measures", "sklearn", "matplotlib"):
         import_eval(module)  # before the work, not after it
+    output = make_folder(config.output)
     measured = evaluate_published(build_session("csrm-evaluate"), config)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     write_metrics(measured.evaluation, measured.provenance, output / "metrics.json")
     plot_evaluation(measured.evaluation, measured.judged, list(config.gains), output / "metrics.png")
     print(format_evaluation(measured.evaluation))

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import Markets, Settings
+from csrm.config import LocalPath, Markets, Settings
 from csrm.market.files import write_tables
 from csrm.market.generator import Market, generate_market
 from csrm.market.lexicon import builtin_lexicon
@@ -35,7 +35,7 @@ class MarketConfig(Settings):
     """Probability that a judged grade is replaced by another one, in all splits; true_grade beside it stays right."""
     taxonomy: str | None = None
     """Folder with categories, values, attributes and category_attributes (.tsv.gz); null: the built-in lexicon."""
-    output: str
+    output: LocalPath
     """Local folder for the Parquet files; existing ones are replaced."""
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import Markets, Settings
+from csrm.config import LocalPath, Markets, Settings
 from csrm.market.categories import Storefront, category_markets
 from csrm.market.files import write_tables
 from csrm.schemas import CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
@@ -31,7 +31,7 @@ class TaxonomyConfig(Settings):
     label_noise: float = Field(default=0.0, ge=0, le=1)
     """Probability that a grade of split train is the wrong one; true_grade beside it stays right."""
     seed: int = Field(default=0, ge=0)
-    output: str
+    output: LocalPath
     """Local folder for the Parquet files; existing ones are replaced."""
 
 

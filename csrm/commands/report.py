@@ -3,14 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir, make_folder
 from csrm.extras import import_eval
 from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
@@ -32,7 +31,7 @@ class ReportConfig(Settings):
     inputs: ReportInputs
     tables: TablesDir
     """Folder of the tables that CSRM writes."""
-    output: str
+    output: LocalPath
     """Local folder for the pages; the page of run R is R.html."""
     num_runs: Annotated[int, Field(ge=1)] = 30
     """Runs in the history."""
@@ -53,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job_settings(args, ReportConfig)
     for module in ("jinja2", "matplotlib"):
         import_eval(module)  # before the work, not after it
+    folder = make_folder(config.output)
     limits = Limits(config.num_runs, config.num_moved, config.num_samples)
     inputs = config.inputs
     findings = read_findings(
         build_session("csrm-report"), config.tables, args.run_id, inputs.catalog, inputs.queries, config.markets, limits
     )
-    page = Path(config.output) / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
     page.write_text(night_report_html(findings, datetime.now(UTC)), encoding="utf-8")
     print(f"report of run {findings.runs[0]['run_id']}: {page}")
     return 0

@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 import csrm
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
 from csrm.errors import InputError
 from csrm.evaluation.metrics import Evaluation, evaluate_scores
 from csrm.evaluation.report import BM25, SCORE
@@ -37,7 +37,7 @@ class EvaluationConfig(Settings):
     inputs: EvaluationInputs
     tables: TablesDir
     """Folder with the published relevance_scores table."""
-    output: str
+    output: LocalPath
     """Local folder for metrics.json and metrics.png."""
     splits: tuple[str, ...] = ()
     """Splits of the judgments to measure on; empty: all."""

@@ -45,6 +45,8 @@ class Input:
     """Version of a Delta table that df is pinned to; None for other formats."""
     files: Mapping[str, FileState | None] = field(default_factory=dict)
     """Of formats without versions: the files that df reads, as they were when it was opened."""
+    content: tuple[int, int] | None = None
+    """Of formats with neither versions nor files, such as jdbc: number and hash of the rows when it was opened."""
 
 
 def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Collection[str] | None = None) -> Input:
@@ -76,7 +78,8 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
         raise InputError(f"{where}: cannot be read: {reason(error)}. Are its files complete?") from error
     if problems:
         raise InputError(_message(where, problems))
-    return Input(rows_df.select(*table.column_names), spec.path, version, files)
+    df = rows_df.select(*table.column_names)
+    return Input(df, spec.path, version, files, _content(df) if version is None and not files else None)
 
 
 def read_rows(spark: SparkSession, table: Table, spec: InputSpec, version: int | None = None) -> DataFrame:
@@ -148,11 +151,15 @@ def require_markets(inputs: Mapping[str, Input], markets: Collection[str]) -> No
 def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
     """Check that the files of inputs without versions are those that were opened; later files are not read.
 
+    Of inputs without files, the rows must be the same.
+
     Raises:
         InputError: some were replaced or deleted; all of them in one message.
     """
     problems = []
     for name, read in inputs.items():
+        if read.content is not None and _content(read.df) != read.content:
+            problems.append(f"input {name} at {read.path!r}: its rows were changed while the run read them")
         now = file_states(spark, list(read.files))
         changed = sorted(file for file, state in read.files.items() if now[file] != state)
         if changed:
@@ -166,6 +173,14 @@ def require_unchanged(spark: SparkSession, inputs: Mapping[str, Input]) -> None:
             f"{listed}\nNothing was published. Run it again once they are complete; write them to a new folder each "
             "time, or as Delta tables, whose versions stay as they are."
         )
+
+
+def _content(df: DataFrame) -> tuple[int, int]:
+    """Number of rows, and a hash of them in any order."""
+    row_hash = F.xxhash64(F.to_json(F.struct(*df.columns)))
+    row = df.agg(F.count("*").alias("num_rows"), F.coalesce(F.bit_xor(row_hash), F.lit(0)).alias("hash")).head()
+    assert row is not None
+    return row["num_rows"], row["hash"]
 
 
 @contextmanager

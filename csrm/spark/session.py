@@ -44,7 +44,7 @@ def build_session(app_name: str) -> SparkSession:
     logging.getLogger("py4j").setLevel(logging.WARNING)  # reports each connection it closes
     running = SparkSession.getActiveSession()
     if running is not None:
-        return running
+        return _skipping_no_files(running)
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if submitted:
         SparkContext._ensure_initialized()
@@ -82,7 +82,17 @@ def build_session(app_name: str) -> SparkSession:
         _check_delta_is_loadable()
     elif not _delta_jar_is_installed() and "delta-spark" not in submit_args:
         builder = configure_spark_with_delta_pip(builder)
-    return builder.getOrCreate()
+    return _skipping_no_files(builder.getOrCreate())
+
+
+def _skipping_no_files(spark: SparkSession) -> SparkSession:
+    """A session in which a damaged or missing file is an error, whatever the cluster's defaults say.
+
+    Skipped without a word, the rows of such a file would be deleted from what is published.
+    """
+    for name in ("spark.sql.files.ignoreCorruptFiles", "spark.sql.files.ignoreMissingFiles"):
+        spark.conf.set(name, "false")
+    return spark
 
 
 def require_names(spark: SparkSession, names: Iterable[str]) -> None:

@@ -61,7 +61,8 @@ def open_sources(
         InputError: it cannot be read.
     """
     if spec.format == "delta":
-        table_df, version = open_table(spark, spec.path, version)
+        asked = _version_asked_for(spec, where) if version is None else version
+        table_df, version = open_table(spark, spec.path, asked)
         return [_source(table_df, needed)], version, []
     try:
         if spec.format == "parquet":
@@ -77,6 +78,22 @@ def open_sources(
         why = reason(error)
         way_out = _QUOTE_IT if "CSV field" in why else "Are the path and the format right, and its files complete?"
         raise InputError(f"{where}: cannot be read: {why}. {way_out}") from error
+
+
+def _version_asked_for(spec: InputSpec, where: str) -> int | None:
+    """The version of a Delta table that the options name; None: the newest.
+
+    Raises:
+        InputError: other options, which would have no effect, or no version.
+    """
+    given = {name.lower(): value for name, value in spec.options.items()}
+    version = given.pop("versionasof", None)
+    if given or not (version is None or re.fullmatch("[0-9]{1,18}", version)):
+        raise InputError(
+            f"{where}: expected no option of a Delta table but versionAsOf, a whole number; got options "
+            f"{spec.options}. Name the version, or leave them out: the newest is read."
+        )
+    return None if version is None else int(version)
 
 
 def reason(error: Exception) -> str:

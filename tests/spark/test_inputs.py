@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql.datasource import DataSource, DataSourceReader
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
-from csrm.spark.inputs import read_input
+from csrm.spark.inputs import read_input, require_unchanged
 from csrm.spark.storage import file_states
 
 pytestmark = pytest.mark.spark
@@ -566,3 +567,59 @@ def test_a_required_column_cannot_be_left_out(spark: SparkSession, tmp_path: Pat
 
     with pytest.raises(InputError, match="'columns' leaves product_id out, which is required"):
         read_input(spark, CATALOG, spec.model_copy(update={"columns": {"product_id": None}}))
+
+
+def test_a_delta_input_is_read_at_the_version_that_its_options_name(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "catalog")
+    for title in ("old", "new"):
+        rows_df = spark.createDataFrame([("tw", "p1", title)], "market string, product_id string, title string")
+        rows_df.write.format("delta").mode("overwrite").save(path)
+
+    found = {}
+    for name, options in (("newest", {}), ("first", {"versionAsOf": "0"}), ("upper", {"VERSIONASOF": "0"})):
+        read = read_input(spark, CATALOG, InputSpec(path=path, format="Delta", options=options))
+        found[name] = (read.version, read.df.collect()[0]["title"])
+    assert found == {"newest": (1, "new"), "first": (0, "old"), "upper": (0, "old")}
+
+    for options in ({"timestampAsOf": "2026-11-01"}, {"versionAsOf": "yesterday"}, {"header": "true"}):
+        with pytest.raises(InputError, match=r"expected no option of a Delta table but versionAsOf, a whole number"):
+            read_input(spark, CATALOG, InputSpec(path=path, options=options))
+    with pytest.raises(InputError, match=r"version 7 cannot be read.*The newest version is 1"):
+        read_input(spark, CATALOG, InputSpec(path=path, options={"versionAsOf": "7"}))
+
+
+def test_an_input_with_neither_versions_nor_files_must_have_the_same_rows_at_the_end(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    class Rows(DataSource):
+        """Rows of a file that is read anew each time, as a database is asked anew."""
+
+        @classmethod
+        def name(cls) -> str:
+            return "rows"
+
+        def schema(self) -> str:
+            return "market string, product_id string, title string"
+
+        def reader(self, schema: Any) -> DataSourceReader:
+            return RowsReader(self.options["path"])
+
+    class RowsReader(DataSourceReader):
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def read(self, partition: Any) -> Any:
+            with open(self.path, encoding="utf-8") as file:
+                yield from (tuple(line.split()) for line in file)
+
+    path = tmp_path / "rows.txt"
+    path.write_text("tw p1 tent\ntw p2 towel\n")
+    spark.dataSource.register(Rows)
+    read = read_input(spark, CATALOG, InputSpec(path=str(path), format="rows"))
+    assert (read.version, read.files) == (None, {})
+
+    path.write_text("tw p2 towel\ntw p1 tent\n")  # in another order
+    require_unchanged(spark, {"catalog": read})
+    path.write_text("tw p1 tent\ntw p2 bathrobe\n")
+    with pytest.raises(InputError, match=r"input catalog at .*its rows were changed while the run read them"):
+        require_unchanged(spark, {"catalog": read})

@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
 from csrm.config import InputSpec
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
 from csrm.schemas import CATALOG
-from csrm.spark.inputs import read_inputs
+from csrm.spark.inputs import read_input, read_inputs
 from csrm.spark.session import build_session, require_names
 
 pytestmark = pytest.mark.spark
@@ -93,3 +95,19 @@ def test_plain_python_in_a_posix_locale_writes_any_name_and_takes_a_master_from_
 
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ["local[1]", "UTC"]
+
+
+def test_no_damaged_file_is_skipped_whatever_the_cluster_says(spark: SparkSession, tmp_path: Path) -> None:
+    for n in range(2):
+        rows = pd.DataFrame([("tw", f"p{n}", "t")], columns=["market", "product_id", "title"])
+        rows.to_parquet(tmp_path / f"{n}.parquet")
+    damaged = bytearray((tmp_path / "1.parquet").read_bytes())
+    damaged[4:30] = b"\xff" * 26
+    (tmp_path / "1.parquet").write_bytes(damaged)
+    names = ("spark.sql.files.ignoreCorruptFiles", "spark.sql.files.ignoreMissingFiles")
+    for name in names:
+        spark.conf.set(name, "true")
+
+    with pytest.raises(InputError, match="cannot be read: "):
+        read_input(build_session("job"), CATALOG, InputSpec(path=str(tmp_path), format="parquet"))
+    assert [spark.conf.get(name) for name in names] == ["false", "false"]
