@@ -12,10 +12,12 @@ from pyspark.sql.types import DataType, StructField, StructType
 
 from csrm.errors import InputError
 from csrm.schemas import Table
-from csrm.spark.commits import find_version, new_commit_id
+from csrm.spark.commits import find_version, new_commit_id, retry_conflicts
 from csrm.spark.storage import absolute_path, require_one_place
 
 SCHEMA_VERSION_PROPERTY = "csrm.schemaVersion"
+_FOR_EVERY_READER = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
+"""A cluster may have other defaults for new tables, with which not every Delta reader can read them."""
 
 
 def table_path(tables_dir: str, table: Table) -> str:
@@ -50,6 +52,7 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
+    properties |= _FOR_EVERY_READER
     if table.change_feed:
         properties["delta.enableChangeDataFeed"] = "true"
     builder = DeltaTable.createIfNotExists(spark).location(absolute_path(path)).comment(table.comment)
@@ -57,8 +60,9 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
         builder = builder.addColumn(field.name, field.dataType, field.nullable, comment=field.metadata["comment"])
     for key, value in properties.items():
         builder = builder.property(key, value)
+    builder = builder.partitionedBy(*table.partition_by)
     try:
-        builder.partitionedBy(*table.partition_by).execute()
+        retry_conflicts(builder.execute)  # with another job that creates it at the same moment
     except AnalysisException as error:
         raise InputError(
             f"table {table.name} at {path!r}: cannot be created: {_first_line(error)}. "
@@ -120,6 +124,8 @@ def read_table(spark: SparkSession, table: Table, path: str, version: int | None
         table_df = table_df.withColumns({name: added[name] for name in missing if name in added})
         missing = [name for name in missing if name not in added]
     if missing:
+        if version is None:
+            _check_columns(spark, table, path)  # says so where it is of another version
         raise InputError(
             f"table {table.name} at {path!r}: missing columns {missing}; it has {table_df.columns}. "
             "Was it written by CSRM?"
@@ -170,6 +176,8 @@ def replace_rows(df: DataFrame, table: Table, path: str, where: str | None = Non
     create_table(df.sparkSession, table, path)
     carried = json.dumps({"commit": new_commit_id()})
     writer = df.select(*table.column_names).write.format("delta").mode("overwrite").option("userMetadata", carried)
+    # A session may be told to leave partitions alone that df has no rows of.
+    writer = writer.option("partitionOverwriteMode", "static")
     if where is not None:
         writer = writer.option("replaceWhere", where)
     writer.save(path)

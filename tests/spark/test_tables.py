@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Barrier
 
 import pytest
+from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -17,7 +19,7 @@ from csrm.commands import migrate
 from csrm.errors import InputError, LeaseError
 from csrm.night.leases import hold_leases
 from csrm.schemas import CANDIDATES, CATALOG, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORES_STAGING, SCORING_RUNS
-from csrm.spark.commits import Transaction, append_rows, merge_changes
+from csrm.spark.commits import Transaction, append_rows, merge_changes, session_settings
 from csrm.spark.migration import migrate_table
 from csrm.spark.tables import (
     create_table,
@@ -124,6 +126,8 @@ def test_a_table_of_an_older_version_is_refused_until_it_is_migrated(spark: Spar
 
     with pytest.raises(InputError, match=r"expected version 2 of its columns, it has version 1. Migrate it: jobs/mig"):
         create_table(spark, newer, path)
+    with pytest.raises(InputError, match=r"it has version 1\. Migrate it: jobs/migrate\.py"):
+        read_table(spark, newer, path)
     assert migrate_table(spark, newer, path) == ["predicted_grade"]
     assert migrate_table(spark, newer, path) == []
 
@@ -288,3 +292,46 @@ def test_a_migration_waits_for_no_run_and_takes_a_table_of_runs_of_an_older_vers
     assert "table_id" not in spark.read.format("delta").load(path).columns
     assert migrate.main(arguments) == 0
     assert capsys.readouterr().out == "scoring_runs: added table_id\n"
+
+
+def test_a_table_that_several_jobs_create_at_the_same_moment_is_there_for_all_of_them(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = table_path(str(tmp_path), SCORING_RUNS)
+    at_once = Barrier(3)
+
+    def create(session: SparkSession) -> None:
+        at_once.wait()
+        create_table(session, SCORING_RUNS, path)
+
+    with ThreadPoolExecutor() as pool:
+        for job in [pool.submit(create, spark.newSession()) for _ in range(3)]:
+            job.result()
+    assert read_table(spark, SCORING_RUNS, path).count() == 0
+
+
+def test_a_table_can_be_read_by_every_reader_whatever_the_cluster_has_as_defaults(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = table_path(str(tmp_path), RELEVANCE_SCORES)
+    defaults = "spark.databricks.delta.properties.defaults"
+    with session_settings(
+        spark, {f"{defaults}.enableDeletionVectors": "true", f"{defaults}.columnMapping.mode": "name"}
+    ):
+        create_table(spark, RELEVANCE_SCORES, path)
+
+    detail = DeltaTable.forPath(spark, path).detail().head()
+    assert not {"deletionVectors", "columnMapping"} & set(detail["tableFeatures"])
+
+
+@pytest.mark.parametrize("where", [None, "market IN ('kr', 'tw')"])
+def test_all_rows_are_replaced_also_where_the_session_overwrites_partitions_alone(
+    spark: SparkSession, tmp_path: Path, where: str | None
+) -> None:
+    path, schema = str(tmp_path / "candidates"), spark_schema(CANDIDATES)
+    overwrite_table(spark.createDataFrame([("kr", "q", "p", None), ("tw", "q", "p", None)], schema), CANDIDATES, path)
+
+    with session_settings(spark, {"spark.sql.sources.partitionOverwriteMode": "dynamic"}):
+        overwrite_table(spark.createDataFrame([("kr", "q2", "p", None)], schema), CANDIDATES, path, where)
+
+    assert [row["query_id"] for row in read_table(spark, CANDIDATES, path).collect()] == ["q2"]
