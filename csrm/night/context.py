@@ -52,7 +52,7 @@ class RunContext:
     inputs: Mapping[str, Input]
     """Name of each input table to what was read of it."""
     leases: Mapping[str, Lease]
-    """Market to the lease that the run holds."""
+    """Market to the lease that the run holds; that of its id is under RUN_ID."""
     base_version: int
     """Version of relevance_scores that the run compares with."""
     table_id: str

@@ -4,6 +4,9 @@ A lease is a file that only one process can create, in `_leases/market=<market>`
 a second file while it lives; where that has become old, another run may take the next lease. Each lease has a fence, a
 number that only grows: publishes are Delta transactions with the fence as their version, and who takes over a lease
 that was not given back commits its own fence first, after which Delta skips whatever the former holder tries to commit.
+
+A run also holds the lease of its own id, in `_leases/run=<run id>`: what two runs of one id and different markets wrote
+about themselves would replace each other.
 """
 
 import json
@@ -13,7 +16,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,13 +31,15 @@ from csrm.night.settings import LEASE_SECONDS
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.commits import Transaction, append_nothing
 from csrm.spark.sources import reason
-from csrm.spark.storage import Folder, open_folder, require_one_place
+from csrm.spark.storage import Folder, absolute_path, delete_table, open_folder, require_one_place
 from csrm.spark.tables import table_exists, table_path
 
 logger = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 6
 _CALLS_AT_ONCE = 16
 """Calls to the storage side by side: of many markets, each needs several."""
+RUN_ID = ""
+"""Key of the lease of a run's id among those of its markets; no market is called so."""
 _FENCE = "fence"
 """In the file of a lease that was given back while a commit of its holder may have been on its way."""
 _FILE_NAME = re.compile(r"([0-9]{1,18})[.](lease|beat|given_back)(?![^.])")
@@ -43,10 +48,13 @@ _LEASE_VALUES = {"owner": str, "host": str, "pid": int, "seconds": int | float, 
 
 
 class Lease:
-    """A market's lease that this process holds."""
+    """A lease that this process holds, of a market or of a run's id."""
 
-    def __init__(self, folder: Folder, market: str, number: int, fence: int, seconds: float) -> None:
+    def __init__(self, folder: Folder, market: str, number: int, fence: int, seconds: float, of: str) -> None:
         self.market = market
+        """RUN_ID of a lease of a run's id."""
+        self.of = of
+        """What it is a lease of, for messages."""
         self.fence = fence
         self.is_settled = False
         """Whether former holders are shut out."""
@@ -73,18 +81,24 @@ class Lease:
         try:
             self._folder.write(f"{self._number}.given_back", _FENCE if needs_fence or not self.is_settled else "")
         except Exception as error:  # whatever it is, the lease ends by itself
-            logger.warning("market %r: the lease could not be given back: %s", self.market, error)
+            logger.warning("%s: the lease could not be given back: %s", self.of, error)
 
     def require(self) -> None:
         """Make sure that the lease is still held.
 
         Raises:
-            LeaseError: it has ended, or another process has taken the next one.
+            LeaseError: it has ended, another process has taken the next one, or its folder is gone.
         """
-        newest = _newest(self._folder)
+        try:
+            newest = _newest(self._folder)
+        except (OSError, Py4JJavaError) as error:
+            raise LeaseError(
+                f"{self.of}: its lease in _leases cannot be read any more: {_why(error)}. Nothing of this run was "
+                "published there; run it again, its scores are kept."
+            ) from error
         if newest != self._number or time.monotonic() - self._last_beat > self._seconds:
             raise LeaseError(
-                f"market {self.market!r}: this run was silent for over {self._seconds:.0f} s and lost its lease"
+                f"{self.of}: this run was silent for over {self._seconds:.0f} s and lost its lease"
                 + (f" to {_described(self._folder, newest)}" if newest > self._number else "")
                 + ". Nothing of it was published there; run it again, its scores are kept."
             )
@@ -92,7 +106,13 @@ class Lease:
 
 @contextmanager
 def hold_leases(
-    spark: SparkSession, tables_dir: str, markets: Sequence[str], owner: str, seconds: float = LEASE_SECONDS
+    spark: SparkSession,
+    tables_dir: str,
+    markets: Sequence[str],
+    owner: str,
+    seconds: float = LEASE_SECONDS,
+    *,
+    run_id: str | None = None,
 ) -> Iterator[dict[str, Lease]]:
     """The leases of some markets, all or none, while the block runs.
 
@@ -103,6 +123,7 @@ def hold_leases(
         markets: the markets.
         owner: who asks, for the message that others get.
         seconds: for which the leases hold after a sign of life; see LEASE_SECONDS.
+        run_id: of a run that holds its id too, under the key RUN_ID.
 
     Raises:
         ConfigError: see require_one_place; or the storage does not let leases be written.
@@ -110,12 +131,14 @@ def hold_leases(
     """
     require_one_place(spark, tables_dir)
     leases: dict[str, Lease] = {}
+    wanted: list[tuple[str, str | None]] = [(market, None) for market in sorted(markets)]
+    wanted += [] if run_id is None else [(RUN_ID, run_id)]
     with ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-leases") as pool, ExitStack() as stack:
         stack.push(lambda kind, *_: _give_back(leases, pool, kind))
         # Leases that are held are renewed while the others are still being taken.
         stack.enter_context(_beating(leases, seconds / _BEATS_PER_LEASE))
         with _errors_of_storage(tables_dir):
-            seen = list(pool.map(lambda market: _look(spark, tables_dir, market), sorted(markets)))
+            seen = list(pool.map(lambda each: _look(spark, tables_dir, *each), wanted))
             for each in seen:  # in order: of two runs that want the same markets, one gets all of them
                 leases[each.market] = _create(each, owner, seconds)
             list(pool.map(lambda each: _settle(spark, tables_dir, each, leases[each.market]), seen))
@@ -127,11 +150,14 @@ def _errors_of_storage(tables_dir: str) -> Iterator[None]:
     try:
         yield
     except (OSError, Py4JJavaError) as error:
-        why = reason(error) if isinstance(error, Py4JJavaError) else f"{error.strerror or error} ({error.filename})"
         raise ConfigError(
-            f"tables at {tables_dir!r}: leases, which keep two runs apart, cannot be written in _leases: {why}. Is "
-            "the folder writable, and has its storage room?"
+            f"tables at {tables_dir!r}: leases, which keep two runs apart, cannot be written in _leases: {_why(error)}"
+            ". Is the folder writable, and has its storage room?"
         ) from error
+
+
+def _why(error: OSError | Py4JJavaError) -> str:
+    return reason(error) if isinstance(error, Py4JJavaError) else f"{error.strerror or error} ({error.filename})"
 
 
 def _give_back(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, kind: type[BaseException] | None) -> None:
@@ -141,32 +167,36 @@ def _give_back(leases: Mapping[str, Lease], pool: ThreadPoolExecutor, kind: type
 
 
 class _Seen(NamedTuple):
-    """A market's leases, as they were found."""
+    """The leases of a market or of a run's id, as they were found."""
 
     market: str
+    of: str
     folder: Folder
     number: int
     """Number of the newest lease; 0 where there is none."""
     last: "_Holder | None"
 
 
-def _look(spark: SparkSession, tables_dir: str, market: str) -> _Seen:
-    folder = open_folder(spark, f"{tables_dir.rstrip('/')}/_leases/market={quote(market, safe='')}")
+def _look(spark: SparkSession, tables_dir: str, market: str, run_id: str | None = None) -> _Seen:
+    kind, name = ("market", market) if run_id is None else ("run", run_id)
+    folder = open_folder(spark, f"{tables_dir.rstrip('/')}/_leases/{kind}={quote(name, safe='')}")
     number = _newest(folder)
-    return _Seen(market, folder, number, _Holder.read(folder, number) if number else None)
+    of = f"market {name!r}" if run_id is None else f"run id {name!r}"
+    return _Seen(market, of, folder, number, _Holder.read(folder, number) if number else None)
 
 
 def _create(seen: _Seen, owner: str, seconds: float) -> Lease:
     """Take the next lease.
 
     Raises:
-        LeaseError: another process holds the market.
+        LeaseError: another process holds the market, or works under the run id.
     """
-    market, folder, number, last = seen
+    market, of, folder, number, last = seen
     if last is not None and last.holds:
         raise LeaseError(
-            f"market {market!r}: {last} works on it; its last sign of life is {last.silent_s:.0f} s old. Wait until it "
+            f"{of}: {last} works on it; its last sign of life is {last.silent_s:.0f} s old. Wait until it "
             f"ends; where it is dead, its lease ends {max(last.seconds - last.silent_s, 0):.0f} s from now."
+            + (" A run of other markets needs another --run-id." if market == RUN_ID else "")
         )
     # Time keeps the fence growing where the folder of leases was lost, but the table was not.
     fence = max(last.fence + 2 if last else 0, time.time_ns() // 1_000_000)
@@ -174,9 +204,10 @@ def _create(seen: _Seen, owner: str, seconds: float) -> Lease:
     content = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
     if not folder.create(f"{number}.lease", json.dumps({**content, "seconds": float(seconds), "fence": fence})):
         raise LeaseError(
-            f"market {market!r}: {_described(folder, number)} took it at the same moment. Wait until it ends."
+            f"{of}: {_described(folder, number)} took it at the same moment. Wait until it ends."
+            + (" A run of other markets needs another --run-id." if market == RUN_ID else "")
         )
-    return Lease(folder, market, number, fence, seconds)
+    return Lease(folder, market, number, fence, seconds, of)
 
 
 def _settle(spark: SparkSession, tables_dir: str, seen: _Seen, lease: Lease) -> None:
@@ -186,8 +217,9 @@ def _settle(spark: SparkSession, tables_dir: str, seen: _Seen, lease: Lease) -> 
         if found is not None and int(found[1]) < seen.number:
             seen.folder.delete(name)
     scores_path = table_path(tables_dir, RELEVANCE_SCORES)
-    if seen.last is not None and seen.last.needs_fence and table_exists(spark, scores_path):
-        logger.warning("market %r: took over the lease of %s, which ended without notice.", seen.market, seen.last)
+    is_fenced = seen.market != RUN_ID  # no commit carries the fence of a run's id
+    if is_fenced and seen.last is not None and seen.last.needs_fence and table_exists(spark, scores_path):
+        logger.warning("%s: took over the lease of %s, which ended without notice.", seen.of, seen.last)
         append_nothing(spark, scores_path, Transaction(_app(seen.market), lease.fence))
     lease.is_settled = True
 
@@ -241,7 +273,7 @@ def _beating(leases: Mapping[str, Lease], interval_s: float) -> Iterator[None]:
         try:
             lease.beat()
         except Exception as error:  # whatever it is, the next beat may get through
-            logger.warning("market %r: the lease could not be renewed: %s", lease.market, error)
+            logger.warning("%s: the lease could not be renewed: %s", lease.of, error)
 
     def beat() -> None:
         with ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="csrm-beats") as pool:
@@ -265,6 +297,14 @@ def _newest(folder: Folder) -> int:
     """Number of the newest lease; files of other names are not leases'."""
     found = (_FILE_NAME.match(name) for name in folder.names())
     return max((int(name[1]) for name in found if name and name[2] == "lease" and name[0] == name.string), default=0)
+
+
+def forget_leases(spark: SparkSession, tables_dir: str, run_ids: Collection[str]) -> None:
+    """Delete what leases of the ids of runs left behind that ended long ago."""
+    gone = {f"run={name}" for run_id in run_ids for name in (run_id, quote(run_id, safe=""))}
+    for name in open_folder(spark, f"{tables_dir.rstrip('/')}/_leases").names():
+        if name in gone:
+            delete_table(spark, f"{absolute_path(tables_dir)}/_leases/{name}")
 
 
 def _described(folder: Folder, number: int) -> str:

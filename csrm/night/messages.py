@@ -55,6 +55,16 @@ def warn_of_left_markets(published: Iterable[str], markets: Collection[str], con
         console.say("warning", f"warning: {text}", markets=left, sentence=text)
 
 
+def warn_of_missing_titles(found: Iterable[str], markets: Collection[str], console: Console) -> None:
+    """Name the markets without any retrieved title, whose prompts lack what the model was trained with."""
+    if missing := sorted(set(markets) - set(found)):
+        text = (
+            f"retrieval_table has no titles for the markets {missing}: their queries are scored without. Build them: "
+            "jobs/build_retrieval_table.py; or set use_retrieved_titles: false."
+        )
+        console.say("warning", f"warning: {text}", markets=missing, sentence=text)
+
+
 def say_plan(context: RunContext, counts: PlanCounts, pairs_per_s: float) -> None:
     """What is to be done, and about how long that takes."""
     markets, digest = sorted(context.config.markets), context.scorer.digest

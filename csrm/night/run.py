@@ -15,6 +15,7 @@ from csrm.bundle.loading import Bundle, load_bundle
 from csrm.cli import Console
 from csrm.config import InputSpec
 from csrm.errors import AuditError, LeaseError
+from csrm.extras import import_eval
 from csrm.night.audit import AuditResult, Canary, audit_market, failures
 from csrm.night.chunks import Chunk, canary_pairs, in_chunk, stage_scores
 from csrm.night.context import RunContext
@@ -30,6 +31,7 @@ from csrm.night.messages import (
     say_warnings,
     warn_of_languages,
     warn_of_left_markets,
+    warn_of_missing_titles,
 )
 from csrm.night.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.night.plan import (
@@ -133,13 +135,20 @@ def run_night(
         BundleError, DeviceError: the bundle, or the device that was asked for, is not there.
         InputError: an input table has problems, lacks a market, or was changed since it was read.
         AuditError: nothing was published.
-        LeaseError: another run holds a market, or took one over.
+        LeaseError: another run holds a market or works under the same id, or took one over.
     """
     bundle = load_bundle(config.bundle, config.bundle_digest)
+    if config.inputs.judgments is not None:
+        for module in ("ir_measures", "sklearn"):
+            import_eval(module)  # before the work, not after it
     spark = build_session("csrm-score-catalog")
-    require_names(spark, [*config.markets, config.tables, *(spec.path for spec in _input_specs(config).values())])
+    require_names(
+        spark, [run_id, *config.markets, config.tables, *(spec.path for spec in _input_specs(config).values())]
+    )
     # Before any Spark job: a run that holds a lease may hold all executors too.
-    with hold_leases(spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds) as leases:
+    with hold_leases(
+        spark, config.tables, list(config.markets), f"run {run_id}", config.lease_seconds, run_id=run_id
+    ) as leases:
         earlier = find_run(spark, config.tables, run_id)
         if earlier is not None:
             check_same_run(earlier, config.markets, bundle.digest)
@@ -161,7 +170,8 @@ def run_night(
             console=console,
         )
         if earlier is not None and (num_rows := discard_distrusted(spark, config.tables, earlier)):
-            text = f"run {run_id}: its canary had failed; its {num_rows:,} staged scores are made anew."
+            why = "was discarded" if earlier["verdict"] == "discarded" else "had failed its canary"
+            text = f"run {run_id}: an earlier attempt {why}; its {num_rows:,} staged scores are made anew."
             console.say("distrusted", text, run_id=run_id, num_rows=num_rows)
         try:
             with errors_of_workers(), errors_of_inputs(spark, context.inputs):
@@ -187,6 +197,9 @@ def plan_run(context: RunContext) -> RunPlan:
     context.require_leases()
     record_run(spark, config.tables, context.first_row())  # no more a rejected one: it reads what it had staged
     warn_of_left_markets(published_markets(spark, config.tables), config.markets, context.console)
+    if config.use_retrieved_titles:
+        titled_df = context.inputs["retrieval_table"].df.select("market").distinct()
+        warn_of_missing_titles([row["market"] for row in titled_df.collect()], config.markets, context.console)
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
     planned_df = plan_pairs(

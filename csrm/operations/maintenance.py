@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from csrm.config import Settings, TablesDir
 from csrm.errors import InputError
+from csrm.night.leases import forget_leases
 from csrm.night.published import published_markets
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
@@ -193,7 +194,9 @@ class MaintenanceConfig(Settings):
 def maintain(spark: SparkSession, config: MaintenanceConfig) -> None:
     """Do it, and print one line a table."""
     scores_path = table_path(config.tables, RELEVANCE_SCORES)
-    is_old = F.col("run_id").isin(*ended_runs(spark, config.tables, datetime.now(UTC), config.staging_days))
+    old_runs = ended_runs(spark, config.tables, datetime.now(UTC), config.staging_days)
+    forget_leases(spark, config.tables, old_runs)
+    is_old = F.col("run_id").isin(*old_runs)
     for table in OUTPUTS:
         path = table_path(config.tables, table)
         if not table_exists(spark, path):

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import time
 from contextlib import suppress
@@ -17,7 +18,7 @@ from pyspark.sql import functions as F
 
 from csrm.errors import ConfigError, LeaseError
 from csrm.night import leases
-from csrm.night.leases import Lease, hold_leases
+from csrm.night.leases import RUN_ID, Lease, hold_leases
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark import storage
 from csrm.spark.commits import merge_changes
@@ -374,3 +375,27 @@ def test_a_lease_is_taken_once_on_a_mount_without_hard_links(
             pass
         assert not LocalFolder(tmp_path / "_leases" / "market=tw").create("1.lease", "other")
     assert not list(tmp_path.rglob("1.lease.*"))
+
+
+def test_one_run_at_a_time_has_an_id_whatever_its_markets(spark: SparkSession, tmp_path: Path) -> None:
+    tables = str(tmp_path)
+    with hold_leases(spark, tables, ["tw"], "run a:1", run_id="a:1") as held:
+        refused = pytest.raises(LeaseError, match=r"run id 'a:1': run a:1 .*of other markets needs another --run-id")
+        with refused, hold_leases(spark, tables, ["kr"], "run a:1", run_id="a:1"):
+            pass
+        with hold_leases(spark, tables, ["kr"], "run b", run_id="b"):
+            held[RUN_ID].require()
+
+    with hold_leases(spark, tables, ["kr"], "run a:1", run_id="a:1"):
+        pass
+    leases.forget_leases(spark, tables, ["a:1", "c"])
+    assert sorted(path.name for path in (tmp_path / "_leases").iterdir()) == ["market=kr", "market=tw", "run=b"]
+
+
+def test_a_run_whose_folder_of_leases_is_deleted_ends_with_the_way_out(spark: SparkSession, tmp_path: Path) -> None:
+    with hold_leases(spark, str(tmp_path), ["tw"], "run a") as held:
+        shutil.rmtree(tmp_path / "_leases")
+        with pytest.raises(
+            LeaseError, match=r"market 'tw': its lease in _leases cannot be read any more: No such file"
+        ):
+            held["tw"].require()
