@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="CHECK",
-        help="failed check of the audit that is right all the same, such as drift or deleted; may be repeated",
+        help="failed check of the audit that is right all the same, such as drift or deleted_share; may be repeated",
     )
     parser.add_argument("--reason", default="", help="why; kept in the run's row")
     parser.add_argument("--discard", action="store_true", help="throw the run's staged scores away")

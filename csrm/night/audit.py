@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from csrm.config import Settings
 from csrm.errors import ConfigError
@@ -58,6 +58,13 @@ class AuditLimits(Settings):
     """Where the bundle is new and judgments are given: most nDCG@10 that may be lost."""
     fewest_pairs: int = Field(default=500, ge=1)
     """Distributions and ranks of fewer pairs are reported, not judged."""
+
+    @field_validator("rejected_share", "deleted_share", "changed_ks", "new_ks", "grade_shift", "ndcg_loss")
+    @classmethod
+    def _can_fail(cls, bound: Bound) -> Bound:
+        if bound.limit > 1:
+            raise ValueError(f"expected at most 1, got {bound.limit:g}: it would never fail. 5 % are written 0.05")
+        return bound
 
     @model_validator(mode="before")
     @classmethod

@@ -95,14 +95,18 @@ def measure_ndcgs(
 ) -> dict[str, tuple[float, float]]:
     """Market to nDCG@10 of the published and of the new scores, over judged pairs that have both and differ.
 
+    A market none of whose judged products has a gain has no nDCG, and is left out.
+
     Args:
         judgments_df: market, query_id, product_id, grade.
-        changes_df: as of run_changes.
-        gains: grade to gain; pairs of other grades are left out.
+        changes_df: as of run_changes; what is missing or no score is for other checks of the audit.
+        gains: grade to gain in [0, 1], of which six decimals count; pairs of other grades are left out.
     """
+    gains = {grade: round(gain, 6) for grade, gain in gains.items()}
+    updated_df = changes_df.where("operation = 'update' AND relevance_score BETWEEN 0 AND 1")
     judged = (
         judgments_df.where(F.col("grade").isin(*gains))
-        .join(changes_df.where("operation = 'update'"), on=list(PAIR_KEY), how="inner")
+        .join(updated_df, on=list(PAIR_KEY), how="inner")
         .select(*PAIR_KEY, "grade", "old_score", F.col("relevance_score").alias("new_score"))
         .toPandas()
     )
@@ -118,10 +122,11 @@ def measure_ndcgs(
         num_resamples=100,
     ).metrics
     ndcg = metrics[metrics["metric"] == "nDCG@10"].set_index(["market", "ranking"])["value"]
-    return {
+    both = {
         market: (float(ndcg[market, "old_score"]), float(ndcg[market, "new_score"]))
         for market in judged["market"].unique()
     }
+    return {market: values for market, values in both.items() if np.isfinite(values).all()}
 
 
 def _planned_counts(planned_df: DataFrame) -> DataFrame:
@@ -189,7 +194,11 @@ def _histogram(bins: pd.Series, counts: pd.Series) -> np.ndarray:
 
 
 def _rank_agreement(changes_df: DataFrame) -> dict[str, float]:
-    """Market to the mean over queries of Spearman's correlation between published and new scores."""
+    """Market to the mean over queries of Spearman's correlation between published and new scores.
+
+    New scores that are all the same where the published ones were not agree with no order: 0. Else a model that gives
+    every pair one score would not be judged. Queries whose published scores are all the same are left out.
+    """
     query = ["market", "query_id"]
     ranks = {}
     for name, score in (("old_rank", "old_score"), ("new_rank", "relevance_score")):
@@ -199,10 +208,10 @@ def _rank_agreement(changes_df: DataFrame) -> dict[str, float]:
     ranked_df = (
         changes_df.where("operation = 'update'").select(*query, "old_score", "relevance_score").withColumns(ranks)
     )
+    deviations = F.stddev_pop("old_rank") * F.stddev_pop("new_rank")
+    correlation = F.try_divide(F.covar_pop("old_rank", "new_rank"), deviations)
     by_query_df = ranked_df.groupBy("market", "query_id").agg(
-        F.try_divide(F.covar_pop("old_rank", "new_rank"), F.stddev_pop("old_rank") * F.stddev_pop("new_rank")).alias(
-            "agreement"
-        )
+        F.when(F.stddev_pop("old_rank") > 0, F.coalesce(correlation, F.lit(0.0))).alias("agreement")
     )
     rows = by_query_df.groupBy("market").agg(F.mean("agreement").alias("agreement")).collect()
     return {row["market"]: row["agreement"] for row in rows if row["agreement"] is not None}

@@ -116,5 +116,5 @@ def require_unique_pairs(spark: SparkSession, published_df: DataFrame, path: str
         way_out = f"Take that back with RESTORE TABLE delta.`{path}` TO VERSION AS OF {version}"
     raise InputError(
         f"relevance_scores at {path!r}: {repeated_df.count():,} pairs are there more than once, for example {listed}. "
-        f"Something else than CSRM wrote to the table. Nothing was scored. {way_out}."
+        f"Something else than CSRM wrote to the table. Nothing was changed. {way_out}."
     )

@@ -116,7 +116,7 @@ def find_run(spark: SparkSession, tables_dir: str, run_id: str) -> Row | None:
 
 
 def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, Any]:
-    """The row of a run, with audit as a list of results.
+    """The row of a run, with times in UTC and audit as a list of results.
 
     Raises:
         InputError: no such run; the message names the newest.
@@ -130,7 +130,13 @@ def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, 
             newest = [run["run_id"] for run in runs_df.collect()]
         raise InputError(f"run {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
     audit = row["audit"]
-    return {**row.asDict(), "audit": None if audit is None else json.loads(audit)}
+    return {**in_utc(row.asDict()), "audit": None if audit is None else json.loads(audit)}
+
+
+def in_utc(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's row with times in UTC: Spark gives them in the zone of this process, where an hour may come twice."""
+    times = {name: run[name] and run[name].astimezone(UTC) for name in ("started_at", "finished_at")}
+    return {**run, **times}
 
 
 def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -> None:
@@ -191,11 +197,15 @@ def discard_staging(spark: SparkSession, tables_dir: str, run_id: str) -> int:
 def discard_distrusted(spark: SparkSession, tables_dir: str, earlier: Row) -> int:
     """Delete the staged scores of an earlier attempt whose canary failed, and return how many there were.
 
+    Where the discarding of the run died, its own are deleted: else they would come back as those of the new attempt.
+
     Args:
         earlier: the run's row of scoring_runs.
     """
     audit = json.loads(earlier["audit"]) if earlier["audit"] else []
     is_distrusted = any(result["name"] == CANARY and not result["passed"] for result in audit)
+    if earlier["verdict"] == "discarded":
+        return delete_rows(spark, table_path(tables_dir, SCORES_STAGING), F.col("run_id") == earlier["run_id"])
     if earlier["verdict"] != "rejected" or not is_distrusted:
         return 0
     return discard_staging(spark, tables_dir, earlier["run_id"])

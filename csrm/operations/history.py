@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC
 from typing import Any
 
 import pandas as pd
@@ -17,7 +16,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.night.publish import newest_scores
 from csrm.night.published import commits_since
-from csrm.night.runs import PUBLISHED
+from csrm.night.runs import PUBLISHED, in_utc
 from csrm.operations.findings import (
     MOST_CHARACTERS,
     NUM_PLOT_BINS,
@@ -31,7 +30,7 @@ from csrm.operations.findings import (
 from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
 from csrm.spark.commits import Commit
 from csrm.spark.inputs import read_rows
-from csrm.spark.tables import read_table, spark_schema, table_exists, table_path
+from csrm.spark.tables import read_table, spark_schema, table_exists, table_id, table_path
 
 _KEY = list(PAIR_KEY)
 _VALUES = ["relevance_score", "predicted_grade"]
@@ -207,13 +206,7 @@ def read_runs(
         )
     place = F.struct(*map(F.lit, run["place"]))
     rows = newest_first_df.where(F.col("place") <= place).drop("place").limit(num_runs).collect()
-    return [_in_utc(row.asDict(recursive=True)) for row in rows], runs_df.where(F.col("place") > place).count()
-
-
-def _in_utc(run: dict[str, Any]) -> dict[str, Any]:
-    """Spark gives times in the zone of this process."""
-    times = {name: run[name] and run[name].astimezone(UTC) for name in ("started_at", "finished_at")}
-    return {**run, **times}
+    return [in_utc(row.asDict(recursive=True)) for row in rows], runs_df.where(F.col("place") > place).count()
 
 
 def rejected_pairs(pairs_df: DataFrame, num_samples: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -369,12 +362,20 @@ def _lost_most(changes_df: DataFrame, after_df: DataFrame, own: str, num_lost: i
 def _states(
     spark: SparkSession, tables_dir: str, run: Mapping[str, Any], pairs_df: DataFrame | None
 ) -> tuple[DataFrame, DataFrame] | None:
-    """The scores before a run and those after it, as `compare` takes them; None where the latter are not there."""
+    """The scores before a run and those after it, as `compare` takes them; None where the latter are not there.
+
+    Raises:
+        InputError: a version cannot be read any more, or the table is another one than the run's.
+    """
+
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    if run["table_id"] is not None and table_exists(spark, path) and run["table_id"] != table_id(spark, path):
+        raise InputError(f"relevance_scores at {path!r} was made anew since, so that its versions are other states.")
 
     def published(version: int | None) -> DataFrame:
         if version is None:
             return spark.createDataFrame([], spark_schema(RELEVANCE_SCORES))
-        scores_df = read_table(spark, RELEVANCE_SCORES, table_path(tables_dir, RELEVANCE_SCORES), version)
+        scores_df = read_table(spark, RELEVANCE_SCORES, path, version)
         return scores_df.where(F.col("market").isin(*run["markets"]))
 
     base, version = run["base_version"], run["published_version"]
@@ -435,6 +436,8 @@ def _published_before(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     """The run that had published the state that the first of `runs` compared with."""
     base = runs[0]["base_version"]
     for run in runs[1:]:
+        if run["table_id"] not in (None, runs[0]["table_id"]):
+            continue  # its version is one of another table
         if base is not None and run["published_version"] is not None and run["published_version"] <= base:
             return run
     return None

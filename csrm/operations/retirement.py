@@ -7,12 +7,13 @@ from csrm.config import Settings, TablesDir
 from csrm.errors import ConfigError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication, publish_changes
-from csrm.night.published import published_markets
+from csrm.night.published import published_markets, require_unique_pairs
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.rollback import exact_changes
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.session import persisted
+from csrm.spark.tables import table_path
 
 
 class RetirementConfig(Settings):
@@ -35,6 +36,7 @@ def retire_market(spark: SparkSession, config: RetirementConfig, market: str, *,
 
     Raises:
         ConfigError: no reason, or nothing is published of the market.
+        InputError: a pair is published twice.
         LeaseError: a run holds the market.
     """
     if not reason.strip():
@@ -44,6 +46,7 @@ def retire_market(spark: SparkSession, config: RetirementConfig, market: str, *,
         if market not in markets:
             raise ConfigError(f"market {market!r}: nothing of it is published; relevance_scores has {markets}.")
         published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
+        require_unique_pairs(spark, published_df, table_path(config.tables, RELEVANCE_SCORES))
         with persisted(exact_changes(published_df.limit(0), published_df)) as changes_df:
             num_changes = {market: {"delete": changes_df.count()}}
             metadata = {"retired": market, "reason": reason}

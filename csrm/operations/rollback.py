@@ -10,7 +10,7 @@ from csrm.config import Settings, TablesDir
 from csrm.errors import ConfigError, InputError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication, count_changes, publish_changes
-from csrm.night.published import is_same_table
+from csrm.night.published import is_same_table, require_unique_pairs
 from csrm.night.runs import PUBLISHED, read_newest, require_run
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.maintenance import market_files, missing_files
@@ -38,7 +38,7 @@ def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_i
         run_id: a run that published it.
 
     Raises:
-        ConfigError, InputError: see read_published_state; or there is no such run.
+        ConfigError, InputError: see read_published_state; or there is no such run, or a pair is published twice.
         LeaseError: a run holds the market.
     """
     run = require_run(spark, config.tables, run_id)
@@ -46,6 +46,7 @@ def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_i
     with hold_leases(spark, config.tables, [market], f"jobs/rollback.py to {run_id}", config.lease_seconds) as leases:
         wanted_df = read_published_state(spark, config.tables, require_run(spark, config.tables, run_id), market)
         published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
+        require_unique_pairs(spark, published_df, table_path(config.tables, RELEVANCE_SCORES))
         with persisted(exact_changes(wanted_df, published_df)) as changes_df:
             metadata = {"rollback_to": run_id}
             return publish_changes(spark, config.tables, changes_df, count_changes(changes_df), leases, metadata)

@@ -320,6 +320,24 @@ def test_reused_scores_are_in_the_canary_and_are_discarded_with_the_run_that_wou
     assert (said()["plan"]["num_reused"], market.run("fourth")["num_scored"]) == (0, 8)
 
 
+def test_scores_that_a_discarding_which_died_left_do_not_come_back_under_the_run_id(
+    spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market, strict = scored_market, {"product_coverage": {"limit": 1.1, "severity": "error"}}
+    market.catalog.loc[market.catalog["product_id"] == "p1", "title"] = "목욕 수건"
+    with pytest.raises(AuditError, match="product_coverage"):
+        market.score("second", audit=strict)
+    tables = str(market.folder / "tables")
+    record_run(spark, tables, require_run(spark, tables, "second") | {"verdict": "discarded"})
+    said()
+
+    market.score("second")
+
+    events = said()
+    assert (events["distrusted"]["num_rows"], events["plan"]["num_reused"]) == (8, 0)
+    assert market.run("second")["num_scored"] == 8
+
+
 def test_a_run_id_that_was_published_before_is_published_again_where_its_state_is_gone(
     spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
 ) -> None:
@@ -450,6 +468,9 @@ def test_a_second_run_at_once_ends_with_the_name_of_the_first(spark: SparkSessio
 
     assert caught.value.exit_code == 5
     assert "run other (process" in str(caught.value)
+    with hold_leases(spark, tables, ["us"], "run first", run_id="first"), pytest.raises(LeaseError) as caught:
+        market.score("first")
+    assert "run id 'first': run first (process" in str(caught.value)
     assert not (market.folder / "tables" / "relevance_scores").exists()
 
 

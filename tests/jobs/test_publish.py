@@ -1,8 +1,10 @@
 """Publishing a rejected run after review: what keeps it from being published, on small tables of a real Delta."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from csrm.cli import setting_arguments
 from csrm.commands import publish as publish_job
 from csrm.errors import AuditError, ConfigError, LeaseError
 from csrm.night.leases import Lease, hold_leases
-from csrm.night.runs import create_output_tables, read_newest, write_run_rows
+from csrm.night.runs import create_output_tables, read_newest, record_run, require_run, write_run_rows
 from csrm.operations import review as review_room
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
 from csrm.spark.commits import delete_rows
@@ -102,3 +104,19 @@ def test_a_run_is_published_after_commits_of_other_markets(spark: SparkSession, 
 
     rows = read_newest(spark, RELEVANCE_SCORES, tables_dir).orderBy("market", "product_id").collect()
     assert [(row["market"], row["product_id"]) for row in rows] == [("kr", "p0"), ("kr", "p1"), ("tw", "p0")]
+
+
+@pytest.mark.parametrize("hour", [5, 6])  # UTC: half past one in New York, twice
+def test_a_run_of_an_hour_that_comes_twice_keeps_its_time(
+    spark: SparkSession, tables_dir: str, monkeypatch: pytest.MonkeyPatch, hour: int
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        started_at = datetime(2026, 11, 1, hour, 30, tzinfo=UTC)
+        record(spark, tables_dir, "late", ["kr"], "rejected", 3, started_at=started_at)
+        record_run(spark, tables_dir, require_run(spark, tables_dir, "late"))
+        assert require_run(spark, tables_dir, "late")["started_at"] == started_at
+    finally:
+        monkeypatch.undo()
+        time.tzset()

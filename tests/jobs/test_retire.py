@@ -8,7 +8,7 @@ from pyspark.sql import SparkSession
 
 from csrm.cli import setting_arguments
 from csrm.commands import retire, rollback
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
 from csrm.night.published import published_markets
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import read_table, table_id, table_path
@@ -42,3 +42,22 @@ def test_a_retired_market_leaves_in_one_commit_and_can_be_brought_back(
     assert rollback.main([*arguments, "--to-run", "r1"]) == 0
     rows = read_table(spark, RELEVANCE_SCORES, path).where("market != 'kr'").collect()
     assert {row["product_id"]: round(row["relevance_score"], 3) for row in rows} == {"p1": 0.1, "p2": 0.2}
+
+
+def test_a_market_with_a_pair_that_something_else_wrote_twice_is_neither_rolled_back_nor_retired(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    tables = str(tmp_path)
+    path = table_path(tables, RELEVANCE_SCORES)
+    version = publish(spark, tables, "r1", {"kr": {("q1", "p1"): 0.5, ("q1", "p2"): 0.4}}, day=1)
+    known = {"published_version": version, "table_id": table_id(spark, path)}
+    record(spark, tables, "r1", ["kr"], "published", 1, **known)
+    read_table(spark, RELEVANCE_SCORES, path).where("product_id = 'p1'").write.format("delta").mode("append").save(path)
+    arguments = ["--market", "kr", *setting_arguments(tables=tables)]
+
+    refused = rf"1 pairs are there more than once.*Nothing was changed.*TO VERSION AS OF {version}"
+    with pytest.raises(InputError, match=refused):
+        rollback.main([*arguments, "--to-run", "r1"])
+    with pytest.raises(InputError, match=refused):
+        retire.main([*arguments, "--reason", "closed"])
+    assert read_table(spark, RELEVANCE_SCORES, path).count() == 3

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy.stats import ks_2samp
 
 from csrm.config import load_config
@@ -190,3 +191,14 @@ def test_a_bound_is_a_number_or_a_number_with_its_severity(tmp_path: Any) -> Non
     assert (limits.deleted_share.limit, limits.deleted_share.severity) == (0.5, "error")
     assert (limits.product_coverage.limit, limits.product_coverage.severity) == (0.9, "warning")
     assert (limits.new_psi.limit, limits.new_psi.severity) == (0.1, "error")
+
+
+@pytest.mark.parametrize(
+    "name", ["rejected_share", "deleted_share", "changed_ks", "new_ks", "grade_shift", "ndcg_loss"]
+)
+def test_a_bound_that_can_never_fail_is_refused(name: str) -> None:
+    with pytest.raises(
+        ValidationError, match=r"expected at most 1, got 5: it would never fail\. 5 % are written 0\.05"
+    ):
+        AuditLimits.model_validate({name: 5})
+    assert AuditLimits.model_validate({name: 1}) is not None

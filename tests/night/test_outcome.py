@@ -112,6 +112,24 @@ def test_the_order_of_a_new_bundle_is_compared_by_query(spark: SparkSession, pub
 
 
 @pytest.mark.spark
+def test_a_new_bundle_that_gives_all_pairs_one_score_agrees_with_no_order(
+    spark: SparkSession, published_df: DataFrame
+) -> None:
+    rows = [("tw", "q1", f"p{n}", "update", 0.5, "S", n / 10, "E") for n in range(10)]
+    rows += [("tw", "q2", f"p{n}", "update", 0.5, "S", 0.7, "E") for n in range(2)]  # had no order before
+    planned_df = spark.createDataFrame([("tw", "q1", "p1", 1, "to_score", None, 0, "r")], spark_schema(RUN_PAIRS))
+    texts_df = spark.createDataFrame(
+        [("tw", "1", "x", "y")], "market string, query_id string, query string, title string"
+    )
+
+    outcomes = measure_outcomes(
+        planned_df, published_df, spark.createDataFrame(rows, CHANGES), texts_df, texts_df, "new", {}, {}
+    )
+
+    assert outcomes["tw"].rank_agreement == 0
+
+
+@pytest.mark.spark
 def test_ndcg_of_both_scores_is_over_the_same_judged_pairs(spark: SparkSession) -> None:
     rows = [
         ("tw", "q1", "p1", "update", 0.9, "E", 0.1, "I"),
@@ -126,6 +144,24 @@ def test_ndcg_of_both_scores_is_over_the_same_judged_pairs(spark: SparkSession) 
     before, after = found["tw"]
     assert after == pytest.approx(1.0)
     assert before == pytest.approx(1 / np.log2(3))
+
+
+@pytest.mark.spark
+def test_ndcg_is_of_scores_and_of_markets_where_it_is_defined(spark: SparkSession) -> None:
+    rows = [
+        *(("tw", "q1", f"p{n}", "update", 0.2 * n, "E", 1 - 0.2 * n, "I") for n in range(3)),
+        ("tw", "q1", "p3", "update", None, None, 0.5, "I"),  # not scored: another check of the audit says so
+        ("tw", "q1", "p4", "update", float("inf"), None, 0.5, "I"),
+        ("kr", "q1", "p1", "update", 0.5, "I", 0.1, "I"),  # nothing judged has a gain
+        ("us", "q1", "p1", "update", None, None, 0.1, "I"),
+    ]
+    judgments = [(*row[:3], "E" if row[:3] == ("tw", "q1", "p2") else "I") for row in rows]
+    judgments_df = spark.createDataFrame(judgments, "market string, query_id string, product_id string, grade string")
+    changes_df = spark.createDataFrame(rows, CHANGES)
+
+    found = measure_ndcgs(judgments_df, changes_df, {"E": 1.0, "S": 1 / 3, "I": 0.0})
+
+    assert found == {"tw": (pytest.approx(0.5), pytest.approx(1.0))}
 
 
 def test_a_canary_without_a_score_is_no_agreement() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from csrm.config import InputSpec
@@ -370,3 +371,16 @@ def test_a_run_that_does_not_exist_is_refused_and_the_newest_are_named(
     write(spark, tmp_path, SCORING_RUNS, [])
     with pytest.raises(InputError, match="expected a run, found none; it has no rows"):
         night_of(spark, tmp_path, None)
+
+
+def test_a_run_of_a_table_that_was_made_anew_is_not_compared_with_the_versions_of_the_new_one(
+    spark: SparkSession, tables: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tables, tmp_path, dirs_exist_ok=True)
+    runs = DeltaTable.forPath(spark, table_path(str(tmp_path), SCORING_RUNS))
+    runs.update("run_id = 'r1'", {"table_id": "'of another table'"})
+
+    night = night_of(spark, tmp_path, "r1")
+
+    assert night.comparison is None
+    assert any("was made anew since, so that its versions are other states" in note for note in night.notes)
