@@ -4,11 +4,11 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from urllib.parse import quote
 
 from csrm.bundle.loading import load_scorer
 from csrm.cli import job_parser, job_settings
+from csrm.config import make_folder
 from csrm.extras import import_eval
 from csrm.operations.explanation import ExplanationConfig, explain_query
 from csrm.operations.explanation_page import explanation_html, explanation_text
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, ExplanationConfig)
     import_eval("jinja2")  # before the work, not after it
+    folder = make_folder(config.output)
     scorer = load_scorer(config.bundle, config.device, digest=config.bundle_digest)
     spark = build_session("csrm-explain")
     require_names(spark, [*config.markets, config.tables])
@@ -44,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         product_id=args.product,
     )
     names = [args.market, explanation.query["query_id"], *([args.product] if args.product else [])]
-    page = Path(config.output) / f"{_file_name(names)}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{_file_name(names)}.html"
     page.write_text(explanation_html(explanation, datetime.now(UTC)), encoding="utf-8")
     print(explanation_text(explanation))
     print(f"page: {page}")

@@ -12,8 +12,9 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
 from csrm.errors import ConfigError, InputError
+from csrm.night.published import require_unique_pairs
 from csrm.night.runs import PUBLISHED
 from csrm.operations.history import spec_at
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
@@ -67,7 +68,7 @@ class ExplanationConfig(Settings):
     """Digest that the bundle must have, or its first characters. Default: any."""
     device: str = "cpu"
     """cpu, cuda or cuda:<number>."""
-    output: str
+    output: LocalPath
     """Local folder for the pages."""
     num_products: Annotated[int, Field(ge=1, le=1_000)] = 50
     """Best products of the query to show."""
@@ -129,7 +130,8 @@ def explain_query(
 
     Raises:
         ConfigError: an unknown market, or neither text nor id.
-        InputError: no such query or product, no published scores, or an input cannot be read.
+        InputError: no such query or product, no published scores, a pair is published twice, or an input cannot be
+            read.
     """
     if market not in config.markets:
         raise ConfigError(f"--market {market!r}: expected one of {sorted(config.markets)}, those of the configuration.")
@@ -147,6 +149,7 @@ def explain_query(
     of_query = (F.col("market") == market) & (F.col("query_id") == found["query_id"])
 
     scored_df = read_table(spark, RELEVANCE_SCORES, scores_path, version).where(of_query)
+    require_unique_pairs(spark, scored_df, scores_path)
     best_first = scored_df.orderBy(F.desc("relevance_score"), _ID)
     columns = [_ID, "relevance_score", "predicted_grade", "bundle_digest"]
     products = best_first.select(*columns).limit(config.num_products).toPandas()
@@ -173,8 +176,13 @@ def explain_query(
     pairs = products[_PRODUCT_FIELDS].assign(**{name: [value] * len(products) for name, value in pair.items()})
     # as a night does, which sets aside what has no text
     is_asked = products["title"].map(_has_text).astype(bool) & _has_text(found["query"])
+    scored = scorer.score_or_reject(pairs[is_asked])
+    failed = scored["reason"].dropna()
+    failed_ids = products.loc[failed.index, _ID]
+    notes += [f"The model gives product {id_} no score: {why}." for id_, why in zip(failed_ids, failed, strict=True)]
+    is_asked[failed.index] = False
     probabilities = label_probabilities(scorer, pairs[is_asked]).reindex(products.index)
-    products["score_now"] = scorer.score(pairs[is_asked])["relevance_score"].reindex(products.index)
+    products["score_now"] = scored["relevance_score"].reindex(products.index)
     _compare(products, scorer, notes)
     parts = None
     if explained is not None:

@@ -142,8 +142,15 @@ def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str,
         Run id to sentences, oldest first; runs whose scores only later runs have changed are left out.
     """
     path = table_path(tables_dir, RELEVANCE_SCORES)
-    published = [run for run in runs if run["verdict"] in PUBLISHED and run["published_version"] is not None]
-    if not published or not table_exists(spark, path):
+    if not table_exists(spark, path):
+        return {}
+    own_tables = (None, table_id(spark, path))  # versions of another table are none of this one's
+    published = [
+        run
+        for run in runs
+        if run["verdict"] in PUBLISHED and run["published_version"] is not None and run["table_id"] in own_tables
+    ]
+    if not published:
         return {}
     markets = {market for run in published for market in run["markets"]}
     commits = commits_since(spark, path, min(run["published_version"] for run in published), markets=markets)

@@ -29,6 +29,7 @@ from csrm.spark.conversions import converted, json_example
 from csrm.spark.session import require_names, require_names_on_executors
 from csrm.spark.sources import Source, open_sources, reason
 from csrm.spark.storage import FileState, file_states
+from csrm.spark.text import is_blank
 
 logger = logging.getLogger(__name__)
 _NUM_EXAMPLES = 3
@@ -288,6 +289,8 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
     counters = {f"null_{column.name}": F.col(column.name).isNull() for column in table.columns if column.required}
     counters |= {f"failed_{name}": F.col(f"_failed_{name}").isNotNull() for name in table.column_names}
     counters |= {f"replaced_{column.name}": _has_replacement(F.col(column.name), column.type) for column in texts}
+    if "language" in table.column_names:
+        counters["blank_language"] = F.col("language").isNotNull() & is_blank(F.col("language"))
     by_key_df = rows_df.groupBy(*table.key).agg(
         F.count("*").alias("num_rows"),
         *(F.count_if(condition).alias(name) for name, condition in counters.items()),
@@ -321,6 +324,12 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
     warning = warning_of_replaced({column.name: row[f"replaced_{column.name}"] for column in texts})
     if warning is not None:
         logger.warning("%s: %s", where, warning)
+    if "blank_language" in counters and row["blank_language"]:
+        logger.warning(
+            "%s: column language is blank in %d of %d rows, whose prompts name no language. Write null where a row is "
+            "in the language of its market, or leave the column out: columns: {language: null}.",
+            *(where, row["blank_language"], row["num_rows"]),
+        )
     return problems
 
 

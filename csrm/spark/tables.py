@@ -145,8 +145,9 @@ def read_changes(spark: SparkSession, table: Table, path: str, after_version: in
 
 
 def overwrite_table(df: DataFrame, table: Table, path: str, where: str | None = None) -> int:
-    """As replace_rows; returns the version that the commit made."""
-    return committed_version(df.sparkSession, path, replace_rows(df, table, path, where))
+    """As replace_rows, again after a conflict with another job; returns the version that the commit made."""
+    carried = retry_conflicts(lambda: replace_rows(df, table, path, where))
+    return committed_version(df.sparkSession, path, carried)
 
 
 def overwrite_markets(df: DataFrame, table: Table, path: str, markets: Iterable[str]) -> int:

@@ -1,9 +1,11 @@
 """The page about a query, on real Delta tables and with a real bundle."""
 
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
@@ -11,8 +13,13 @@ from pyspark.sql import SparkSession
 from csrm.bundle.loading import load_scorer
 from csrm.cli import run_job
 from csrm.commands.explain import main
+from csrm.config import load_config
 from csrm.errors import ConfigError, InputError
+from csrm.operations.explanation import ExplanationConfig, explain_query
 from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, RETRIEVAL_TABLE, SCORING_RUNS
+from csrm.scoring.packing import Pack
+from csrm.scoring.prompts import Product
+from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from tests.operations.test_history import STARTED, run_row, write
 from tests.operations.test_report import HOSTILE, SHOWN, Page
@@ -211,3 +218,29 @@ def test_neither_text_nor_id_is_refused_before_anything_starts(folder: Path) -> 
     with pytest.raises(SystemExit) as caught:
         run_job(main, arguments(folder))
     assert caught.value.code == 2
+
+
+def test_a_product_that_the_model_fails_on_is_named_and_the_others_are_scored(
+    spark: SparkSession, folder: Path, scorer: PairScorer
+) -> None:
+    mouse, backpack = scorer.tokenizer.suffix_ids([Product("Wireless Mouse"), Product("Red Canvas Backpack")])
+    poison = sorted(set(mouse) - set(backpack))
+
+    def fails_on_mice(pack: Pack) -> np.ndarray:
+        if np.isin(poison, pack.input_ids).any():
+            raise RuntimeError("a kernel does not like mice")
+        return pack_scorer(pack)
+
+    pack_scorer = load_pack_scorer(BUNDLE / "model.onnx", "cpu", 1)[0]
+    fragile = PairScorer(scorer.tokenizer, scorer.labels, pack_scorer=fails_on_mice, tokens_per_call=512)
+    fragile.score(pd.DataFrame([{"market": "us", "language": "en", "query": "bag", "title": "Bag"}]))
+    given = arguments(folder)
+    settings = [value for flag, value in pairwise(given) if flag == "--set"]
+    config = load_config(ROOT / "conf" / "explain.yaml", ExplanationConfig, settings)
+
+    found = explain_query(spark, config, fragile, market="us", query_id="q2", product_id="p2")
+
+    assert "The model gives product p2 no score: model_error." in found.notes
+    assert found.parts is None
+    scores = found.products.set_index("product_id")["score_now"]
+    assert scores.notna().to_dict() == {"p1": True, "p2": False}

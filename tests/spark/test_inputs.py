@@ -623,3 +623,15 @@ def test_an_input_with_neither_versions_nor_files_must_have_the_same_rows_at_the
     path.write_text("tw p1 tent\ntw p2 bathrobe\n")
     with pytest.raises(InputError, match=r"input catalog at .*its rows were changed while the run read them"):
         require_unchanged(spark, {"catalog": read})
+
+
+def test_a_blank_language_which_is_not_that_of_the_market_is_warned_of(
+    spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "queries.json"
+    rows = [{"market": "tw", "query_id": f"q{n}", "query": "x", "language": name} for n, name in enumerate(["", None])]
+    path.write_text("\n".join(map(json.dumps, [*rows, {"market": "tw", "query_id": "q2", "query": "x"}])))
+
+    with caplog.at_level(logging.WARNING):
+        read_input(spark, QUERIES, InputSpec(path=str(path), format="json"))
+    assert "column language is blank in 1 of 3 rows, whose prompts name no language. Write null" in caplog.text

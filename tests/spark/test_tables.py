@@ -335,3 +335,23 @@ def test_all_rows_are_replaced_also_where_the_session_overwrites_partitions_alon
         overwrite_table(spark.createDataFrame([("kr", "q2", "p", None)], schema), CANDIDATES, path, where)
 
     assert [row["query_id"] for row in read_table(spark, CANDIDATES, path).collect()] == ["q2"]
+
+
+def test_two_jobs_that_replace_the_same_rows_at_once_do_so_one_after_the_other(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path, schema = str(tmp_path / "candidates"), spark_schema(CANDIDATES)
+    overwrite_table(spark.createDataFrame([("kr", "q", "p", None)], schema), CANDIDATES, path)
+    at_once = Barrier(3)
+
+    def overwrite(name: str) -> int:
+        session = spark.newSession()
+        rows_df = session.createDataFrame([("kr", "q", name, None)], schema)
+        at_once.wait()
+        return overwrite_table(rows_df, CANDIDATES, path, "market = 'kr'")
+
+    with ThreadPoolExecutor() as pool:
+        versions = dict(zip("abc", pool.map(overwrite, "abc"), strict=True))
+    (row,) = read_table(spark, CANDIDATES, path).collect()
+    assert versions[row["product_id"]] == max(versions.values()) == table_version(spark, path)
+    assert len(set(versions.values())) == 3
