@@ -36,7 +36,7 @@ demo: setup-demo  ## Generate three markets, score them, publish to Delta, evalu
 .PHONY: demo-train
 demo-train: setup-dev  ## Train and export a tiny model in minutes, from Korean labels alone, in build/demo_train
 	@$(run) python jobs/demo_bundle.py --set work=build/demo_train --set bundle_dir=build/demo_train/bundle \
-		--set products_per_market=2000 --set queries_per_market=800 --set translation_steps=800
+		--set products_per_market=2000 --set queries_per_market=800
 
 .PHONY: demo-bundle
 demo-bundle: setup-dev  ## Train and export the tiny bundle that the demo scores with
