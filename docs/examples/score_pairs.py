@@ -19,11 +19,18 @@ SEARCHES = {
 }
 """Market, language and query, each with the titles of the products that a search has found."""
 
+CLICKED = {
+    "frying pan": ["Cast Iron Frying Pan, 11-Inch", "Black Nonstick Skillet"],
+    "프라이팬": ["무쇠 프라이팬 28cm", "블랙 코팅 후라이팬"],
+    "平底鍋": ["鑄鐵平底鍋 28cm", "黑色不沾煎鍋"],
+}
+"""Titles that shoppers clicked after these queries before: they augment the queries."""
+
 
 def search_results() -> pd.DataFrame:
-    """One row per pair: market, language, query, title."""
-    rows = [(*search, title) for search, titles in SEARCHES.items() for title in titles]
-    return pd.DataFrame(rows, columns=["market", "language", "query", "title"])
+    """One row per pair: market, language, query, retrieved_titles, title."""
+    rows = [(*search, CLICKED[search[-1]], title) for search, titles in SEARCHES.items() for title in titles]
+    return pd.DataFrame(rows, columns=["market", "language", "query", "retrieved_titles", "title"])
 
 
 def main() -> None:
