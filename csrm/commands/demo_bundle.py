@@ -1,8 +1,8 @@
 """Make the demo's bundle: a tiny model, trained from Korean labels alone and exported by the real jobs.
 
-It learns on generated markets of another seed than the demo's; those of Taiwan and the USA give it no label. It starts as
-a word matcher, and learns other languages from Korean pairs that are put into them. Distillation is left out: with labels
-that do not err it has gained nothing here.
+It learns on generated markets of another seed than the demo's; those of Taiwan and the USA give it no label. It starts
+as a word matcher, and learns other languages from Korean pairs that are put into them. Distillation is left out: it has
+gained nothing where labels do not err.
 """
 
 from collections.abc import Sequence

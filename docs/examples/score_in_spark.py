@@ -17,8 +17,8 @@ from csrm.spark.session import build_session
 PAIRS = [
     ("us", "en", "frying pan", ["Cast Iron Frying Pan, 11-Inch"], "Wireless Mouse"),
     ("us", "en", "frying pan", ["Cast Iron Frying Pan, 11-Inch"], "Navy Nonstick Skillet, 9.5-Inch"),
-    ("us", "en", "conditioner", [], "Creme Rinse for Damaged Hair, 350ml"),
-    ("us", "en", "conditioner", [], "Stainless Steel Travel Mug"),
+    ("us", "en", "conditioner", ["Hair Conditioner for Dry Hair, 500ml"], "Creme Rinse for Damaged Hair, 350ml"),
+    ("us", "en", "conditioner", ["Hair Conditioner for Dry Hair, 500ml"], "Stainless Steel Travel Mug"),
 ]
 """Market, language, query, titles that were retrieved for the query, and the product's title."""
 
