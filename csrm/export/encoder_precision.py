@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from csrm.bundle.contents import Precision
 from csrm.embedding.contents import Recall
 from csrm.errors import ParityError
+from csrm.export.graph_files import take_in
 from csrm.export.half import fuse_norms, write_half, write_rounded
 from csrm.export.precision import RECIPES, Recipe, write_precision
 
@@ -84,6 +85,7 @@ def write_gated(
         ParityError: each recipe loses more; the message has what each has.
     """
     path.parent.mkdir(exist_ok=True)
+    _take_in_all_but_matrices(fp32_path)
     tried = []
     for recipe in RECIPES[precision]:
         measured = _write(fp32_path, recipe, path)
@@ -104,12 +106,25 @@ def _write(fp32_path: Path, recipe: Recipe, path: Path) -> Path:
     if recipe.bits != 16:
         write_precision(fp32_path, recipe, path)
         return path
-    fused, rounded = path.with_name("fused.onnx"), path.with_name("rounded.onnx")
+    fused, rounded = fp32_path.with_name("fused.onnx"), path.with_name("rounded.onnx")
     fuse_norms(fp32_path, fused)
     _soften_masks(fused)
     write_half(fused, recipe.precision, path, exact_from=_last_hidden_states(fp32_path))
     write_rounded(path, rounded)
     return rounded
+
+
+def _take_in_all_but_matrices(path: Path) -> None:
+    """Leave only matrices beside a graph. Above 2 GB, Optimum puts norms and constants there, too."""
+    model = onnx.load(path, load_external_data=False)
+    constants = [attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")]
+    small = [
+        tensor
+        for tensor in model.graph.initializer
+        if len(tensor.dims) < 2 or tensor.data_type != onnx.TensorProto.FLOAT
+    ]
+    take_in([*constants, *small], path.parent)
+    onnx.save(model, path)
 
 
 def _soften_masks(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Graphs on disk: weights inside of the file, or beside it in the same folder. One weight is in memory at a time."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -104,13 +105,19 @@ class GraphWriter:
         """Write the graph, whose weights `add` made, and take them into it where they are few."""
         self._file.close()
         if self._num_bytes <= _INLINE_BYTES:
-            _take_in(model, self._path.parent)
+            take_in(model.graph.initializer, self._path.parent)
             self._data_path.unlink()
         self._path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _take_in(model: onnx.ModelProto, folder: Path) -> None:
-    for tensor in model.graph.initializer:
+def take_in(tensors: Iterable[onnx.TensorProto], folder: Path) -> None:
+    """Take into a graph what lies beside it.
+
+    Args:
+        tensors: of the graph; those that it holds itself stay as they are.
+        folder: of the graph.
+    """
+    for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         data = _read(tensor, folder)

@@ -76,7 +76,8 @@ def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path) -> None:
     """
     reader = GraphReader(fp32_path)
     model, graph = reader.model, reader.model.graph
-    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    floats = (tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT)
+    matrices = {tensor.name for tensor in floats if len(tensor.dims) == 2}
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     with GraphWriter(path) as writer:

@@ -78,6 +78,18 @@ def test_a_precision_gives_nearly_the_vectors_of_the_model_in_a_smaller_file(
     assert load_encoder(tmp_path / precision).digest != whole.digest
 
 
+@pytest.mark.parametrize(("family", "precision"), [("xlm-roberta", "int8"), ("xlm-roberta", "fp16"), ("qwen3", "fp16")])
+def test_weights_beside_the_graph_as_above_2_gb_give_the_same_vectors(
+    family: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_encoder_model(tmp_path / "model", family)
+    settings = {"precision": precision, "max_recall_loss": 1.0}
+    inside = export_encoder(config(folder, tmp_path / "inside", **settings), TITLES, QUERIES, judged_texts())
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")  # Optimum writes a small model as a large one
+    beside = export_encoder(config(folder, tmp_path / "beside", **settings), TITLES, QUERIES, judged_texts())
+    np.testing.assert_array_equal(beside.embed(TITLES), inside.embed(TITLES))
+
+
 def test_sums_over_tokens_and_lengths_stay_in_float32(tmp_path: Path) -> None:
     folder = write_encoder_model(tmp_path / "model", "bert")
     export_encoder(
