@@ -20,7 +20,7 @@ from csrm.operations.launch import LaunchLimits, find_launch, open_market, requi
 from csrm.operations.launch_report import launch_report_html, launch_summary
 from csrm.operations.live_queries import LiveQueries, live_queries
 from csrm.schemas import BEHAVIOUR, CATALOG, PARALLEL_TEXT, QUERIES, QUERY_TRANSLATIONS
-from csrm.spark.inputs import read_inputs
+from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session
 
 
@@ -65,7 +65,9 @@ class LaunchReportConfig(Settings):
             raise ValueError(f"live_markets: {both} are in 'markets' too: a market is to be opened, or live")
         if (inputs.live_queries is None) != (not self.live_markets):
             raise ValueError("live_markets and inputs.live_queries go together: the markets, and their queries")
-        if inputs.live_queries is not None and inputs.query_translations is None and inputs.parallel_text is None:
+        languages = {language.lower() for language in [*self.markets.values(), *self.live_markets.values()]}
+        is_untranslated = inputs.query_translations is None and inputs.parallel_text is None
+        if inputs.live_queries is not None and is_untranslated and len(languages) > 1:
             raise ValueError(
                 "inputs.live_queries: expected inputs.parallel_text or inputs.query_translations beside it, to put "
                 "them into the market's language"
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     opened = {market: open_market(spark, config.tables, market, config.markets, inputs) for market in config.markets}
     require_scores(opened, live, config.markets, config.tables)
+    require_markets(inputs, config.markets)
     limits = LaunchLimits(config.threshold, config.num_best, config.num_examples)
     languages = config.live_markets | config.markets
     folder = Path(config.output)

@@ -13,8 +13,7 @@ NUM_SCORE_STEPS = 50
 class LaunchFindings:
     """What is known of one market. Searches are those of the queries' frequencies, NaN where none is known.
 
-        A product is good for a query if their published score reaches the threshold. A text is a
-    `findings.Text`.
+    A product is good for a query if their published score reaches the threshold. A text is a `findings.Text`.
     """
 
     market: str

@@ -54,7 +54,8 @@ def live_queries(inputs: Mapping[str, Input], live_markets: Mapping[str, str], l
         )
     translations_df = inputs["query_translations"].df if "query_translations" in inputs else None
     parallel_df = inputs["parallel_text"].df if "parallel_text" in inputs else None
-    phrasebook = None if parallel_df is None else read_phrases(parallel_df, live_markets, language)
+    others = {market: source for market, source in live_markets.items() if source.lower() != language.lower()}
+    phrasebook = None if parallel_df is None or not others else read_phrases(parallel_df, others, language)
     return LiveQueries(queries_df, translations_df, phrasebook)
 
 
@@ -103,7 +104,9 @@ def read_phrases(parallel_df: DataFrame, sources: Mapping[str, str], language: s
 
 
 def translated_queries(live: LiveQueries, language: str) -> DataFrame:
-    """Queries of live markets in the language of a market: as given, else phrase by phrase.
+    """Queries of live markets in the language of a market: as given, as they are, or phrase by phrase.
+
+    One that is in the language already stays as it is, unless a translation is given.
 
     Args:
         live: the queries.
@@ -113,10 +116,10 @@ def translated_queries(live: LiveQueries, language: str) -> DataFrame:
         origin (market), query_id, query, searches, texts (array: translations, the best first; empty without any),
         rest (what stayed as it was).
     """
-    queries_df, given = live.queries_df, F.lit(None).cast("string")
+    queries_df, given = live.queries_df, F.when(F.col("language") == language.lower(), F.col("query"))
     if live.translations_df is not None:
         queries_df = queries_df.join(live.translations_df, ["market", "query_id"], "left")
-        given = F.when(~is_blank(F.col("translation")), F.col("translation"))
+        given = F.when(~is_blank(F.col("translation")), F.col("translation")).otherwise(given)
     by_phrase = F.lit(None).cast(_PHRASES_TEXT)
     if live.phrasebook is not None:
         shared, target = queries_df.sparkSession.sparkContext.broadcast(live.phrasebook), language.lower()

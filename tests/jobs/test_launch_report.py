@@ -9,7 +9,8 @@ from pyspark.sql import SparkSession
 
 from csrm.cli import run_job, setting_arguments
 from csrm.commands.launch_report import build_parser, main
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
+from csrm.operations.live_queries import LiveQueries, translated_queries
 from csrm.schemas import LAUNCH_FINDINGS, LAUNCH_QUERIES, RELEVANCE_SCORES, UNCOVERED_PRODUCTS
 from csrm.spark.tables import read_table, table_path
 from tests.operations.test_history import DIGEST, STARTED, write
@@ -202,6 +203,34 @@ def test_without_live_markets_the_way_out_names_them(
 def test_parallel_text_of_other_languages_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(main, arguments(folder, live_markets={"kr": "en"})) == 2
     assert "from en to zh-tw, got none. It has texts from ja to ko" in capsys.readouterr().err
+
+
+def test_a_live_query_in_the_language_of_the_market_stays_as_it_is(spark: SparkSession) -> None:
+    rows = [("hk", "h1", "登山鞋", 3.0, "zh-tw"), ("hk", "h2", "背包", 2.0, "zh-tw"), ("kr", "k1", "등산화", 1.0, "ko")]
+    queries_df = spark.createDataFrame(
+        rows, "market string, query_id string, query string, frequency double, language string"
+    )
+    given_df = spark.createDataFrame([("hk", "h2", "後背包")], "market string, query_id string, translation string")
+    said_df = translated_queries(LiveQueries(queries_df, given_df, None), "zh-TW")
+    assert {row["query_id"]: row["texts"] for row in said_df.collect()} == {
+        "h1": ["登山鞋"],
+        "h2": ["後背包"],
+        "k1": [],
+    }
+
+
+def test_live_markets_of_the_same_language_need_nothing_that_translates_them(folder: Path) -> None:
+    words = arguments(folder, live_markets={"kr": "zh-tw"})
+    with pytest.raises(InputError, match=r"no rows for the markets \['tw'\]; it has \[\]"):
+        main(
+            [
+                *words,
+                "--set",
+                "inputs.parallel_text=null",
+                "--set",
+                f"inputs.queries.path={folder}/live_queries.parquet",
+            ]
+        )
 
 
 @pytest.mark.parametrize(
