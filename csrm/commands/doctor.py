@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vectors are looked at; may be repeated",
     )
     args = parser.parse_args(argv)
-    if args.config is None and (args.executors or args.overrides):
-        parser.error("--executors and --set need --config")
+    if args.config is None and (args.executors or args.overrides or args.show_config):
+        parser.error("--executors, --set and --show-config need --config")
     settings = None if args.config is None else job_settings(args, CheckedNight)
     builds = [load_config(path, CheckedBuild) for path in args.build]
     if builds:

@@ -227,4 +227,4 @@ def test_a_machine_on_which_none_could_run_says_so_and_why(
 def test_what_needs_a_configuration_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert "--executors and --set need --config" in capsys.readouterr().err
+    assert "--executors, --set and --show-config need --config" in capsys.readouterr().err
