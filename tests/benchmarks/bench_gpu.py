@@ -337,7 +337,7 @@ def sizes(language_model: nn.Module) -> dict[str, int]:
 
 
 def write_structures(folder: Path, shapes: Sequence[str]) -> None:
-    """Graphs of 2 and 6 layers without weights, where they are not there.
+    """Graphs of 2 and 6 layers without weights, where they are not there, or other code made them.
 
     Each matrix is the beginning of weights-PRECISION.bin, so all share its numbers.
     """
@@ -353,7 +353,11 @@ def write_structures(folder: Path, shapes: Sequence[str]) -> None:
         def __getitem__(self, name: str) -> torch.Tensor:
             return (torch.ones if "norm" in name else torch.zeros)(self._tensors[name].shape)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    made_by, code = folder / "code", code_digest(*CODE)
+    if not made_by.exists() or made_by.read_text(encoding="utf-8") != code:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        made_by.write_text(code, encoding="utf-8")
     for shape in shapes:
         for layers in SLOPE_LAYERS:
             paths = {precision: structure_path(folder, shape, layers, precision) for precision in HALF_TYPES}
