@@ -139,7 +139,8 @@ def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str,
         runs: rows of scoring_runs.
 
     Returns:
-        Run id to sentences, oldest first; runs whose scores only later runs have changed are left out.
+        Run id to sentences, oldest first; runs whose scores only later runs have changed are left out, and so is what
+        a later rollback to the run took back itself.
     """
     path = table_path(tables_dir, RELEVANCE_SCORES)
     if not table_exists(spark, path):
@@ -161,15 +162,18 @@ def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str,
     versions = {row["run_id"]: row["published_version"] for row in rows}
     found: dict[str, list[str]] = {}
     for run in published:
+        done: list[tuple[str | None, str]] = []
         for commit in commits:
-            if commit.version <= run["published_version"] or commit.carried.get("market") not in (
-                None,
-                *run["markets"],
-            ):
+            market = commit.carried.get("market")
+            if commit.version <= run["published_version"] or market not in (None, *run["markets"]):
                 continue
-            if versions.get(commit.carried.get("rollback_to", ""), -1) >= run["published_version"]:
-                continue  # back to this run's state, or to a later one
-            found.setdefault(run["run_id"], []).append(_what_was_done(commit))
+            target = versions.get(commit.carried.get("rollback_to", ""), -1)
+            if target == run["published_version"]:  # the market is as this run left it again
+                done = [(place, sentence) for place, sentence in done if place != market]
+            elif target < run["published_version"]:
+                done.append((market, _what_was_done(commit)))
+        if done:
+            found[run["run_id"]] = [sentence for _, sentence in done]
     return found
 
 

@@ -93,6 +93,10 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     spark.sql(f"DELETE FROM {sql_path(path)} WHERE market = 'kr'")
     found = taken_back(spark, tables_dir, runs)
     assert [len(found[run_id]) for run_id in ("r1", "r2", "r3")] == [1, 2, 1]
+    of_other_table = [{**run, "table_id": "another"} for run in runs]
+    assert taken_back(spark, tables_dir, of_other_table) == {}
+    assert rollback.main(["--market", HOSTILE_MARKET, "--to-run", "r2", *arguments[4:]]) == 0
+    assert taken_back(spark, tables_dir, runs)["r2"] == found["r2"][1:]  # its own market is as it left it again
     assert found["r3"][0].startswith("Something else than CSRM changed the table in version 6 of relevance_scores, ")
     assert found["r3"][0].endswith(" UTC: DELETE.")
 
