@@ -286,7 +286,8 @@ def _why_none(spark: SparkSession, config: ExplanationConfig, run: Mapping[str, 
     rejected_df = read_table(spark, REJECTED_PAIRS, path).where((F.col("run_id") == run["run_id"]) & of_query)
     counts = {row["reason"]: row["count"] for row in rejected_df.groupBy("reason").count().collect()}
     if not counts:
-        return f" Run {run['run_id']}, the last one, had no such pair among its candidates."
+        why = "it was no candidate, or its score was taken back"
+        return f" Run {run['run_id']}, the last one, rejected no such pair: {why}."
     listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
     return f" Run {run['run_id']}, the last one, rejected: {listed}."
 

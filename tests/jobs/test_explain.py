@@ -164,7 +164,7 @@ def test_a_product_without_a_score_is_scored_now_and_the_reason_is_said(
     page = Page(html)
 
     assert "Product p3 has no published score for this query." in out
-    assert "Run r1, the last one, had no such pair among its candidates." in page.text
+    assert "Run r1, the last one, rejected no such pair: it was no candidate, or its score was taken back." in page.text
     assert "what moves the score of p3" in out
     assert "The change feed has no score of this pair." in page.text
 
