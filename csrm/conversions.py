@@ -196,7 +196,9 @@ def problems_of_columns(
         sources: types of those that are needed, in each part of it.
     """
     known = table.column_names
-    problems = [_problem_of_map(table, *entry) for entry in spec.columns.items() if entry[0] not in known]
+    problems = [
+        _problem_of_map(table, name, there, present) for name, there in spec.columns.items() if name not in known
+    ]
     is_missing = False
     for column in table.columns:
         name = spec.columns.get(column.name, column.name)
@@ -233,9 +235,9 @@ def problems_of_columns(
     return problems
 
 
-def _problem_of_map(table: Table, name: str, there: str | None) -> str:
+def _problem_of_map(table: Table, name: str, there: str | None, present: Sequence[str]) -> str:
     """Why an entry of `columns` is wrong: its key is no column of the table."""
-    if there in table.column_names:
+    if there in table.column_names and name in present:
         return (
             f"'columns' maps {name!r} to {there!r}, which is the wrong way round. Write CSRM's name first: columns: "
             f"{{{there}: {name}}}"

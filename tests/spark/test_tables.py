@@ -200,6 +200,8 @@ def test_reading_says_what_is_not_there(spark: SparkSession, scores_path: str, t
     with pytest.raises(InputError, match=r"version 99 cannot be read.*newest version is 1"):
         open_table(spark, scores_path, version=99)
     with pytest.raises(InputError, match=r"missing columns \['rank', 'title', 'similarity', 'source'\]; it has"):
+        read_table(spark, RETRIEVAL_TABLE, scores_path, version=1)
+    with pytest.raises(InputError, match=r"expected version 2 of its columns, it has version 1\. Migrate it"):
         read_table(spark, RETRIEVAL_TABLE, scores_path)
 
 
