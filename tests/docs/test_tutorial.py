@@ -1,17 +1,15 @@
 """The tutorial, as a reader runs it: every command and every program, in the order of the page."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from csrm.__main__ import main
-from tests.docs.pages import read_page
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+from tests.docs.pages import ROOT, read_page
 
 BLOCKS = re.findall(r"^```(console|python|text)\n(.*?)^```", read_page("docs/tutorial.md"), re.DOTALL | re.MULTILINE)
 
@@ -24,19 +22,21 @@ def without_times(line: str) -> str:
 @pytest.mark.long
 @pytest.mark.spark
 @pytest.mark.timeout(1800)
-def test_every_block_of_the_tutorial_does_what_it_shows(
-    spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_block_of_the_tutorial_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed: list[str] = []
     for kind, block in BLOCKS:
         if kind == "console":
-            capsys.readouterr()
+            printed = []
             for command in block.splitlines():
                 program, *words = shlex.split(command)
                 assert program == "csrm"
-                assert main(words) == 0, command
-            printed = [without_times(line) for line in capsys.readouterr().out.splitlines()]
+                ended = subprocess.run(
+                    [sys.executable, "-m", "csrm", *words], env=environment, capture_output=True, text=True, check=False
+                )
+                assert ended.returncode == 0, ended.stderr
+                printed += map(without_times, ended.stdout.splitlines())
         elif kind == "python":
             exec(block, {})
         else:
