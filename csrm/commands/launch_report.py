@@ -7,14 +7,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, MarketName, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, MarketName, Markets, Settings, TablesDir, make_folder
 from csrm.extras import import_eval
 from csrm.operations.launch import LaunchLimits, find_launch, open_market, require_scores
 from csrm.operations.launch_report import launch_report_html, launch_summary
@@ -49,7 +48,7 @@ class LaunchReportConfig(Settings):
     inputs: LaunchReportInputs
     tables: TablesDir
     """Folder of the tables that CSRM writes."""
-    output: str
+    output: LocalPath
     """Local folder for the pages; the page of market M is launch-M.html."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
     """Score from which a product is good for a query; the page's curve helps to choose it."""
@@ -86,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job_settings(args, LaunchReportConfig)
     for module in ("jinja2", "matplotlib"):
         import_eval(module)  # before the work, not after it
+    folder = make_folder(config.output)
     spark = build_session("csrm-launch-report")
     given = config.inputs
     specs = {CATALOG: given.catalog, QUERIES: given.queries}
@@ -105,8 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_markets(inputs, config.markets)
     limits = LaunchLimits(config.threshold, config.num_best, config.num_examples)
     languages = config.live_markets | config.markets
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     for market, market_inputs in opened.items():
         findings = find_launch(
             market, languages, market_inputs, live=live.get(market), limits=limits, tables=config.tables
