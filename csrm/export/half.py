@@ -235,8 +235,9 @@ def _tensors_of(graph: onnx.GraphProto, type_: int) -> set[str]:
 def _exact_nodes(graph: onnx.GraphProto, exact_from: Collection[str] = ()) -> set[int]:
     """Numbers of the nodes that stay in float32.
 
-    These are rotary tables; label logits, once the last tokens are taken; and what is computed from the largest scores
-    and weights of attention alone, up to the share of a product's own tokens; and what is computed from `exact_from`.
+    These are rotary tables; the product that gives the label logits, and what follows; what is computed from the
+    largest scores and weights of attention alone, up to the share of a product's own tokens; and what is computed from
+    `exact_from`.
     """
     exact = set()
     needed: set[str] = set()
@@ -245,14 +246,16 @@ def _exact_nodes(graph: onnx.GraphProto, exact_from: Collection[str] = ()) -> se
             exact.add(number)
             if node.op_type != "Shape":
                 needed.update(node.input)
-    last = set(exact_from)
+    products = [number for number, node in enumerate(graph.node) if node.op_type == "MatMul"]
+    exact.add(products[-1])
+    last = {*exact_from, *graph.node[products[-1]].output}
     floats = _tensors_of(graph, TensorProto.FLOAT) - {tensor.name for tensor in graph.initializer}
     largest: set[str] = set()
     for number, node in enumerate(graph.node):
         read = floats.intersection(node.input)
         if not last.isdisjoint(node.input) or (read and read <= largest):
             exact.add(number)
-        if not last.isdisjoint(node.input) or "last_index" in node.input:
+        if not last.isdisjoint(node.input):
             last.update(node.output)
         if node.op_type == "ReduceMax" or (read and read <= largest):
             largest.update(node.output)

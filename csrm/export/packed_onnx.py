@@ -12,6 +12,7 @@ from optimum.utils import DummyInputGenerator, NormalizedTextConfig
 from torch import nn
 
 from csrm.export.graph_files import GraphWriter
+from csrm.export.last_tokens import keep_last_tokens
 from csrm.export.streamed import decoder_name, empty_language_model
 from csrm.scoring.packing import Group, Pack, lay_out
 from csrm.training.model.relevance import PackedRelevanceModel
@@ -141,4 +142,5 @@ def export_packed_graph(model: PackedRelevanceModel, path: Path) -> None:
         for name in absent.values():
             weight = weights[name].detach()
             graph.initializer.append(writer.add(name, weight.T if name in turned.values() else weight))
+        keep_last_tokens(graph_model)
         writer.save(graph_model)

@@ -83,7 +83,7 @@ def test_where_norms_read_1000_float16_is_right_and_blocking_norms_one_by_one_wa
 ) -> None:
     fused = fused_graph(loud_model(name, 1000), tmp_path)
     expected = graph_logits(tmp_path / "fp32.onnx")
-    assert largest_activation(fused, packs()).value == pytest.approx(1000, rel=0.02)
+    assert 700 < largest_activation(fused, packs()).value < 1020  # the last layer computes last tokens only
     assert 0 < error_of(rounded_logits(fused, "fp16"), expected) <= LARGEST_ERROR["fp16"]
     assert error_of(graph_logits(tmp_path / "fp16.onnx"), expected) <= LARGEST_ERROR["fp16"]
     norms_blocked_one_by_one(tmp_path / "fp32.onnx", tmp_path / "before.onnx")
@@ -97,8 +97,8 @@ def test_where_norms_read_200000_float16_is_refused_by_layer_and_value_and_bfloa
     fused = fused_graph(loud_model(name, 200_000), tmp_path)
     expected = graph_logits(tmp_path / "fp32.onnx")
     peak = largest_activation(fused, packs())
-    assert peak.value == pytest.approx(200_000, rel=0.02)
-    with pytest.raises(ParityError, match=r"reach (19[89]|20[01]),\d{3} in /model/layers\.\d/Add\w*, .* Use bf16"):
+    assert 140_000 < peak.value < 204_000  # the last layer computes last tokens only
+    with pytest.raises(ParityError, match=r"reach (1[4-9]\d|20[0-3]),\d{3} in /model/layers\.\d/Add\w*, .* Use bf16"):
         check_range(peak)
     assert error_of(rounded_logits(fused, "fp16"), expected) == np.inf
     assert 0 < error_of(rounded_logits(fused, "bf16"), expected) <= LARGEST_ERROR["bf16"]
