@@ -20,6 +20,7 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
     TensorProto.UINT8: torch.uint8,
+    TensorProto.INT8: torch.int8,
 }
 """Types of weights in ONNX to those in torch."""
 _ONNX_TYPES = {dtype: type_ for type_, dtype in TORCH_TYPES.items()}

@@ -1,6 +1,7 @@
 """The packed graph at other precisions: 16 bits (csrm.export.half), or quantised weights by onnxruntime's converter."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from csrm.bundle.contents import Precision
 from csrm.export.graph_files import GraphReader, GraphWriter
 from csrm.export.half import write_half
+from csrm.export.w8a8 import TokenQuantizer, products_with_weights
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Recipe:
     """Parts of the names of matrix products that stay in float32."""
     float_activations: bool = False
     """Whether products of quantised weights are computed in float32 instead of int8."""
+    by_token: bool = False
+    """Whether a token's activations share a scale, and a column's weights do; see csrm.export.w8a8."""
 
     def __str__(self) -> str:
         if self.bits == 32:
@@ -33,8 +37,10 @@ class Recipe:
         if self.bits == 16:
             name = "float16" if self.precision == "fp16" else "bfloat16"
             return f"weights and activations in {name}, inside of norms in float32"
-        activations = "float32" if self.float_activations else "8-bit"
         kept = f", {' and '.join(self.float_layers)} in float32" if self.float_layers else ""
+        if self.by_token:
+            return f"8-bit weights by column, 8-bit activations by token{kept}"
+        activations = "float32" if self.float_activations else "8-bit"
         return f"{self.bits}-bit weights in blocks of {self.block_size}, {activations} activations{kept}"
 
 
@@ -43,6 +49,9 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
     "fp16": (Recipe("fp16", bits=16),),
     "bf16": (Recipe("bf16", bits=16),),
     "int8": (
+        Recipe("int8", bits=8, by_token=True),
+        Recipe("int8", bits=8, by_token=True, float_layers=("down_proj",)),
+        Recipe("int8", bits=8, by_token=True, float_layers=("down_proj", "o_proj")),
         Recipe("int8", bits=8, block_size=128),
         Recipe("int8", bits=8),
         Recipe("int8", bits=8, float_activations=True),
@@ -52,13 +61,16 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
 """Recipes of each precision, the fastest first."""
 
 
-def write_precision(fp32_path: Path, recipe: Recipe, path: Path) -> None:
+def write_precision(
+    fp32_path: Path, recipe: Recipe, path: Path, *, maxima: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write a fp32 packed graph at another precision.
 
     Args:
         fp32_path: the exported graph; for 16 bits the one that csrm.export.half.fuse_norms made of it.
         recipe: of another precision than fp32.
         path: of the new graph; see csrm.export.graph_files.GraphWriter.
+        maxima: for a recipe by token, see csrm.export.w8a8.channel_maxima; None: activations are not smoothed.
 
     Raises:
         ParityError: see csrm.export.half.write_half.
@@ -66,27 +78,30 @@ def write_precision(fp32_path: Path, recipe: Recipe, path: Path) -> None:
     if recipe.bits == 16:
         write_half(fp32_path, recipe.precision, path)
     else:
-        _write_quantised(fp32_path, recipe, path)
+        _write_quantised(fp32_path, recipe, path, maxima or {})
 
 
-def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path) -> None:
-    """Matrix products with a constant weight become MatMulNBits, which quantises activations by row and block.
+def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path, maxima: Mapping[str, np.ndarray]) -> None:
+    """Matrix products with a constant weight become those of csrm.export.w8a8, or MatMulNBits.
 
     Embedding rows are stored in float16 and widened after the lookup: most of a small model is its vocabulary.
     """
     reader = GraphReader(fp32_path)
     model, graph = reader.model, reader.model.graph
+    quantizer = TokenQuantizer(reader, recipe.float_layers, maxima) if recipe.by_token else _Blocks(reader, recipe)
     floats = (tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT)
     matrices = {tensor.name for tensor in floats if len(tensor.dims) == 2}
     nodes: list[onnx.NodeProto] = []
-    weights: list[onnx.TensorProto] = []
+    weights: list[onnx.TensorProto] = quantizer.constants()
     with GraphWriter(path) as writer:
         for node in graph.node:
             name = next((name for name in node.input if name in matrices), None)
-            if node.op_type == "MatMul" and name and not any(part in node.name for part in recipe.float_layers):
-                node, parts = _quantised(node, name, reader.weight(name), recipe)
+            if quantizer.is_product(node):
+                made, parts = quantizer.quantised(node)
                 weights += [writer.add(part, values) for part, values in parts.items()]
-            elif node.op_type == "Gather" and name and (rows := _as_float16(reader.weight(name))) is not None:
+                nodes += made
+                continue
+            if node.op_type == "Gather" and name and (rows := _as_float16(reader.weight(name))) is not None:
                 weights.append(writer.add(name, rows))
                 output = node.output[0]
                 node.output[0] = f"{output}_float16"
@@ -94,11 +109,12 @@ def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path) -> None:
                 node = helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT)
             nodes.append(node)
         written = {tensor.name for tensor in weights}
-        read = {name for node in nodes for name in node.input}
+        read = {name for node in nodes for name in node.input} - written
         for tensor in graph.initializer:
-            if tensor.name in read and tensor.name not in written:
-                is_beside = tensor.data_location == TensorProto.EXTERNAL
-                weights.append(writer.add(tensor.name, reader.weight(tensor.name)) if is_beside else tensor)
+            if tensor.name in matrices & read:
+                weights.append(writer.add(tensor.name, quantizer.weight(tensor.name)))
+            elif tensor.name in read:
+                weights.append(tensor)
         kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in weights]
         del graph.node[:], graph.initializer[:]
         graph.node.extend(nodes)
@@ -107,24 +123,37 @@ def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path) -> None:
         writer.save(model)
 
 
-def _quantised(
-    node: onnx.NodeProto, name: str, weight: torch.Tensor, recipe: Recipe
-) -> tuple[onnx.NodeProto, dict[str, torch.Tensor]]:
-    """One matrix product by onnxruntime's converter: its node, and the parts of its weight by name."""
-    from onnxruntime.quantization import matmul_nbits_quantizer
+class _Blocks:
+    """Makes products MatMulNBits, by onnxruntime's converter; it quantises activations by row and block itself."""
 
-    matmul_nbits_quantizer.logger.setLevel(logging.WARNING)  # it tells of every node
-    product = helper.make_graph([node], node.name, [], [], [numpy_helper.from_array(weight.numpy(), name)])
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-        helper.make_model(product),
-        bits=recipe.bits,
-        block_size=recipe.block_size,
-        accuracy_level=1 if recipe.float_activations else 4,
-    )
-    quantizer.process()
-    graph = quantizer.model.model.graph
-    parts = {part.name: torch.from_numpy(np.array(numpy_helper.to_array(part))) for part in graph.initializer}
-    return graph.node[0], {part: values for part, values in parts.items() if part in graph.node[0].input}
+    def __init__(self, reader: GraphReader, recipe: Recipe) -> None:
+        self._reader, self._recipe = reader, recipe
+        self._names = {node.name for node in products_with_weights(reader.model.graph, recipe.float_layers)}
+
+    def is_product(self, node: onnx.NodeProto) -> bool:
+        return node.name in self._names
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._reader.weight(name)
+
+    def constants(self) -> list[onnx.TensorProto]:
+        return []
+
+    def quantised(self, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], dict[str, torch.Tensor]]:
+        from onnxruntime.quantization import matmul_nbits_quantizer
+
+        matmul_nbits_quantizer.logger.setLevel(logging.WARNING)  # it tells of every node
+        weight = numpy_helper.from_array(self.weight(node.input[1]).numpy(), node.input[1])
+        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+            helper.make_model(helper.make_graph([node], node.name, [], [], [weight])),
+            bits=self._recipe.bits,
+            block_size=self._recipe.block_size,
+            accuracy_level=1 if self._recipe.float_activations else 4,
+        )
+        quantizer.process()
+        graph = quantizer.model.model.graph
+        parts = {part.name: torch.from_numpy(np.array(numpy_helper.to_array(part))) for part in graph.initializer}
+        return [graph.node[0]], {part: values for part, values in parts.items() if part in graph.node[0].input}
 
 
 def _as_float16(rows: torch.Tensor) -> torch.Tensor | None:

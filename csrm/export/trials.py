@@ -32,6 +32,7 @@ from csrm.export.half import Peak, check_range, fuse_norms, largest_activation
 from csrm.export.parity import SCORE_TOLERANCE, pack_spread
 from csrm.export.precision import RECIPES, Recipe, write_precision
 from csrm.export.quality import gate, measure_quality, plot_precisions
+from csrm.export.w8a8 import channel_maxima
 from csrm.manifest import write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.packing import Pack
@@ -159,6 +160,7 @@ class _Trials:
         self._reference_seconds = 0.0
         """For the labelled pairs."""
         self._peak: Peak | None = None
+        self._maxima: dict[str, np.ndarray] = {}
 
     def make(self, fp32_path: Path, recipe: Recipe, path: Path, pairs: pd.DataFrame) -> PackScorer:
         """Write a graph by a recipe, ready to score.
@@ -166,7 +168,7 @@ class _Trials:
         Args:
             fp32_path: see write_best_precision.
             path: of the new graph.
-            pairs: the sample whose activations must fit float16.
+            pairs: the sample whose activations must fit float16, and give the ranges of their channels.
 
         Raises:
             ParityError: an activation or a weight is too large for float16, or norms are not fused.
@@ -181,7 +183,9 @@ class _Trials:
         if recipe.precision == "fp16":
             assert self._peak is not None
             check_range(self._peak)
-        write_precision(source, recipe, path)
+        if recipe.by_token and not self._maxima:
+            self._maxima = channel_maxima(fp32_path, self._packs(pairs), device)
+        write_precision(source, recipe, path, maxima=self._maxima)
         check_locations(path)
         return load_pack_scorer(path, device)[0]
 

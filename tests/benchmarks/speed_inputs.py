@@ -280,7 +280,9 @@ def main() -> None:
     made_from = {
         "model": args.model if args.model in SEEDED_MODELS else file_digest(Path(args.model) / MANIFEST_NAME),
         "tokenizer": file_digest(args.tokenizer),
-        "code": code_digest("export/*.py", "csrm/*.py", "csrm/training/*.py", "tests/benchmarks/speed_inputs.py"),
+        "code": code_digest(
+            "csrm/export/*.py", "csrm/scoring/*.py", "csrm/training/**/*.py", "tests/benchmarks/speed_inputs.py"
+        ),
     }
     about = args.folder / "about.json"
     if not about.exists() or json.loads(about.read_text(encoding="utf-8"))["made_from"] != made_from:

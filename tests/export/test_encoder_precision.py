@@ -126,10 +126,10 @@ def test_the_fastest_recipe_that_passes_is_taken_and_where_none_does_each_is_nam
             num_queries=7,
         )
 
-    assert gated(0.495).recipe == "8-bit weights in blocks of 128, 8-bit activations"
-    assert gated(0.4, 0.48, 0.49).recipe == "8-bit weights in blocks of 32, float32 activations"
+    assert gated(0.495).recipe == "8-bit weights by column, 8-bit activations by token"
+    assert gated(0.4, 0.48, 0.4, 0.49).recipe == "8-bit weights in blocks of 32, float32 activations"
     with pytest.raises(ParityError, match=r"expected recall@10 of 0\.4900 or more on 7 judged queries .*blocks of 128"):
-        gated(0.4, 0.48, 0.4899)
+        gated(0.4, 0.48, 0.4, 0.4899)
 
 
 def test_a_precision_that_loses_too_much_leaves_the_earlier_encoder(
@@ -139,7 +139,7 @@ def test_a_precision_that_loses_too_much_leaves_the_earlier_encoder(
 
     folder = write_encoder_model(tmp_path / "model", "bert")
     digest = export_encoder(config(folder, tmp_path / "encoder"), TITLES, QUERIES).digest
-    shares = iter([1.0, 0.5, 0.5, 0.5])
+    shares = iter([1.0, 0.5, 0.5, 0.5, 0.5])
     monkeypatch.setattr(export, "recall", lambda *_: next(shares))
     with pytest.raises(ParityError, match="Nothing was written"):
         export_encoder(config(folder, tmp_path / "encoder", precision="int8"), TITLES, QUERIES, judged_texts())
