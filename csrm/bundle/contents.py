@@ -1,5 +1,6 @@
 """What `manifest.json` of a bundle says under `about`, and the names of the bundle's files."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -123,6 +124,8 @@ class BundleSettings(Settings):
     parity: Parity
     precisions: tuple[PrecisionReport, ...]
     """Those that the export tried, this bundle's own among them."""
+    cpu_features: tuple[str, ...] = ()
+    """Of the CPU that their speed was measured on, see csrm.scoring.runtime; empty where it is not known."""
     versions: dict[str, str]
     """Package to version that made the bundle."""
 
@@ -131,6 +134,24 @@ class BundleSettings(Settings):
         """What the export measured of this bundle's own graph; of one precision, it may have tried several recipes."""
         own = [report for report in self.precisions if report.precision == self.precision]
         return next((report for report in own if report.verdict == "passed"), own[-1])
+
+
+def other_cpu(settings: BundleSettings, found: Sequence[str]) -> str | None:
+    """What to say where 8 or 4 bits were chosen on another kind of CPU; None where the speed that was measured holds.
+
+    Args:
+        settings: of the bundle.
+        found: csrm.scoring.runtime.cpu_features of the machine that scores; empty: not known.
+    """
+    measured = settings.cpu_features
+    if settings.device != "cpu" or settings.precision not in ("int8", "int4") or not measured or not found:
+        return None
+    if set(measured) == set(found):
+        return None
+    return (
+        f"{settings.precision} was the fastest on a CPU with {', '.join(measured)}; this one has {', '.join(found)}, "
+        "where another precision may be faster. Export the bundle on such a machine"
+    )
 
 
 def made_with(settings: BundleSettings) -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import csrm
 from csrm.bundle.cache import cache_dir
+from csrm.bundle.contents import other_cpu
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.errors import ConfigError, DeviceError
 from csrm.night.settings import NightSettings
-from csrm.scoring.runtime import require_one_onnxruntime
+from csrm.scoring.runtime import cpu_features, require_one_onnxruntime
 
 SPARK_PACKAGES = {"pyspark": ">=4.2,<4.3", "delta-spark": ">=4.4,<4.5,!=4.4.1"}
 """What a driver needs; executors get Spark's Python code from Spark itself."""
@@ -256,5 +257,8 @@ def check_bundle(settings: NightSettings, digest: str | None = None) -> str:
 
 def check_scores(settings: NightSettings, device: str, threads: int | None) -> str:
     scorer = load_scorer(settings.bundle, device, threads=threads, num_golden=None)
-    num_pairs = len(load_bundle(settings.bundle).golden_pairs())
-    return f"{num_pairs} golden pairs have their scores on {device} ({scorer.provider})"
+    bundle = load_bundle(settings.bundle)
+    found = f"{len(bundle.golden_pairs())} golden pairs have their scores on {device} ({scorer.provider})"
+    if slower := other_cpu(bundle.settings, cpu_features()):
+        raise CheckWarning(f"{found}; {slower}.")
+    return found

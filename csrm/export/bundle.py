@@ -32,7 +32,7 @@ from csrm.export.trials import logged_step, wanted_precisions, write_best_precis
 from csrm.export.weights import TrainedWeights
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest
 from csrm.scoring.labels import Label, expected_gain
-from csrm.scoring.runtime import graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
+from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.model.base import BaseModel
@@ -216,5 +216,6 @@ def _settings(
         outputs={name: TensorSpec(type=type_, shape=shape) for name, (type_, shape) in outputs.items()},
         parity=parity,
         precisions=(),
+        cpu_features=cpu_features(),
         versions={package: version(package) for package in [*packages, require_one_onnxruntime()]},
     )

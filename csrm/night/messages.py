@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from csrm.bundle.contents import other_cpu
 from csrm.bundle.loading import Bundle
 from csrm.cli import Console
 from csrm.night.audit import NEVER_ACCEPTED, AuditResult, failures
@@ -14,6 +15,7 @@ from csrm.schemas import (
     RELEVANCE_SCORES,
     SCORES_STAGING,
 )
+from csrm.spark.scoring import ScorerInfo
 from csrm.spark.tables import table_path
 
 WAITED_SHARE = 0.2
@@ -43,6 +45,12 @@ def warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Conso
         if language not in known:
             text = f"market {market!r} is in {language}; the bundle was proven on pairs in {names} only."
             console.say("warning", f"warning: {text}", market=market, sentence=text)
+
+
+def warn_of_other_cpu(bundle: Bundle, scorer: ScorerInfo, console: Console) -> None:
+    """The speed by which a bundle's precision was chosen is that of the CPU of its export."""
+    if text := other_cpu(bundle.settings, scorer.cpu_features):
+        console.say("warning", f"warning: bundle: {text}.", sentence=text)
 
 
 def warn_of_left_markets(published: Iterable[str], markets: Collection[str], console: Console) -> None:

@@ -32,6 +32,7 @@ from csrm.night.messages import (
     warn_of_languages,
     warn_of_left_markets,
     warn_of_missing_titles,
+    warn_of_other_cpu,
 )
 from csrm.night.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.night.plan import (
@@ -357,6 +358,7 @@ def _start(
     profile = scoring_profile(spark, config.device, config.one_task_per_gpu)
     place = ScorerPlace(config.bundle, config.device, task_threads(spark), config.tokens_per_call, profile)
     scorer = probe_scorer(spark, place)
+    warn_of_other_cpu(bundle, scorer, console)
     create_output_tables(spark, config.tables)
     scores_path = table_path(config.tables, RELEVANCE_SCORES)
     end_silent_workers(spark, config.hang_minutes)

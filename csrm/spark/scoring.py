@@ -25,6 +25,7 @@ from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_
 from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
+from csrm.scoring.runtime import cpu_features
 from csrm.scoring.scorer import OPTIONAL_COLUMNS, PAIR_COLUMNS, PairScorer, PreparedPairs
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.workers import task_device
@@ -62,6 +63,7 @@ class ScorerInfo:
 
     digest: str
     provider: str
+    cpu_features: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -101,17 +103,17 @@ def probe_scorer(spark: SparkSession, place: ScorerPlace) -> ScorerInfo:
         for _ in batches:
             try:
                 scorer = _scorer_at(here, load_bundle(here.bundle_dir).digest)
-                found = (scorer.digest, scorer.provider, "", "")
+                found = (scorer.digest, scorer.provider, " ".join(cpu_features()), "", "")
             except CsrmError as error:
-                found = ("", "", type(error).__name__, str(error))
-            yield pd.DataFrame([found], columns=["digest", "provider", "error", "message"])
+                found = ("", "", "", type(error).__name__, str(error))
+            yield pd.DataFrame([found], columns=["digest", "provider", "cpu_features", "error", "message"])
 
-    schema = "digest string, provider string, error string, message string"
+    schema = "digest string, provider string, cpu_features string, error string, message string"
     row = spark.range(0, 1, 1, 1).mapInPandas(probe, schema, profile=place.profile).head()
     assert row is not None
     if row["error"]:
         raise getattr(errors, row["error"])(row["message"])
-    return ScorerInfo(row["digest"], row["provider"])
+    return ScorerInfo(row["digest"], row["provider"], tuple(row["cpu_features"].split()))
 
 
 def score_pair_batches(

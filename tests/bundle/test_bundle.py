@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,11 +12,15 @@ import pandas as pd
 import pytest
 
 from csrm.bundle.card import bundle_card
+from csrm.bundle.contents import other_cpu
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import GOLDEN_AT_LOAD, load_bundle, load_scorer
+from csrm.cli import Console
 from csrm.commands.bundle import main
 from csrm.errors import BundleError, ConfigError, DeviceError
 from csrm.manifest import MANIFEST_NAME, write_manifest
+from csrm.night.messages import warn_of_other_cpu
+from csrm.spark.scoring import ScorerInfo
 
 FILES = ["model.onnx", "tokenizer.json", "golden.json", "manifest.json"]
 
@@ -292,3 +297,26 @@ def test_of_several_recipes_of_one_precision_the_bundle_is_the_one_that_passed(t
 
     assert settings.model_copy(update={"precision": "int8", "precisions": tried}).report == passed
     assert settings.report.precision == settings.precision
+
+
+def test_eight_bits_that_were_chosen_on_another_cpu_are_named(tiny_bundle: Path) -> None:
+    settings = load_bundle(tiny_bundle).settings.model_copy(update={"cpu_features": ("avx2", "avx512_vnni")})
+    eight = settings.model_copy(update={"precision": "int8"})
+    assert other_cpu(eight, ["avx2"]) == (
+        "int8 was the fastest on a CPU with avx2, avx512_vnni; this one has avx2, where another precision may be "
+        "faster. Export the bundle on such a machine"
+    )
+    assert other_cpu(eight, ["avx512_vnni", "avx2"]) is None
+    assert other_cpu(eight, []) is None  # not Linux
+    assert other_cpu(settings, ["avx2"]) is None  # fp32
+    assert other_cpu(eight.model_copy(update={"cpu_features": ()}), ["avx2"]) is None  # an older bundle
+
+
+def test_a_night_on_another_cpu_says_so(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = load_bundle(tiny_bundle)
+    changed = bundle.settings.model_copy(update={"precision": "int8", "cpu_features": ("avx2", "avx512_vnni")})
+    eight = dataclasses.replace(bundle, settings=changed)
+    warn_of_other_cpu(eight, ScorerInfo(bundle.digest, "CPUExecutionProvider", ("avx2",)), Console())
+    assert capsys.readouterr().out.startswith("warning: bundle: int8 was the fastest on a CPU with avx2, avx512_vnni;")
+    warn_of_other_cpu(bundle, ScorerInfo(bundle.digest, "CPUExecutionProvider", ("avx2",)), Console())
+    assert not capsys.readouterr().out
