@@ -44,7 +44,7 @@ def channel_maxima(fp32_path: Path, packs: Iterable[Pack], device: str = "cpu") 
     """The largest absolute value of each channel that a weight is multiplied with.
 
     Args:
-        fp32_path: the exported graph; a graph without weights is written beside it.
+        fp32_path: the exported graph; a graph that shares its weights is beside it meanwhile.
         packs: of a sample, at least one.
         device: see csrm.scoring.runtime.load_pack_scorer.
 
@@ -63,7 +63,10 @@ def channel_maxima(fp32_path: Path, packs: Iterable[Pack], device: str = "cpu") 
         graph.output.append(helper.make_tensor_value_info(f"{name}_peak", TensorProto.FLOAT, ["channels"]))
     path = fp32_path.with_name("channels.onnx")
     onnx.save(model, path)
-    session, _ = open_session(path, device)
+    try:
+        session, _ = open_session(path, device)
+    finally:
+        path.unlink()
     outputs = [f"{name}_peak" for name in names]
     peaks = [session.run(outputs, pack._asdict()) for pack in packs]
     return {name: np.max(found, axis=0) for name, found in zip(names, zip(*peaks, strict=True), strict=True)}
