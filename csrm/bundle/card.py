@@ -16,7 +16,7 @@ def bundle_card(bundle: Bundle) -> str:
         f"digest      {bundle.digest}",
         f"model       {origin.base_model}{trained}{', adapters merged' if origin.adapter else ''}",
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
-        *([f"measured on a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
+        *([f"speed       of a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
         f"labels      {labels}",
         f"prompt      template {settings.template_version}; at most {settings.budgets.prefix} tokens of a query and "
         f"{settings.budgets.suffix} of a product",
