@@ -92,7 +92,7 @@ def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path, maxima: Mappin
     floats = (tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT)
     matrices = {tensor.name for tensor in floats if len(tensor.dims) == 2}
     nodes: list[onnx.NodeProto] = []
-    weights: list[onnx.TensorProto] = quantizer.constants()
+    weights: list[onnx.TensorProto] = []
     with GraphWriter(path) as writer:
         for node in graph.node:
             name = next((name for name in node.input if name in matrices), None)
@@ -108,6 +108,7 @@ def _write_quantised(fp32_path: Path, recipe: Recipe, path: Path, maxima: Mappin
                 nodes.append(node)
                 node = helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT)
             nodes.append(node)
+        weights += quantizer.constants()
         written = {tensor.name for tensor in weights}
         read = {name for node in nodes for name in node.input} - written
         for tensor in graph.initializer:

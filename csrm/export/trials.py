@@ -94,6 +94,8 @@ def write_best_precision(
         if precision == "bf16" and any(report.precision == "fp16" and report.verdict == "passed" for report in reports):
             continue  # as fast as fp16, and less exact
         for number, recipe in enumerate(RECIPES[precision] if precision != "fp32" else ()):
+            if recipe.by_token and settings.device != "cpu":  # a GPU has no such product
+                continue
             with logged_step(f"{precision}: {recipe}"):
                 path = fp32_path.parent.with_name(f"{precision}-{number}") / MODEL_NAME
                 path.parent.mkdir()

@@ -1,8 +1,10 @@
 """W8A8: weights in 8 bits by column, activations in 8 bits by token, and products of integers."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,23 +23,31 @@ FEWEST_COLUMNS = 8
 """Of a weight that is quantised."""
 SMOOTHING = 0.5
 """Share of the range of activations that moves into weights (alpha in Xiao et al. 2023, SmoothQuant)."""
-_CONSTANTS = ("w8a8_axes", "w8a8_least", "w8a8_one", "w8a8_scale", "w8a8_zero")
+MOST_ROTATED = 32
+"""Channels that are rotated together: more spread outliers no better, and take longer."""
+_CONSTANTS: dict[str, Any] = {
+    "w8a8_axes": np.array([-1]),
+    "w8a8_least": np.float32(1e-20),
+    "w8a8_one": np.float32(1),
+    "w8a8_scale": np.float32(1 / ACTIVATION_LEVELS),
+    "w8a8_zero": np.uint8(128),
+}
 
 
 def products_with_weights(graph: onnx.GraphProto, float_layers: Collection[str] = ()) -> list[onnx.NodeProto]:
-    """Matrix products with a constant weight, but for the label rows, which are the last product of a packed graph.
+    """Matrix products with a constant weight of several columns; label rows have few.
 
     Args:
-        graph: packed graph.
+        graph: packed graph, or that of an encoder.
         float_layers: parts of the names of products that are left out.
     """
     matrices = {
-        tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.dims[1] >= FEWEST_COLUMNS
     }
-    products = [node for node in graph.node if node.op_type == "MatMul"][:-1]
-    return [
-        node for node in products if node.input[1] in matrices and not any(part in node.name for part in float_layers)
-    ]
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
+    return [node for node in products if not any(part in node.name for part in float_layers)]
 
 
 def channel_maxima(fp32_path: Path, packs: Iterable[Pack], device: str = "cpu") -> dict[str, np.ndarray]:
@@ -80,6 +90,9 @@ class TokenQuantizer:
     the weight are multiplied with. The division is part of what made them: a norm's weight, or columns of the weight
     before. It costs nothing, and channels for which there is no such place stay as they are.
 
+    What one token alone has large is spread over the channels beside it: groups of channels are multiplied with a
+    Hadamard matrix, whose inverse the weight takes (Ashkboos et al. 2024, QuaRot, arXiv 2404.00456).
+
     Args:
         reader: of the exported graph; norms in its model are changed.
         float_layers: parts of the names of products that stay in float32.
@@ -97,6 +110,8 @@ class TokenQuantizer:
         """Weight to the divisors of its columns."""
         self._scaled: set[str] = set()
         """Activations that are divided by their token's maximum already."""
+        self._sizes: set[int] = set()
+        """Numbers of channels that are rotated together."""
         self._smooth(maxima)
 
     def is_product(self, node: onnx.NodeProto) -> bool:
@@ -113,21 +128,22 @@ class TokenQuantizer:
     def quantised(self, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], dict[str, torch.Tensor]]:
         """The nodes for one product, and the parts of its weight by name."""
         (read, name), (written,) = node.input, node.output
-        weight = self.weight(name)
+        weight = _rotated(self.weight(name))
         scales = (weight.abs().amax(dim=0) / WEIGHT_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
         levels = torch.round(weight / scales).to(torch.int8)
         parts = {f"{name}_levels": levels, f"{name}_scales": scales}
         axes, least, one, scale, zero = _CONSTANTS
-        nodes = []
+        nodes: list[onnx.NodeProto] = []
         if read not in self._scaled:
             self._scaled.add(read)
-            nodes = [
-                helper.make_node("ReduceMax", [read, axes], [f"{read}_high"], keepdims=1),
-                helper.make_node("ReduceMin", [read, axes], [f"{read}_low"], keepdims=1),
+            nodes, turned = self._rotation(read, weight.shape[0])
+            nodes += [
+                helper.make_node("ReduceMax", [turned, axes], [f"{read}_high"], keepdims=1),
+                helper.make_node("ReduceMin", [turned, axes], [f"{read}_low"], keepdims=1),
                 helper.make_node("Neg", [f"{read}_low"], [f"{read}_depth"]),
                 helper.make_node("Max", [f"{read}_high", f"{read}_depth", least], [f"{read}_size"]),
                 helper.make_node("Div", [one, f"{read}_size"], [f"{read}_factor"]),
-                helper.make_node("Mul", [read, f"{read}_factor"], [f"{read}_scaled"]),
+                helper.make_node("Mul", [turned, f"{read}_factor"], [f"{read}_scaled"]),
                 helper.make_node("QuantizeLinear", [f"{read}_scaled", scale, zero], [f"{read}_levels"]),
             ]
         inputs = [f"{read}_levels", f"{name}_levels", scale, f"{name}_scales", zero]
@@ -139,17 +155,25 @@ class TokenQuantizer:
         return nodes, parts
 
     def constants(self) -> list[onnx.TensorProto]:
-        """What the nodes read beside activations and weights."""
-        values = (
-            np.array([-1]),
-            np.float32(1e-20),
-            np.float32(1),
-            np.float32(1 / ACTIVATION_LEVELS),
-            np.uint8(128),
-        )
-        return [
-            numpy_helper.from_array(np.asarray(value), name) for name, value in zip(_CONSTANTS, values, strict=True)
+        """What the nodes that were made read beside activations and weights."""
+        values = dict(_CONSTANTS)
+        for size in self._sizes:
+            values |= {f"w8a8_rows_{size}": np.array([-1, size]), f"w8a8_hadamard_{size}": hadamard(size)}
+        return [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+
+    def _rotation(self, read: str, num_channels: int) -> tuple[list[onnx.NodeProto], str]:
+        """Nodes that rotate activations, and the tensor that they give."""
+        size = rotated_channels(num_channels)
+        if size == 1:
+            return [], read
+        self._sizes.add(size)
+        nodes = [
+            helper.make_node("Shape", [read], [f"{read}_shape"]),
+            helper.make_node("Reshape", [read, f"w8a8_rows_{size}"], [f"{read}_rows"]),
+            helper.make_node("MatMul", [f"{read}_rows", f"w8a8_hadamard_{size}"], [f"{read}_turned_rows"]),
+            helper.make_node("Reshape", [f"{read}_turned_rows", f"{read}_shape"], [f"{read}_turned"]),
         ]
+        return nodes, f"{read}_turned"
 
     def _smooth(self, maxima: Mapping[str, np.ndarray]) -> None:
         """Find the factors of rows and columns, and divide norms by theirs."""
@@ -182,6 +206,35 @@ class TokenQuantizer:
                 helper.make_node("Mul", [norm, f"{smoothed}_divisor"], [smoothed], name=smoothed),
             )
             node.input[place] = smoothed
+
+
+def rotated_channels(num_channels: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides their number, 32 at most.
+
+    >>> rotated_channels(640), rotated_channels(72), rotated_channels(3)
+    (32, 8, 1)
+    """
+    return math.gcd(num_channels, MOST_ROTATED)
+
+
+def hadamard(size: int) -> np.ndarray:
+    """The Hadamard matrix of a power of two, by Sylvester's construction; orthogonal and symmetric.
+
+    >>> hadamard(2) * np.sqrt(2)
+    array([[ 1.,  1.],
+           [ 1., -1.]], dtype=float32)
+    """
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)
+
+
+def _rotated(weight: torch.Tensor) -> torch.Tensor:
+    """A weight for rotated activations."""
+    size = rotated_channels(weight.shape[0])
+    groups = weight.view(weight.shape[0] // size, size, weight.shape[1])
+    return (torch.from_numpy(hadamard(size)) @ groups).reshape(weight.shape)
 
 
 def _smoothing_factors(activations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

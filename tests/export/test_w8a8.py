@@ -82,6 +82,25 @@ def test_smoothing_changes_no_logit(fp32_graph: Path) -> None:
     np.testing.assert_allclose(logits(fp32_graph.with_name("smoothed.onnx")), logits(fp32_graph), atol=1e-4, rtol=1e-4)
 
 
+def test_rotation_spreads_what_one_token_alone_has_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token has another channel 100 times as large: no factor of a channel helps."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(64, 48)).astype(np.float32)
+    large = rng.permutation(64)
+    tokens = rng.normal(size=(1, 64, 64)).astype(np.float32)
+    tokens[0, np.arange(64), large] *= 100
+    write_product(weight, tmp_path / "fp32.onnx")
+    exact = run_product(tmp_path / "fp32.onnx", tokens)
+
+    def error_of(name: str) -> float:
+        write_precision(tmp_path / "fp32.onnx", BY_TOKEN, tmp_path / name)
+        return float(np.sqrt(np.mean((run_product(tmp_path / name, tokens) - exact) ** 2)))
+
+    rotated = error_of("rotated.onnx")
+    monkeypatch.setattr("csrm.export.w8a8.MOST_ROTATED", 1)
+    assert 0 < rotated < 0.6 * error_of("plain.onnx")
+
+
 def test_smoothing_takes_most_of_the_error_of_outliers(fp32_graph: Path, tmp_path: Path) -> None:
     expected = logits(fp32_graph)
     write_precision(fp32_graph, BY_TOKEN, tmp_path / "plain.onnx")
@@ -96,7 +115,7 @@ def test_every_product_but_the_label_rows_is_of_integers(fp32_graph: Path, tmp_p
     kinds = [node.op_type for node in nodes if "_proj" in node.name and "MatMul" in node.op_type]
     num_layers = len(graph_layers(GraphReader(fp32_graph)))
     assert kinds == ["MatMulIntegerToFloat"] * 7 * num_layers
-    assert [node.op_type for node in nodes if "MatMul" in node.op_type][-1] == "MatMul"
+    assert [node.op_type for node in nodes if node.output[0] == "logits"] != ["MatMulIntegerToFloat"]
     shared = [node for node in nodes if node.op_type == "QuantizeLinear"]
     assert len(shared) == 4 * num_layers  # q, k and v read one tensor, and gate and up another
 
@@ -126,30 +145,36 @@ def test_no_sum_of_products_leaves_16_bits(fp32_graph: Path, tmp_path: Path) -> 
     )
 
 
-def test_a_product_is_that_of_the_integers_by_hand(tmp_path: Path) -> None:
-    """Tokens of very different sizes, one of zeros; a column of zeros."""
-    weight = np.array([[0.25, 0, -6.3], [-1.0, 0, 2.1], [1.0, 0, 0.0]], dtype=np.float32)
-    tokens = np.array([[[1, -1, 4], [1000, 250, -250], [0, 0, 0]]], dtype=np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["y"], name="layers.0/q_proj/MatMul"),
-        helper.make_node("MatMul", ["y", "rows"], ["logits"], name="MatMul"),
-    ]
+def write_product(weight: np.ndarray, path: Path) -> None:
+    """A graph of one product."""
     graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.eye(3, dtype=np.float32), "rows")],
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layers.0/q_proj/MatMul")],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", weight.shape[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", weight.shape[1]])],
+        [numpy_helper.from_array(weight, "w")],
     )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "fp32.onnx"
-    )
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+
+
+def run_product(path: Path, tokens: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": tokens})[0])
+
+
+def test_a_product_is_that_of_the_integers_by_hand(tmp_path: Path) -> None:
+    """Tokens of very different sizes, one of zeros; a column of zeros. Three channels are not rotated."""
+    weight = np.zeros((3, 9), dtype=np.float32)
+    weight[:, :3] = [[0.25, 0, -6.3], [-1.0, 0, 2.1], [1.0, 0, 0.0]]
+    tokens = np.array([[[1, -1, 4], [1000, 250, -250], [0, 0, 0]]], dtype=np.float32)
+    write_product(weight, tmp_path / "fp32.onnx")
     write_precision(tmp_path / "fp32.onnx", BY_TOKEN, tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": tokens})
+    found = run_product(tmp_path / "model.onnx", tokens)
     # activations: a quarter of 127 is 32; weights: columns in steps of 1/63, nothing, and 0.1
     integers = np.array([[[32, -32, 127], [127, 32, -32], [0, 0, 0]]]) @ np.array(
         [[16, 0, -63], [-63, 0, 21], [63, 0, 0]]
     )
     expected = integers * np.array([[[4], [1000], [0]]]) / 127 * np.array([1 / 63, 0, 0.1])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[:, :, :3], expected, rtol=1e-5, atol=1e-6)
+    assert not found[:, :, 3:].any()
