@@ -1,12 +1,12 @@
-"""Configuration files: one YAML file a job, checked against the settings class that the job declares."""
+"""Configuration files: one YAML file a job, and one that jobs share; checked against the settings class of the job."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -91,13 +91,38 @@ class InputSpec(Settings):
         return name.lower() if name.lower() in _KNOWN_FORMATS else name
 
 
+class SharedInputs(Settings):
+    """Tables of the markets; a job reads those that its own `inputs` know."""
+
+    catalog: InputSpec | None = None
+    queries: InputSpec | None = None
+    behaviour: InputSpec | None = None
+    judgments: InputSpec | None = None
+    candidates: InputSpec | None = None
+    parallel_text: InputSpec | None = None
+
+
+class SharedSettings(Settings):
+    """What a market's jobs share: the file that theirs name as `extends`. A job takes the settings that it has.
+
+    A setting in the job's own file replaces the shared one; of `inputs`, each table does.
+    """
+
+    markets: Markets | None = None
+    inputs: SharedInputs = SharedInputs()
+    tables: TablesDir | None = None
+    bundle: str | None = None
+    bundle_digest: str | None = None
+    device: str | None = None
+
+
 MOST_VALUES = 100_000
 """Values of one configuration file; aliases of aliases could stand for more than a machine holds."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Sequence[str] = ()) -> SettingsT:
-    """Settings from a YAML file.
+    """Settings from a YAML file, and from the one that it names as `extends` (see SharedSettings).
 
     Args:
         path: the file.
@@ -106,6 +131,62 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
 
     Raises:
         ConfigError: no such file, not YAML, or any problem with its values; all problems in one message.
+    """
+    values = _read_values(path, settings_class).values
+    for override in overrides:
+        _apply_override(values, override)
+    return _validated(values, settings_class, path)
+
+
+def _validated(values: Mapping[str, Any], settings_class: type[SettingsT], path: str | Path) -> SettingsT:
+    try:
+        return settings_class.model_validate(values)
+    except ValidationError as error:
+        problems = problems_of(error, settings_class)
+        raise ConfigError(
+            f"config {str(path)!r}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems)
+        ) from error
+
+
+class _Values(NamedTuple):
+    """Values of a job's file, those of the shared one among them."""
+
+    values: dict[str, Any]
+    shared_path: str
+    """Path of the shared file; empty where there is none."""
+    shared_keys: set[tuple[str, ...]]
+    """Keys whose values are the shared ones."""
+
+
+def _read_values(path: str | Path, settings_class: type[Settings]) -> _Values:
+    """Values of a job's file, laid over those of the file that it extends."""
+    values = _read_mapping(path)
+    if "extends" not in values:
+        return _Values(values, "", set())
+    name = values.pop("extends")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"config {str(path)!r}: extends: expected the name of a file beside it, got {name!r}.")
+    shared_path = Path(path).parent / name
+    shared = _read_mapping(shared_path)
+    _validated(shared, SharedSettings, shared_path)
+    fields, own = settings_class.model_fields, values.get("inputs", {})
+    shared_keys: set[tuple[str, ...]] = {
+        (name,) for name, value in shared.items() if value is not None and name in fields and name not in values
+    }
+    merged = {name: value for name, value in shared.items() if (name,) in shared_keys} | values
+    if "inputs" in fields and shared.get("inputs") and isinstance(own, dict):
+        known = getattr(fields["inputs"].annotation, "model_fields", {})
+        inputs = {name: spec for name, spec in shared["inputs"].items() if spec and name in known and name not in own}
+        merged["inputs"] = inputs | own
+        shared_keys = (shared_keys - {("inputs",)}) | {("inputs", name) for name in inputs}
+    return _Values(merged, str(shared_path), shared_keys)
+
+
+def _read_mapping(path: str | Path) -> dict[str, Any]:
+    """The settings of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
     """
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -118,15 +199,7 @@ def load_config(path: str | Path, settings_class: type[SettingsT], overrides: Se
         raise ConfigError(f"config {str(path)!r}: is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {str(path)!r}: expected a mapping of settings, got {type(values).__name__}.")
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return settings_class.model_validate(values)
-    except ValidationError as error:
-        problems = problems_of(error, settings_class)
-        raise ConfigError(
-            f"config {str(path)!r}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems)
-        ) from error
+    return values
 
 
 def resolved_settings(config: Settings, config_path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
@@ -138,9 +211,15 @@ def resolved_settings(config: Settings, config_path: str, overrides: Sequence[st
         overrides: see load_config.
 
     Returns:
-        Dotted key, value as JSON, and the file's path, `--set` or `default`; in the order of the declaration.
+        Dotted key, value as JSON, and its source: a file's path, `--set` or `default`; in the order of the declaration.
     """
     replaced = [override.partition("=")[0].split(".") for override in overrides]
+    read = _read_values(config_path, type(config))
+
+    def source_of(keys: tuple[str, ...]) -> str:
+        if any(list(keys[: len(names)]) == names for names in replaced):
+            return "--set"
+        return read.shared_path if {keys[:1], keys[:2]} & read.shared_keys else config_path
 
     def walk(value: Any, keys: tuple[str, ...], is_given: bool) -> Iterator[tuple[str, str, str]]:
         parts = (
@@ -151,9 +230,8 @@ def resolved_settings(config: Settings, config_path: str, overrides: Sequence[st
                 own = is_given and (not isinstance(value, Settings) or name in value.model_fields_set)
                 yield from walk(part, (*keys, str(name)), own)
             return
-        is_replaced = any(list(keys[: len(names)]) == names for names in replaced)
-        source = "--set" if is_replaced else config_path if is_given else "default"
-        yield ".".join(keys), json.dumps(to_jsonable_python(value), ensure_ascii=False), source
+        shown = json.dumps(to_jsonable_python(value), ensure_ascii=False)
+        yield ".".join(keys), shown, source_of(keys) if is_given else "default"
 
     return list(walk(config, (), True))
 

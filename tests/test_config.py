@@ -159,12 +159,12 @@ def test_resolved_settings_say_where_each_comes_from(tmp_path: Path) -> None:
     overrides = ["learning_rate=0.5", "inputs.catalog.format=csv"]
     config = load_config(path, ExampleConfig, overrides)
 
-    assert resolved_settings(config, "example.yaml", overrides) == [
-        ("market", '"台灣"', "example.yaml"),
+    assert resolved_settings(config, str(path), overrides) == [
+        ("market", '"台灣"', str(path)),
         ("learning_rate", "0.5", "--set"),
-        ("inputs.catalog.path", '"x"', "example.yaml"),
+        ("inputs.catalog.path", '"x"', str(path)),
         ("inputs.catalog.format", '"csv"', "--set"),
-        ("inputs.catalog.columns.title", '"name"', "example.yaml"),
+        ("inputs.catalog.columns.title", '"name"', str(path)),
         ("inputs.catalog.options", "{}", "default"),
     ]
 
@@ -199,3 +199,68 @@ def test_an_output_that_is_no_folder_of_this_machine_is_refused_before_the_work(
         ConfigError, match=r"output '.*reports': cannot be made \(Not a directory: .*Name another folder"
     ):
         make_folder(str(tmp_path / "file" / "reports"))
+
+
+SHARED = """
+markets: {kr: ko, tw: zh-TW}
+tables: /data/tables
+device: null
+inputs:
+  catalog: {path: c.parquet, format: parquet, columns: {title: name}}
+  queries: {path: q.parquet, format: parquet}
+  behaviour: {path: b.parquet, format: parquet}
+"""
+
+
+def with_shared(folder: Path, text: str, shared: str = SHARED) -> str:
+    (folder / "market.yaml").write_text(shared, encoding="utf-8")
+    return str(written(folder, text))
+
+
+def test_a_job_takes_the_shared_settings_that_it_has(tmp_path: Path) -> None:
+    path = with_shared(tmp_path, "extends: market.yaml\noutput: pages")
+    config = load_config(path, report.ReportConfig)
+    assert config.markets == {"kr": "ko", "tw": "zh-TW"}
+    assert config.tables == "/data/tables"
+    assert config.inputs.catalog.columns == {"title": "name"}
+    sources = {key: source for key, _, source in resolved_settings(config, path)}
+    assert sources["markets.kr"] == sources["inputs.queries.path"] == str(tmp_path / "market.yaml")
+    assert (sources["output"], sources["num_runs"]) == (path, "default")
+
+
+def test_a_setting_of_the_job_replaces_the_shared_one_and_so_does_a_table(tmp_path: Path) -> None:
+    text = "extends: market.yaml\noutput: pages\nmarkets: {us: en}\ninputs: {queries: {path: mine}}"
+    path = with_shared(tmp_path, text)
+    overrides = ["tables=elsewhere"]
+    config = load_config(path, report.ReportConfig, overrides)
+    assert config.markets == {"us": "en"}
+    assert (config.inputs.queries.path, config.inputs.queries.format) == ("mine", "delta")
+    assert (config.inputs.catalog.path, config.tables) == ("c.parquet", "elsewhere")
+    sources = {key: source for key, _, source in resolved_settings(config, path, overrides)}
+    assert (sources["markets.us"], sources["inputs.queries.path"], sources["tables"]) == (path, path, "--set")
+
+
+def test_an_optional_table_is_left_out_by_null(tmp_path: Path) -> None:
+    shared = SHARED.replace("behaviour:", "judgments:")
+    given = load_config(with_shared(tmp_path, "extends: market.yaml\nbundle: b", shared), ScoringConfig)
+    left_out = load_config(
+        with_shared(tmp_path, "extends: market.yaml\nbundle: b\ninputs: {judgments: null}", shared), ScoringConfig
+    )
+    assert given.inputs.judgments == InputSpec(path="b.parquet", format="parquet")
+    assert left_out.inputs.judgments is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shared", "message"),
+    [
+        ("extends: market.yml", SHARED, r"config '.*market\.yml': cannot be read"),
+        ("extends: 7", SHARED, r"extends: expected the name of a file beside it, got 7"),
+        ("extends: market.yaml", "tabels: x", r"config '.*market\.yaml': 1 problem:\n.*tabels.*Is it tables\?"),
+        ("extends: market.yaml", "inputs: {catalogue: {path: x}}", r"inputs\.catalogue: .*Is it catalog\?"),
+        ("extends: market.yaml", "- a", r"market\.yaml': expected a mapping"),
+        ("extends: market.yaml\ninputs: 3", SHARED, r"inputs: .*\(got 3\)"),
+    ],
+)
+def test_what_is_wrong_with_a_shared_file_is_named(tmp_path: Path, text: str, shared: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(with_shared(tmp_path, text, shared), report.ReportConfig)

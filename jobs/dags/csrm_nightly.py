@@ -193,9 +193,11 @@ class CsrmJobOperator(BaseOperator):
         return str(self._settings(self.config)["tables"])
 
     def _settings(self, config: str) -> Mapping[str, Any]:
-        """Settings of a configuration file; empty where there is no such file."""
+        """Settings of a configuration file, and of the one that it extends; empty where there is no such file."""
         path = Path(self.home, config)
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        own: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+        shared = own.pop("extends", None)
+        return own if shared is None else {**yaml.safe_load((path.parent / shared).read_text(encoding="utf-8")), **own}
 
     def _run_row(self) -> Mapping[str, Any]:
         """What scoring_runs says of the run; empty where it cannot be read, and then what was printed has to do."""
