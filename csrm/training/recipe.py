@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from csrm.errors import ConfigError
 from csrm.manifest import check_replaceable, replace_folder
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -17,14 +18,18 @@ from csrm.training.distillation.rounds import Distillation, RoundSetup, best_rou
 from csrm.training.distillation.soft_labels import label_issues
 from csrm.training.model.base import BaseModel
 from csrm.training.model.families import check_model
+from csrm.training.processes import num_processes
 from csrm.training.relevance import RelevanceStage, read_phrasebook
 from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
 from csrm.training.settings import TrainConfig
 from csrm.training.summary import format_translation, write_report
 from csrm.training.targets import one_hot_targets
-from csrm.training.trained import MODEL_KIND, start_tokenizer_json, trained_scorer
+from csrm.training.time_limit import TimeLimit
+from csrm.training.trained import MODEL_KIND, start_tokenizer_json, trained_scorer, training_length
 from csrm.training.translation import learn_translation
 
+TRANSLATION_SHARE = 0.3
+"""Of a limit of time, that the translation step may take."""
 logger = logging.getLogger(__name__)
 
 
@@ -49,24 +54,46 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
         >>> result = train_relevance(load_config("conf/train.yaml", TrainConfig))  # doctest: +SKIP
         >>> result.evaluation.metrics  # doctest: +SKIP
     """
+    config = _on_this_machine(config)
+    limit = None if config.max_minutes is None else TimeLimit.begin(config.max_minutes)
     check_replaceable(Path(config.model_dir), MODEL_KIND)
     tokenizer = _checked_tokenizer(config)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         data = check_data(pairs, config)
         warn_of_unknown_scripts(pairs, tokenizer)
-        translation = _translation(config, tokenizer)
+        translation = _translation(config, tokenizer, limit)
         start: BaseModel | Path = config.base_model if translation is None else translation.model_dir
-        stage = RelevanceStage(config, data, tokenizer, start, read_phrasebook(config))
+        limit = None if limit is None else limit.part(num_measured=len(data.dev_pairs))
+        stage = RelevanceStage(config, data, tokenizer, start, read_phrasebook(config), limit)
         scorer, distillation = _relevance(stage)
-    scored = scored_pairs(scorer, data.dev_pairs) if len(data.dev_pairs) else None
+    scored = None
+    if len(data.dev_pairs):
+        logger.info("scoring the %d pairs of split %s", len(data.dev_pairs), config.dev_split)
+        scored = scored_pairs(scorer, data.dev_pairs)
     return TrainingResult(
         Path(config.model_dir),
         num_pairs=data.num_pairs,
+        length=training_length(Path(config.model_dir)),
         translation=translation,
         distillation=distillation,
         evaluation=None if scored is None else evaluate_scored(scored, config),
         report_path=write_report(config, scored, translation, distillation),
     )
+
+
+def _on_this_machine(config: TrainConfig) -> TrainConfig:
+    """The configuration with a precision that this machine has.
+
+    Raises:
+        ConfigError: it has not what was asked for, or a limit of time is given to several processes.
+    """
+    if config.max_minutes is not None and num_processes() > 1:
+        raise ConfigError(
+            f"max_minutes: expected one process, got {num_processes()}, which would end at different steps. Set "
+            "tuning.max_steps instead."
+        )
+    tuning = config.tuning.model_copy(update={"precision": config.tuning.known_precision})
+    return config.model_copy(update={"tuning": tuning})
 
 
 def _checked_tokenizer(config: TrainConfig) -> PromptTokenizer:
@@ -84,10 +111,11 @@ def _checked_tokenizer(config: TrainConfig) -> PromptTokenizer:
     return tokenizer
 
 
-def _translation(config: TrainConfig, tokenizer: PromptTokenizer) -> TranslationResult | None:
+def _translation(config: TrainConfig, tokenizer: PromptTokenizer, limit: TimeLimit | None) -> TranslationResult | None:
     if config.translation is None:
         return None
-    result = learn_translation(config, config.translation, tokenizer)
+    limit = None if limit is None else limit.part(TRANSLATION_SHARE)
+    result = learn_translation(config, config.translation, tokenizer, limit)
     logger.info("%s", format_translation(result))
     return result
 
@@ -98,7 +126,7 @@ def _relevance(stage: RelevanceStage) -> tuple[PairScorer, DistillationResult | 
     if config.distillation is None:
         return stage.train(Path(config.model_dir)), None
     distillation = distill(stage, config.distillation)
-    return trained_scorer(config.model_dir, config.tuning.precision), distillation
+    return trained_scorer(config.model_dir, config.tuning.known_precision), distillation
 
 
 def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult:

@@ -28,6 +28,7 @@ from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig
 from csrm.training.stage import train_stage
 from csrm.training.targets import one_hot_targets, smoothed_targets
+from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import MODEL_KIND, trained_scorer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class RelevanceStage:
     """Model to start from: the base model, or the folder of the translation step."""
     phrasebook: Phrasebook | None
     """Phrases that put a share of the pairs into other languages; None: no pair is."""
+    limit: TimeLimit | None = None
+    """When a model must be trained; None: when its steps are done."""
 
     def train(
         self,
@@ -60,7 +63,8 @@ class RelevanceStage:
         length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
         tuning = config.tuning.model_copy(update=length)
         packs = self.packs(soft_labels, without)
-        return train_stage(packs, self.start, tuning, config.labels, config.budgets, config.pack_tokens, output_dir)
+        labels, budgets, pack_tokens = config.labels, config.budgets, config.pack_tokens
+        return train_stage(packs, self.start, tuning, labels, budgets, pack_tokens, output_dir, self.limit)
 
     def train_and_load(
         self,
@@ -75,7 +79,7 @@ class RelevanceStage:
             A scorer whose digest names the trained folder.
         """
         self.train(output_dir, soft_labels, without, epochs)
-        scorer = trained_scorer(output_dir, self.config.tuning.precision)
+        scorer = trained_scorer(output_dir, self.config.tuning.known_precision)
         scorer.digest = verify_manifest(output_dir, MODEL_KIND)
         return scorer
 

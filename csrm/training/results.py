@@ -8,6 +8,7 @@ import pandas as pd
 
 from csrm.evaluation.metrics import Evaluation
 from csrm.training.distillation.rounds import Round
+from csrm.training.trained import TrainingLength
 from csrm.training.translation_quality import TranslationQuality
 
 
@@ -48,6 +49,8 @@ class TrainingResult:
     model_dir: Path
     num_pairs: int
     """Judged pairs of split train."""
+    length: TrainingLength
+    """Steps of the model that was kept, and the share of its packs that they saw."""
     translation: TranslationResult | None
     distillation: DistillationResult | None
     evaluation: Evaluation | None

@@ -76,6 +76,10 @@ class TrainConfig(Settings):
     """Learn from titles that name their query too, in markets that have no labels; without it, only judged pairs."""
     distillation: Distillation | None = None
     """Repair the labels in rounds; without it, the given labels are learnt once."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Minutes that the training may take, from its start to its metrics on dev. As many steps are planned as fit, those
+    of `tuning` at most, and the last one ends in time. Such a training has no checkpoints. It is for one process, and
+    without distillation, which trains many models."""
     model_dir: str
     """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
     <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""
@@ -99,6 +103,12 @@ class TrainConfig(Settings):
                 f"translation.text_tokens is {self.translation.text_tokens}, but two texts fit a pack of "
                 f"{self.pack_tokens} tokens, pack_tokens, with at most {most} each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_limit_is_of_one_model(self) -> "TrainConfig":
+        if self.max_minutes is not None and self.distillation is not None:
+            raise ValueError("max_minutes and distillation: rounds train many models; give one of the two")
         return self
 
     @model_validator(mode="after")

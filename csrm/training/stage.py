@@ -21,6 +21,7 @@ from csrm.training.data.packs import TrainingPack, write_packs
 from csrm.training.model.base import BaseModel
 from csrm.training.model.relevance import PackedRelevanceModel
 from csrm.training.processes import num_processes, run_everywhere
+from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import (
     MODEL_KIND,
     ModelCard,
@@ -47,6 +48,7 @@ def train_stage(
     budgets: Budgets,
     pack_tokens: int,
     output_dir: Path,
+    limit: TimeLimit | None = None,
 ) -> PairScorer:
     """Train on packs and write the trained folder, in one piece, when all is done.
 
@@ -62,6 +64,8 @@ def train_stage(
         packs: see csrm.training.data.packs; made with the tokenizer that `start` has.
         start: a base model, or the folder of an earlier stage, whose weights or adapters are trained on.
         output_dir: an earlier trained folder there is replaced.
+        limit: when the training must end: as many steps are planned as fit, those of `tuning` at most, and none is kept
+            to go on from. None: when its steps are done.
 
     Returns:
         Scorer of the trained model, in torch.
@@ -70,21 +74,25 @@ def train_stage(
         ConfigError: the loss is not a number, output_dir holds something else, the start is not where it should be, or
             the packs of a step cannot be shared evenly among the processes.
     """
+    tuning = tuning.model_copy(update={"precision": tuning.known_precision})
     check_replaceable(output_dir, MODEL_KIND)
     _check_packs_per_step(tuning)
     work = _StageWork.begin(packs, output_dir)
     base_model, base_model_files = model_origin(start)
-    fingerprint = _fingerprint(work.pack_file, start, base_model_files, tuning, [labels, budgets, pack_tokens])
+    prompts = [labels, budgets, pack_tokens]
+    if limit is not None:
+        prompts.append({"max_minutes": limit.minutes})
+    fingerprint = _fingerprint(work.pack_file, start, base_model_files, tuning, prompts)
     if has_ended(output_dir, fingerprint):
         shutil.rmtree(work.folder)
         logger.info("%s: has ended before with the same inputs and settings, not trained again", output_dir)
-        return trained_scorer(output_dir, tuning.precision)
+        return trained_scorer(output_dir, tuning.known_precision)
 
     tokenizer_json = start_tokenizer_json(start)
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
     paths = work.paths(fingerprint, logs=output_dir.with_name(output_dir.name + ".logs"))
-    model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids))
+    model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids, limit))
 
     card = ModelCard(
         base_model=base_model.model_dump(),
@@ -102,7 +110,7 @@ def train_stage(
     _write_folder(finished, model, tokenizer_json, card, history)
     replace_folder(finished, output_dir, MODEL_KIND)
     shutil.rmtree(work.folder)
-    return scorer_of(model, prompt_tokenizer, card, tuning.precision)
+    return scorer_of(model, prompt_tokenizer, card, tuning.known_precision)
 
 
 def _check_packs_per_step(tuning: Tuning) -> None:
@@ -177,7 +185,7 @@ def _fingerprint(
 
     Args:
         base_model_files: see ModelCard.
-        prompts: what the folder says of the prompts of its model.
+        prompts: what the folder says of the prompts of its model, and its limit of time.
     """
     if isinstance(start, Path):
         origin: dict[str, Any] = {"stage": verify_manifest(start, MODEL_KIND)}

@@ -67,7 +67,7 @@ def _trained_rounds(distillation: DistillationResult | None) -> list[Round]:
 
 def _moves_since(first: Round, scored: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
     """Pairs whose score moved most since the first round."""
-    scorer = trained_scorer(first.model_dir, config.tuning.precision)
+    scorer = trained_scorer(first.model_dir, config.tuning.known_precision)
     return largest_moves(scored, scorer.score(scored)[SCORE].to_numpy(), scored[SCORE].to_numpy())
 
 
@@ -105,7 +105,7 @@ def format_training(result: TrainingResult) -> str:
         blocks.append(format_translation(result.translation))
     if result.distillation is not None:
         blocks.append(format_distillation(result.distillation))
-    blocks.append(f"trained on {result.num_pairs} pairs: {result.model_dir}")
+    blocks.append(f"trained on {result.num_pairs} pairs, {result.length}: {result.model_dir}")
     if result.evaluation is not None:
         blocks.append(format_evaluation(result.evaluation))
     blocks.append(f"report: {result.report_path}")

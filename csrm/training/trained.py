@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -39,6 +39,31 @@ class ModelCard:
     fingerprint: str
     """Digest of all that the folder follows from: packs, start, tuning, labels and budgets."""
     versions: dict[str, str]
+
+
+class TrainingLength(NamedTuple):
+    """How long a model was trained."""
+
+    num_steps: int
+    packs_per_step: int
+    num_packs: int
+    """Packs of one epoch."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the packs."""
+        return self.num_steps * self.packs_per_step / self.num_packs
+
+    def __str__(self) -> str:
+        share = f"{self.epochs:.0%} of an epoch" if self.epochs < 1 else f"{self.epochs:.1f} epochs"
+        return f"{self.num_steps:,} steps of {self.packs_per_step} packs, {share} ({self.num_packs:,} packs)"
+
+
+def training_length(model_dir: Path) -> TrainingLength:
+    """How long the model of a trained folder was trained in its last stage."""
+    card = read_card(model_dir)
+    history = json.loads((model_dir / "history.json").read_text(encoding="utf-8"))
+    return TrainingLength(int(history[-1]["step"]), card.tuning["packs_per_step"], card.num_packs)
 
 
 def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScorer, ModelCard]:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,15 +20,20 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.integrations import TensorBoardCallback
 
 from csrm.errors import ConfigError
-from csrm.training.data.packs import PackFile, collate
+from csrm.training.data.packs import PackFile, TrainingPack, collate
 from csrm.training.model.base import BaseModel, load_language_model
 from csrm.training.model.relevance import TASKS, PackedRelevanceModel, task_totals
 from csrm.training.processes import num_processes
-from csrm.training.trained import load_base, read_card
+from csrm.training.time_limit import EndInTime, TimeLimit, measure_pace, planned_steps
+from csrm.training.trained import TrainingLength, load_base, read_card
 from csrm.training.tuning import Tuning, with_adapters
 
 logger = logging.getLogger(__name__)
 
+NUM_PACED = 4
+"""Log entries, 5 % of the steps apart, whose pace tells the time that is left."""
+_TRIED_STEPS = 3
+"""Steps by which the pace is told where time is limited."""
 _WEIGHTS = "changed.safetensors"
 
 
@@ -42,24 +48,26 @@ class StagePaths(NamedTuple):
 
 
 def run_training(
-    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int]
+    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int], limit: TimeLimit | None = None
 ) -> tuple[PackedRelevanceModel, list[dict[str, float]]]:
     """Train, in this process or in all at once; returns the model and its history (see train_stage)."""
     from torch.utils.tensorboard import SummaryWriter
 
     set_seed(tuning.seed)
     on_cpu = not torch.cuda.is_available()
-    if on_cpu and tuning.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        logger.warning(
-            "tuning.precision bf16: this processor has no instructions for it, which can make a step a hundred times "
-            "slower than in fp32. Set tuning.precision=fp32, or train on another machine."
-        )
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
     packs = PackFile(paths.packs)
     steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
+    ends_at = None
+    if limit is not None:
+        pace = measure_pace(model, _first_steps(packs, steps, tuning), tuning, limit)
+        seconds = limit.seconds() - pace.reserved_s(limit)
+        steps, ends_at = planned_steps(seconds, pace.step_s, steps), time.monotonic() + seconds
+        logger.info("%.1f minutes are left to train, %.2f s a step", seconds / 60, pace.step_s)
+        set_seed(tuning.seed)
     args = TrainingArguments(
         output_dir=str(paths.checkpoints),
         max_steps=steps,
@@ -69,7 +77,7 @@ def run_training(
         warmup_steps=steps // 10,
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
-        save_strategy="steps",
+        save_strategy="steps" if limit is None else "no",
         save_steps=tuning.checkpoint_steps,
         save_total_limit=1,
         report_to=[],
@@ -91,15 +99,19 @@ def run_training(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress())
+    if ends_at is not None:
+        trainer.add_callback(EndInTime(ends_at))
     first_step = int(paths.last_checkpoint.name.partition("-")[2]) if paths.last_checkpoint else 0
     if not trainer.is_world_process_zero():
         trainer.train(resume_from_checkpoint=_text(paths.last_checkpoint))
     else:
         resumed = f", from {paths.last_checkpoint}" if paths.last_checkpoint else ""
-        logger.info("training on %d packs, %d steps%s", len(packs), steps, resumed)
+        logger.info("training: %s%s", TrainingLength(steps, tuning.packs_per_step, len(packs)), resumed)
         with SummaryWriter(str(paths.logs), purge_step=first_step + 1) as writer:
             trainer.add_callback(TensorBoardCallback(writer))
             trainer.train(resume_from_checkpoint=_text(paths.last_checkpoint))
+    if trainer.state.global_step < steps:
+        logger.info("the time is over after %d of %d steps", trainer.state.global_step, steps)
     names = ("step", "loss", *(f"{task}_loss" for task in TASKS), "learning_rate")
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     return model, [{name: entry[name] for name in names if name in entry} for entry in entries]
@@ -118,6 +130,13 @@ def _pack_order(num_packs: int, num_drawn: int, seed: int) -> np.ndarray:
     return np.concatenate([rng.permutation(num_packs) for _ in range(math.ceil(num_drawn / num_packs))])[:num_drawn]
 
 
+def _first_steps(packs: PackFile, steps: int, tuning: Tuning) -> list[list[TrainingPack]]:
+    """Packs of the first steps."""
+    size = tuning.packs_per_step
+    order = _pack_order(len(packs), min(steps, _TRIED_STEPS) * size, tuning.seed)
+    return [[packs[int(number)] for number in order[start : start + size]] for start in range(0, len(order), size)]
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: trainer_state.json is its last file."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
@@ -131,18 +150,23 @@ def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
 
 
 class _Progress(TrainerCallback):
-    """A line on the console for each log entry; an entry before each checkpoint, so that nothing is lost between."""
+    """A line on the console for each log entry, with the time that is left by the pace of the last ones.
+
+    An entry stands before each checkpoint, so that nothing is lost between, and after the last step.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first_step, self._first_time = state.global_step, time.monotonic()
+        self._passed = deque([(state.global_step, time.monotonic())], maxlen=NUM_PACED)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or state.global_step == state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        pace = (time.monotonic() - self._first_time) / max(1, state.global_step - self._first_step)
+        self._passed.append((state.global_step, time.monotonic()))
+        (first_step, first_time), (last_step, last_time) = self._passed[0], self._passed[-1]
+        pace = (last_time - first_time) / max(1, last_step - first_step)
         tasks = "".join(f", {task} {logs[f'{task}_loss']:.4f}" for task in TASKS if f"{task}_loss" in logs)
         logger.info(
             "step %d of %d: loss %.4f%s, learning rate %.2e, %s left",

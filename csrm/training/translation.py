@@ -17,17 +17,19 @@ from csrm.training.data.parallel_text import ParallelText
 from csrm.training.results import TranslationResult
 from csrm.training.settings import TrainConfig, TranslationSettings
 from csrm.training.stage import train_stage
+from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import MODEL_KIND, load_trained
 from csrm.training.translation_quality import TranslationQuality, translation_quality
 
 
 def learn_translation(
-    config: TrainConfig, settings: TranslationSettings, tokenizer: PromptTokenizer
+    config: TrainConfig, settings: TranslationSettings, tokenizer: PromptTokenizer, limit: TimeLimit | None = None
 ) -> TranslationResult:
     """Train the base model on parallel text, and measure it on the held-out split.
 
     Args:
         tokenizer: of the base model.
+        limit: when the step must end; None: when its steps are done.
 
     Raises:
         InputError: parallel_text cannot be read, has problems, or has no text to train on.
@@ -40,7 +42,7 @@ def learn_translation(
     tuning = settings.tuning(config.tuning)
     if tuning.max_steps is not None:
         packs = islice(packs, tuning.max_steps * tuning.packs_per_step)  # the texts are in random order
-    train_stage(packs, config.base_model, tuning, config.labels, config.budgets, config.pack_tokens, model_dir)
+    train_stage(packs, config.base_model, tuning, config.labels, config.budgets, config.pack_tokens, model_dir, limit)
     for _ in texts:  # so that all are counted
         pass
     return TranslationResult(

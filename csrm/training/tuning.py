@@ -7,7 +7,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from csrm.config import Settings
-from csrm.training.model.relevance import TrainingPrecision
+from csrm.training.model.relevance import TrainingPrecision, known_precision
 
 
 class Tuning(Settings):
@@ -48,13 +48,19 @@ class Tuning(Settings):
     drop_all_titles: float = Field(default=0.1, ge=0, le=1)
     """Share of prefixes that are learnt without their retrieved titles, so that a query that has none still works.
     Other prefixes lose each of their titles with TITLE_DROP_PROBABILITY of csrm.training.relevance."""
-    precision: TrainingPrecision = "fp32"
-    """bf16: matrices are multiplied in bfloat16 where the device can; weights and their updates stay float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """bf16: matrices are multiplied in bfloat16; weights and their updates stay float32. A device without instructions
+    for it is refused. auto: bf16 where the device has them, else fp32."""
     translation_weight: float = Field(default=0.25, gt=0)
     """Factor of the translation loss in steps that also judge relevance: a token of text has a larger loss."""
     checkpoint_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints, from which a training that was stopped goes on."""
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def known_precision(self) -> TrainingPrecision:
+        """The precision on this machine; see csrm.training.model.relevance.known_precision."""
+        return known_precision(self.precision)
 
 
 def with_adapters(language_model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from csrm.config import InputSpec
+from csrm.errors import ConfigError
 from csrm.manifest import verify_manifest
 from csrm.training.data.judged import JudgedInputs
 from csrm.training.model.base import BaseModel
@@ -52,7 +54,12 @@ def test_steps_that_are_left_out_have_no_result(config: TrainConfig, tmp_path: P
     assert result.evaluation.counts["num_pairs"].tolist()[-1] == 4
     assert result.report_path == tmp_path / "model.stages" / "report.html"
     lines = format_training(result).splitlines()
-    assert lines[0] == f"trained on 6 pairs: {tmp_path / 'model'}"
+    # Two packs of a query each, four of which are a step:
+    assert (
+        lines[0] == f"trained on 6 pairs, 2 steps of 4 packs, {result.length.epochs:.1f} epochs "
+        f"({result.length.num_packs} packs): {tmp_path / 'model'}"
+    )
+    assert result.length.epochs == 8 / result.length.num_packs
     assert lines[-1] == f"report: {result.report_path}"
 
 
@@ -63,3 +70,29 @@ def test_without_a_dev_split_nothing_is_measured(config: TrainConfig) -> None:
     page = result.report_path.read_text(encoding="utf-8")
     assert "Stages" in page
     assert "Calibration" not in page
+
+
+def test_a_limit_of_time_is_said_and_kept(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    result = train_relevance(config.model_copy(update={"max_minutes": 30.0}))
+    assert any("minutes are left to train" in message for message in caplog.messages)
+    assert "scoring the 4 pairs of split dev" in caplog.messages
+    assert result.length.num_steps == 2
+    assert result.evaluation is not None
+
+
+def test_a_limit_of_time_is_for_one_model(config: TrainConfig) -> None:
+    values = {**config.model_dump(), "max_minutes": 10, "distillation": {}}
+    with pytest.raises(ValueError, match="max_minutes and distillation: rounds train many models"):
+        TrainConfig.model_validate(values)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the processor")
+def test_a_precision_that_the_machine_lacks_ends_a_training_before_its_tables_are_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    broken = config.inputs.model_copy(update={"judgments": InputSpec(path="nowhere")})
+    tuning = config.tuning.model_copy(update={"precision": "bf16"})
+    with pytest.raises(ConfigError, match=r"tuning\.precision bf16: this processor has no instructions"):
+        train_relevance(config.model_copy(update={"inputs": broken, "tuning": tuning}))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from csrm.errors import ConfigError
 from csrm.scoring.packing import Pack
 from csrm.scoring.scorer import PackScorer
 from csrm.training.model.attention import PackAttention, PackIndex, use_split_attention
@@ -15,6 +16,26 @@ from csrm.training.model.attention import PackAttention, PackIndex, use_split_at
 TrainingPrecision = Literal["fp32", "bf16"]
 TASKS = ("relevance", "translation")
 """What a step can learn; losses and their totals come in this order."""
+
+
+def known_precision(precision: Literal["auto", "fp32", "bf16"]) -> TrainingPrecision:
+    """The precision that this machine trains in; auto is bf16 where the device has instructions for it, else fp32.
+
+    Raises:
+        ConfigError: bf16 was asked for, and the device has none: a step could take a hundred times as long.
+    """
+    if precision == "fp32":
+        return "fp32"
+    if torch.cuda.is_available():
+        device, has_bf16 = "this GPU", torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device, has_bf16 = "this processor", torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError(
+            f"tuning.precision bf16: {device} has no instructions for it, which can make a step a hundred times slower "
+            "than in fp32. Set tuning.precision=auto, which takes fp32 here, or train on another machine."
+        )
+    return "bf16" if has_bf16 else "fp32"
 
 
 class PackedRelevanceModel(nn.Module):
