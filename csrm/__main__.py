@@ -11,7 +11,7 @@ from csrm.errors import ConfigError
 
 GROUPS = {
     "Begin": {
-        "init": "copy the configuration files into a folder, to edit them",
+        "init": "write the configuration of your tables into a folder, or copy the demo's",
         "demo": "two nights on three generated markets, from tables to a report",
         "jars": "put Delta's jars into the installed pyspark, once",
     },
@@ -34,6 +34,7 @@ GROUPS = {
         "demo-bundle": "train and export the tiny bundle that the demo scores with",
     },
     "Score every night": {
+        "run": "the jobs of a night, one after the other: csrm run night --config FOLDER",
         "doctor": "check whether a night could run here, or on every executor",
         "capacity": "how long a night takes, what it needs, and what breaks first",
         "score-catalog": "score the pairs whose prompt changed, audit, and publish what changed",

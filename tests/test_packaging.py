@@ -33,6 +33,7 @@ LAW = {
     "operations": ["scoring", "evaluation", "pages", "spark", "retrieval", "night"],
     "doctor": ["scoring", "bundle", "embedding", "spark", "night"],
     "capacity": ["scoring", "bundle", "embedding", "night"],
+    "start": ["scoring"],
     "training": ["scoring", "evaluation", "pages"],
     "export": ["scoring", "bundle", "embedding", "evaluation", "training"],
     "commands": None,  # parser, configuration, one call: any room
@@ -42,7 +43,8 @@ SPARK = {"pyspark", "delta", "py4j"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum", "onnx", "gguf", "safetensors"}
 FOREIGN = {
     **dict.fromkeys(
-        ["ground", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity"], SPARK | TORCH
+        ["ground", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity", "start"],
+        SPARK | TORCH,
     ),
     **dict.fromkeys(["spark", "retrieval", "night", "operations", "doctor"], TORCH),
     **dict.fromkeys(["training", "export"], SPARK),

@@ -1,14 +1,20 @@
+import importlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from csrm.bundle.loading import load_bundle
 from csrm.cli import run_job
 from csrm.commands import init
 from csrm.commands.init import copy_configuration, shipped_configuration
-from csrm.config import load_config
-from csrm.errors import ConfigError
+from csrm.commands.run import NIGHT
+from csrm.config import Settings, load_config
+from csrm.errors import ConfigError, CsrmError
 from csrm.night.settings import ScoringConfig
+from csrm.training.model.base import BaseModel
+from csrm.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,3 +63,143 @@ def test_code_without_its_configuration_says_what_is_missing(tmp_path: Path, mon
     monkeypatch.setattr("csrm.__path__", [str(tmp_path / "csrm")])
     with pytest.raises(ConfigError, match=r"expected the configuration files in .*csrm/conf', found none"):
         shipped_configuration()
+
+
+TABLES = {
+    "catalog": {"locale": ["kr", "tw"], "sku": ["p1", "p2"], "name": ["무선 마우스", "無線滑鼠"], "Brand": ["A", None]},
+    "queries": {"locale": ["kr", "tw"], "qid": [1, 2], "keyword": ["마우스", "滑鼠"], "searches": [5, 3]},
+    "judgments": {
+        "locale": ["kr", "kr"],
+        "qid": [1, 1],
+        "sku": ["p1", "p2"],
+        "label": [1, 0],
+        "split": ["train", "dev"],
+    },
+    "parallel-text": {"src_lang": ["ko"], "tgt_lang": ["zh-TW"], "src": ["마우스"], "tgt": ["滑鼠"]},
+}
+LANGUAGES = ["--language", "kr=ko", "--language", "tw=zh-TW"]
+
+
+def init_words(folder: Path, *names: str, **changes: dict[str, list[object]]) -> list[str]:
+    """Words of a command that names tables, which are written before."""
+    words = [str(folder / "mine"), *LANGUAGES]
+    for name in names:
+        path = folder / f"{name}.parquet"
+        pq.write_table(pa.table(changes.get(name, TABLES[name])), path)
+        words += [f"--{name}", str(path)]
+    return words
+
+
+def loaded(folder: Path) -> dict[str, Settings]:
+    """The settings of each file but the shared one, by the job that it is for."""
+    settings = {}
+    for path in folder.glob("*.yaml"):
+        if path.name != "market.yaml":
+            values = vars(importlib.import_module(f"csrm.commands.{path.stem}")).values()
+            (kind,) = {
+                value
+                for value in values
+                if isinstance(value, type) and issubclass(value, Settings) and value.__name__.endswith("Config")
+            }
+            settings[path.stem] = load_config(path, kind)
+    return settings
+
+
+def test_tables_become_one_shared_file_and_a_file_for_each_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(init.main, init_words(tmp_path, *TABLES)) == 0
+    settings = loaded(tmp_path / "mine")
+    chain = {step.file.removesuffix(".yaml") for step in NIGHT if not step.is_optional}
+    assert chain | {"train", "export_bundle", "evaluate", "explain", "launch_report", "rollback"} <= set(settings)
+
+    night = settings["score_catalog"]
+    assert isinstance(night, ScoringConfig)
+    assert night.markets == {"kr": "ko", "tw": "zh-TW"}
+    assert night.inputs.catalog.columns == {"market": "locale", "product_id": "sku", "title": "name", "brand": "Brand"}
+    assert night.inputs.queries.columns["frequency"] == "searches"
+    assert (night.tables, night.bundle) == (str(tmp_path / "mine/tables"), str(tmp_path / "mine/bundle"))
+    printed = capsys.readouterr().out
+    assert "grades: 1 1, 0 0 (relevant or not); judgments: 1 dev, 1 train" in printed
+    assert f"csrm run night --config {tmp_path / 'mine'}" in printed
+
+
+def test_labels_elsewhere_are_learnt_with_translation_and_title_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(init.main, [*init_words(tmp_path, *TABLES), "--base-model", "models/gemma.gguf"]) == 0
+    train = loaded(tmp_path / "mine")["train"]
+    assert isinstance(train, TrainConfig)
+    assert (train.markets, train.grade_labels) == ({"kr": "ko"}, {"0": "no", "1": "yes"})
+    assert train.base_model == BaseModel(folder="models", gguf_file="gemma.gguf")
+    assert train.translation is not None
+    assert train.translation.parallel_text.columns["source_text"] == "src"
+    assert train.title_pairs is not None
+    assert train.title_pairs.markets == {"kr": "ko", "tw": "zh-TW"}
+    assert (train.distillation, train.tuning.precision) == (None, "auto")
+    assert (
+        "recipe labels-elsewhere: tw: no judgments. Learnt are translation, the labels of kr" in capsys.readouterr().out
+    )
+
+
+def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = TABLES["judgments"] | {"locale": ["kr", "tw"]}
+    words = init_words(tmp_path, "catalog", "queries", "judgments", judgments=judged)
+    assert run_job(init.main, words) == 0
+    train = loaded(tmp_path / "mine")["train"]
+    assert isinstance(train, TrainConfig)
+    assert train.tuning.random_negatives == 1.0
+    assert (train.translation, train.title_pairs, train.tuning.max_steps) == (None, None, None)
+    assert "launch_report" not in loaded(tmp_path / "mine")
+    assert "recipe own-labels: every market has judgments" in capsys.readouterr().out
+
+
+def test_without_labels_nothing_is_trained_and_the_way_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(init.main, init_words(tmp_path, "catalog", "queries")) == 0
+    assert not {"train", "export_bundle", "evaluate"} & set(loaded(tmp_path / "mine"))
+    printed = capsys.readouterr().out
+    assert "recipe no-labels: no market has judgments" in printed
+    assert "next: a bundle, which needs labels of some market. docs/recipes.md" in printed
+
+
+def test_all_that_is_missing_is_said_at_once_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = init_words(tmp_path, "catalog", "queries", catalog={"sku": [1], "name": ["a"]}, queries={"qid": [1]})
+    assert run_job(init.main, words) == 2
+    message = capsys.readouterr().err
+    assert message.count("no column stands for market") == 2
+    assert "--column queries.query=NAME" in message
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mine", "--catalog", "c"], r"expected --catalog and --queries, .*\['queries'\] is missing"),
+        (
+            ["mine", "--catalog", "c", "--queries", "q", "--column", "title"],
+            "--column 'title': expected a pair such as",
+        ),
+        (["mine", "--catalog", "c", "--queries", "q", "--grades", "a=b"], "--grades 'a=b': expected numbers"),
+        (["mine", "--catalog", "nowhere", "--queries", "q"], "catalog 'nowhere': cannot be read"),
+    ],
+)
+def test_arguments_that_say_nothing_are_refused(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CsrmError, match=message):
+        init.main(words)
+
+
+def test_notes_name_what_a_person_should_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = {name: values for name, values in TABLES["judgments"].items() if name != "split"}
+    asked = {name: values[:1] for name, values in TABLES["queries"].items()}
+    words = init_words(tmp_path, "catalog", "queries", "judgments", judgments=judged, queries=asked)
+    assert run_job(init.main, words) == 0
+    printed = capsys.readouterr().out
+    assert "note: markets without queries: tw." in printed
+    assert "note: judgments have no rows of split dev" in printed

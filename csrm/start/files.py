@@ -1,0 +1,154 @@
+"""The configuration files of a proposal: market.yaml, which all jobs share, and a short file for each job."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from csrm.config import InputSpec, parse_yaml
+from csrm.start.proposal import Proposal, default_base_model
+
+SHARED = "market.yaml"
+_EXTENDS = f"extends: {SHARED}\n"
+_PLAIN = {
+    "build_retrieval_table": "The titles that augment each query.",
+    "build_candidates": "The pairs to score.",
+    "maintain": "Care for the tables after a night.",
+    "migrate": "Brings tables of an older CSRM to the columns of this one.",
+    "publish": "Publishes a rejected run after a review, or discards it.",
+    "retire": "Takes a market out of the published table.",
+    "rollback": "Brings a market back to what an earlier run published.",
+    "score_catalog": "Scores the pairs whose prompt changed, and publishes; docs/nights.md explains the audit.",
+}
+"""Jobs that need nothing but what all share, each with what it does."""
+_WITH_OUTPUT = {
+    "explain": ("Why products have their scores for a query.", "explanations"),
+    "report": ("The page about one scoring run.", "reports"),
+}
+
+
+def configuration(
+    proposal: Proposal, folder: Path, recipes: Path, *, bundle: str, tables: str, base_model: str
+) -> dict[str, str]:
+    """Each file's name and its text.
+
+    Args:
+        proposal: what the tables are taken for.
+        folder: where the files will be; what jobs write is beside them.
+        recipes: folder of the configuration files that came with CSRM, where the recipes are.
+        bundle: folder or URI of the bundle.
+        tables: folder or URI of the tables that CSRM writes.
+        base_model: folder of the model to train, or a GGUF file.
+    """
+    shared = {
+        "markets": proposal.markets,
+        "inputs": {name: _spec(spec) for name, spec in proposal.inputs.items()},
+        "tables": tables,
+        "bundle": bundle,
+        "device": "cpu",
+    }
+    head = (
+        "# What all jobs of these markets share: each takes what it has a setting for. A job's own file goes first.\n"
+    )
+    files = {SHARED: head + _yaml(shared)}
+    files |= {f"{job}.yaml": f"# {text}\n{_EXTENDS}" for job, text in _PLAIN.items()}
+    for job, (text, output) in _WITH_OUTPUT.items():
+        files[f"{job}.yaml"] = f"# {text}\n{_EXTENDS}" + _yaml({"output": _inside(folder, output)})
+    recipe = proposal.recipe
+    if recipe.judged:
+        files["evaluate.yaml"] = _evaluate(proposal, folder)
+        files["train.yaml"] = _train(proposal, folder, recipes, tables=tables, base_model=base_model)
+        files["export_bundle.yaml"] = _export(proposal, folder, tables=tables, bundle=bundle)
+    if recipe.unjudged:
+        values = {"markets": _markets(proposal, recipe.unjudged), "output": _inside(folder, "reports")}
+        files["launch_report.yaml"] = f"# What markets without judgments lack, by their scores.\n{_EXTENDS}" + _yaml(
+            values
+        )
+    return files
+
+
+def _evaluate(proposal: Proposal, folder: Path) -> str:
+    grades = proposal.grades
+    assert grades is not None
+    values = {
+        "markets": _markets(proposal, proposal.recipe.judged),
+        "output": _inside(folder, "evaluation"),
+        "splits": ["test"] if "test" in proposal.splits else ["dev"] if "dev" in proposal.splits else [],
+        "gains": dict(grades.gains),
+        "relevant_grades": grades.relevant,
+        "irrelevant_grades": grades.irrelevant,
+    }
+    return f"# Published scores against human grades of these splits.\n{_EXTENDS}" + _yaml(values)
+
+
+def _train(proposal: Proposal, folder: Path, recipes: Path, *, tables: str, base_model: str) -> str:
+    """The recipe's settings, on these tables. Rounds of distillation are left out: they cost much, and gave little."""
+    recipe, grades = proposal.recipe, proposal.grades
+    assert grades is not None
+    settings: dict[str, Any] = parse_yaml((recipes / recipe.conf).read_text(encoding="utf-8"))
+    titles = {"path": f"{tables.rstrip('/')}/retrieval_table"}
+    values: dict[str, Any] = {
+        "markets": _markets(proposal, recipe.judged),
+        "inputs": {"retrieval_table": titles},
+        "base_model": default_base_model(base_model),
+    }
+    if recipe.has_translation:
+        spec = _spec(proposal.inputs["parallel_text"])
+        values["translation"] = settings["translation"] | {"parallel_text": spec}
+    if recipe.unjudged:
+        queries = _spec(proposal.inputs["queries"])
+        own = {"markets": proposal.markets, "queries": queries, "retrieval_table": titles}
+        values["title_pairs"] = settings["title_pairs"] | own
+    length = {} if "epochs" in settings["tuning"] else {"epochs": 1.0}
+    tuning = {name: value for name, value in settings["tuning"].items() if name != "max_steps"}  # of other tables
+    values["tuning"] = tuning | length | {"precision": "auto"}
+    values["labels"] = [asdict(label) for label in grades.labels]
+    if grades.grade_labels is not None:
+        values["grade_labels"] = dict(grades.grade_labels)
+    values |= {name: settings[name] for name in ("budgets", "pack_tokens") if name in settings}
+    values["model_dir"] = _inside(folder, "model")
+    return f"# Recipe {recipe.name}, of conf/{recipe.conf}; see docs/recipes.md.\n{_EXTENDS}" + _yaml(values)
+
+
+def _export(proposal: Proposal, folder: Path, *, tables: str, bundle: str) -> str:
+    grades = proposal.grades
+    assert grades is not None
+    values: dict[str, Any] = {
+        "markets": _markets(proposal, proposal.recipe.judged),
+        "inputs": {"retrieval_table": {"path": f"{tables.rstrip('/')}/retrieval_table"}},
+        "model_dir": _inside(folder, "model"),
+        "bundle_dir": _inside(folder, "bundle") if "://" in bundle else bundle,
+    }
+    if grades.grade_labels is not None:
+        values["grade_labels"] = dict(grades.grade_labels)
+    return f"# The trained model to a bundle, after proof that it scores alike.\n{_EXTENDS}" + _yaml(values)
+
+
+def _markets(proposal: Proposal, names: tuple[str, ...]) -> dict[str, str]:
+    return {market: language for market, language in proposal.markets.items() if market in names}
+
+
+def _inside(folder: Path, name: str) -> str:
+    return (folder / name).as_posix()
+
+
+def _spec(spec: InputSpec) -> dict[str, Any]:
+    """An input without what is the default."""
+    values = {"path": spec.path, "format": spec.format, "columns": spec.columns, "options": spec.options}
+    return {name: value for name, value in values.items() if value and (name, value) != ("format", "delta")}
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    """Values as YAML, each setting on a line of its own."""
+    return "".join(
+        yaml.safe_dump(
+            {name: value},
+            sort_keys=False,
+            allow_unicode=True,
+            default_flow_style=None if isinstance(value, (dict, list)) else False,
+            width=110,
+        )
+        for name, value in values.items()
+    )

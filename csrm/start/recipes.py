@@ -1,0 +1,49 @@
+"""Which recipe trains a market's model, by what there is to learn from."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to a model."""
+
+    name: str
+    conf: str
+    """File under conf/ whose settings it has; empty where nothing can be trained."""
+    why: str
+    judged: tuple[str, ...]
+    """Markets whose labels are learnt."""
+    unjudged: tuple[str, ...]
+    """Markets that are scored without labels of their own."""
+    has_translation: bool = False
+
+
+def choose_recipe(markets: Collection[str], judged: Collection[str], *, has_parallel_text: bool) -> Recipe:
+    """The recipe for some markets; docs/recipes.md says what each is good for.
+
+    Args:
+        markets: all markets.
+        judged: those that have judgments.
+        has_parallel_text: whether there are translations.
+
+    Example:
+        >>> choose_recipe(["kr", "tw"], ["kr"], has_parallel_text=True).name
+        'labels-elsewhere'
+    """
+    with_labels = tuple(market for market in markets if market in judged)
+    without = tuple(market for market in markets if market not in judged)
+    if not with_labels:
+        return Recipe(
+            "no-labels", "", "no market has judgments, so there is nothing to learn relevance from", (), without
+        )
+    if not without:
+        why = "every market has judgments of its own: they are learnt, with random products as irrelevant ones"
+        return Recipe("own-labels", "train_esci_sample.yaml", why, with_labels, without)
+    learnt = "translation, " if has_parallel_text else ""
+    why = (
+        f"{', '.join(without)}: no judgments. Learnt are {learnt}the labels of {', '.join(with_labels)} and title pairs"
+    )
+    if not has_parallel_text:
+        why += "; with --parallel-text, translation would be too, which measured best"
+    return Recipe("labels-elsewhere", "train_taxonomy.yaml", why, with_labels, without, has_parallel_text)

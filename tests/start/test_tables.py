@@ -1,0 +1,66 @@
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import write_deltalake
+
+from csrm.errors import InputError
+from csrm.start.tables import open_found
+
+ROWS = pa.table({"market": ["us", "us", "kr", None], "title": ["a", " ", "b", "c"], "n": [1.0, 2.0, 2.0, None]})
+
+
+def test_a_table_is_read_in_every_format(tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path / "delta"), ROWS)
+    pq.write_table(ROWS, tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text('{"market": "us", "title": "a"}\n{"market": "kr", "title": "b"}\n')
+    with gzip.open(tmp_path / "rows.tsv.gz", "wt") as file:
+        file.write("market\ttitle\nus\ta\nkr\tb\n")
+    formats = {}
+    for name in ("delta", "rows.parquet", "rows.jsonl", "rows.tsv.gz"):
+        found = open_found(str(tmp_path / name), "catalog")
+        formats[name] = found.format
+        assert found.sample("market", "title") == {"us": ["a"], "kr": ["b"]}
+    assert list(formats.values()) == ["delta", "parquet", "json", "csv"]
+    assert open_found(str(tmp_path / "rows.tsv.gz"), "catalog").options == {"header": "true", "sep": "\t"}
+
+
+def test_folders_that_name_markets_are_a_column(tmp_path: Path) -> None:
+    pq.write_to_dataset(ROWS.slice(0, 3), tmp_path / "parts", partition_cols=["market"])
+    (tmp_path / "parts" / "_SUCCESS").touch()
+    assert open_found(str(tmp_path / "parts"), "catalog").counts("market") == {"us": 2, "kr": 1}
+
+
+def test_numbers_count_as_the_text_that_csrm_reads(tmp_path: Path) -> None:
+    pq.write_table(ROWS, tmp_path / "rows.parquet")
+    assert open_found(str(tmp_path / "rows.parquet"), "judgments").counts("n") == {"1": 1, "2": 2}
+
+
+def test_a_sample_ends_when_every_market_has_its_values(tmp_path: Path) -> None:
+    rows = pa.table({"market": ["us"] * 5 + ["kr"], "title": list("abcdef")})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    sample = open_found(str(tmp_path / "rows.parquet"), "catalog").sample("market", "title", 2)
+    assert sample == {"us": ["a", "b"], "kr": ["f"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "the folder has no files"),
+        ({"a.txt": "x"}, r"got files that end in \['.txt'\]"),
+        ({"a.csv": "m\nus", "b.json": "{}"}, r"got files that end in \['.csv', '.json'\]"),
+        ({"a.parquet": "x"}, "cannot be read: .*Is the path right"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"queries '.*': .*{message}"):
+        open_found(str(tmp_path), "queries")
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"catalog '.*nowhere': cannot be read: there is no such file or folder"):
+        open_found(str(tmp_path / "nowhere"), "catalog")
