@@ -255,7 +255,7 @@ def test_an_optional_table_is_left_out_by_null(tmp_path: Path) -> None:
     [
         ("extends: market.yml", SHARED, r"config '.*market\.yml': cannot be read"),
         ("extends: 7", SHARED, r"extends: expected the name of a file beside it, got 7"),
-        ("extends: market.yaml", "tabels: x", r"config '.*market\.yaml': 1 problem:\n.*tabels.*Is it tables\?"),
+        ("extends: market.yaml", "tabel: x", r"config '.*market\.yaml': 1 problem:\n.*tabel: .*Is it tables\?"),
         ("extends: market.yaml", "inputs: {catalogue: {path: x}}", r"inputs\.catalogue: .*Is it catalog\?"),
         ("extends: market.yaml", "- a", r"market\.yaml': expected a mapping"),
         ("extends: market.yaml\ninputs: 3", SHARED, r"inputs: .*\(got 3\)"),

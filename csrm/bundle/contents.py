@@ -91,7 +91,7 @@ class Origin(Settings):
     """Where the weights come from; digests are sha256."""
 
     base_model: str
-    """Name of the model that was trained."""
+    """Model that was trained: its name, of a folder with architecture and size."""
     base_model_files: dict[str, str]
     """File to digest."""
     adapter: str | None = None

@@ -35,7 +35,7 @@ from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.training.model.base import BaseModel
+from csrm.training.model.base import BaseModel, model_title
 from csrm.training.model.families import check_model, check_tokens, check_weights
 from csrm.training.model.relevance import torch_pack_scorer
 from csrm.training.trained import MODEL_KIND, ModelCard, read_card
@@ -206,7 +206,7 @@ def _settings(
         golden_tolerance=0.0,
         golden_source=golden.source,
         origin=Origin(
-            base_model=BaseModel(**card.base_model).name,
+            base_model=model_title(BaseModel(**card.base_model)),
             base_model_files={name: sha256 for name, sha256 in base_files if name.endswith((".gguf", ".safetensors"))},
             adapter=file_digest(adapter) if adapter.exists() else None,
             trained_model=model_digest,

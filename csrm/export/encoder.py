@@ -29,6 +29,7 @@ from csrm.export.trials import logged_step
 from csrm.manifest import check_replaceable, file_digest, replace_folder, write_manifest
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
 from csrm.training.model.families import check_weights
+from csrm.training.model.quiet import quiet_libraries
 
 FAMILIES = ("bert", "xlm-roberta", "qwen3", "gemma3_text")
 """`model_type` of the encoders whose graph is proven by tests."""
@@ -191,7 +192,7 @@ def export_encoder(
         texts: list[tuple[TextKind, Sequence[str]]] = [("query", queries), ("passage", titles)]
         with logged_step(f"vectors of {len(queries) + len(titles)} texts in torch"):
             expected = np.concatenate([in_torch.embed(part, kind) for kind, part in texts])
-        with logged_step("graph"):
+        with logged_step("graph"), quiet_libraries():
             export(pooled, _EncoderOnnxConfig(model.config, task="feature-extraction"), unfinished / MODEL_NAME)
             check_locations(unfinished / MODEL_NAME)
         with logged_step(f"vectors in the graph on {config.device}"):

@@ -15,6 +15,7 @@ from csrm.export.graph_files import GraphWriter
 from csrm.export.last_tokens import keep_last_tokens
 from csrm.export.streamed import decoder_name, empty_language_model
 from csrm.scoring.packing import Group, Pack, lay_out
+from csrm.training.model.quiet import quiet_libraries
 from csrm.training.model.relevance import PackedRelevanceModel
 
 OPSET = 18
@@ -121,7 +122,8 @@ def export_packed_graph(model: PackedRelevanceModel, path: Path) -> None:
     """
     weights = model.weights()
     structure = _Structure(model, weights).eval()
-    export_pytorch(structure, PackedRelevanceOnnxConfig(model.config, task="feature-extraction"), OPSET, path)
+    with quiet_libraries():
+        export_pytorch(structure, PackedRelevanceOnnxConfig(model.config, task="feature-extraction"), OPSET, path)
     graph_model = onnx.load(path)
     graph = graph_model.graph
     absent = {node.output[0]: node.attribute[0].s.decode() for node in graph.node if node.domain == _DOMAIN}

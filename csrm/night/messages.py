@@ -73,12 +73,20 @@ def warn_of_missing_titles(found: Iterable[str], markets: Collection[str], conso
         console.say("warning", f"warning: {text}", markets=missing, sentence=text)
 
 
-def say_plan(context: RunContext, counts: PlanCounts, pairs_per_s: float) -> None:
-    """What is to be done, and about how long that takes."""
+def say_plan(context: RunContext, counts: PlanCounts, pairs_per_s: float, *, is_of_export: bool) -> None:
+    """What is to be done, and about how long that takes.
+
+    Args:
+        context: the run.
+        counts: of its plan.
+        pairs_per_s: by which the time is told.
+        is_of_export: whether that is the rate of the bundle's export, since no run scored with it on this device.
+    """
     markets, digest = sorted(context.config.markets), context.scorer.digest
     seconds = counts.num_to_score / pairs_per_s
     reused = f"{counts.num_reused:,} scored by a run that was not published, " if counts.num_reused else ""
-    estimate = f" in about {_duration(seconds)}" if counts.num_to_score else ""
+    by_export = " after the start, if as fast as at the export" if is_of_export else ""
+    estimate = f" in about {_duration(seconds)}{by_export}" if counts.num_to_score else ""
     context.console.say(
         "plan",
         f"run {context.run_id}: {counts.num_candidates:,} candidate pairs of {', '.join(markets)}: "

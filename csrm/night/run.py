@@ -226,7 +226,7 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     num_pairs = plan.counts.num_to_score
     rate = scoring_rate(spark, config.tables, context.scorer.digest, context.device_text)
     pairs_per_s = rate or _exported_rate(context)
-    say_plan(context, plan.counts, pairs_per_s)
+    say_plan(context, plan.counts, pairs_per_s, is_of_export=rate is None)
 
     def score(chunk: Chunk) -> DataFrame:
         pairs_df = plan.planned_df.where("state = 'to_score'").where(chunk.holds(F.col("bucket")))

@@ -21,6 +21,7 @@ from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.schemas import OUTPUTS, REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.commits import USER_METADATA, delete_rows, session_settings
+from csrm.spark.session import without_console
 from csrm.spark.storage import AS_IT_IS, folder_size
 from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, table_exists, table_path
 
@@ -122,7 +123,8 @@ def set_retention(spark: SparkSession, path: str, hours: int) -> None:
 
 def remove_old_files(spark: SparkSession, path: str) -> None:
     """Delete the files, those of the change feed too, that no version within the table's retention needs."""
-    DeltaTable.forPath(spark, path).vacuum()
+    with without_console(spark):  # VACUUM prints a line that names no table
+        DeltaTable.forPath(spark, path).vacuum()
 
 
 def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
@@ -210,8 +212,10 @@ def maintain(spark: SparkSession, config: MaintenanceConfig) -> None:
         if table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
             done = [f"{delete_rows(spark, path, is_old):,} rows of old runs deleted"]
         set_retention(spark, path, config.retention_hours)
+        stored = table_size(spark, path)
         remove_old_files(spark, path)
-        print("; ".join([f"{table.name}: {_sizes(before, table_size(spark, path))}", *done]), flush=True)
+        after = table_size(spark, path)
+        print("; ".join([f"{table.name}: {_sizes(before, stored, after)}", *done]), flush=True)
 
 
 def foresee(spark: SparkSession, config: MaintenanceConfig) -> None:
@@ -236,11 +240,13 @@ def loose_markets(spark: SparkSession, config: MaintenanceConfig) -> list[str]:
     return [market for market in published_markets(spark, config.tables) if not is_clustered(spark, path, market)]
 
 
-def _sizes(before: TableSize, after: TableSize) -> str:
+def _sizes(before: TableSize, stored: TableSize, after: TableSize) -> str:
+    """Sizes before the care, before old files were removed, and after."""
+    num_removed = max(0, stored.num_stored_files - after.num_stored_files)
     return (
         f"{before.num_files:,} -> {after.num_files:,} files, {_mb(before.num_bytes)} -> {_mb(after.num_bytes)} MB; "
-        f"with old versions {before.num_stored_files:,} -> {after.num_stored_files:,} files, "
-        f"{_mb(before.num_stored_bytes)} -> {_mb(after.num_stored_bytes)} MB"
+        f"{num_removed:,} old files removed; its folder keeps {after.num_stored_files:,} files, "
+        f"{_mb(after.num_stored_bytes)} MB, with log and versions within the retention"
     )
 
 

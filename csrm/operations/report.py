@@ -28,6 +28,8 @@ _PHASES = {
     "publish": "#c2a83e",
 }
 """In their order, with their colours."""
+FEWEST_SHARE = 0.1
+"""Of the pairs of the largest run, from which on a run's rate is shown."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         notes=findings.notes,
         pairs=pair_counts(run, comparison),
         seconds=_by_phase(run["seconds"]),
-        pairs_per_second=pairs_per_second(run),
-        tokens_per_second=_per_second(run["num_tokens"], run),
+        pairs_per_second=pairs_per_second(run, findings.runs),
+        tokens_per_second=_per_second(run["num_tokens"], run, findings.runs),
         failed=[result for result in audit if not result["passed"]],
         passed=[result for result in audit if result["passed"]],
         distributions=_distributions(comparison, run["markets"]) if comparison is not None else [],
@@ -83,7 +85,7 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         history=[
             {
                 **run,
-                "pairs_per_second": pairs_per_second(run),
+                "pairs_per_second": pairs_per_second(run, findings.runs),
                 "taken_back": " ".join(findings.taken_back.get(run["run_id"], ())),
                 **_num_failed(run),
             }
@@ -228,14 +230,24 @@ def pair_counts(run: Mapping[str, Any], comparison: Comparison | None = None) ->
     return counts
 
 
-def pairs_per_second(run: Mapping[str, Any]) -> float | None:
-    """Pairs that the run scored by the second of its scoring stage."""
-    return _per_second(run["num_scored"], run)
+def pairs_per_second(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Pairs that a run scored by the second of its scoring phase, which begins with the start of the workers.
+
+    Args:
+        run: one of the runs.
+        runs: those of the page.
+
+    Returns:
+        None where the run scored nothing, or less than FEWEST_SHARE of what the largest of the runs did: its start
+        would hide the rate.
+    """
+    return _per_second(run["num_scored"], run, runs)
 
 
-def _per_second(count: int | None, run: Mapping[str, Any]) -> float | None:
-    seconds = run["seconds"].get("scoring")
-    return count / seconds if count and seconds else None
+def _per_second(count: int | None, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> float | None:
+    seconds, most = run["seconds"].get("scoring"), max((one["num_scored"] or 0) for one in runs)
+    is_large = (run["num_scored"] or 0) >= FEWEST_SHARE * most
+    return count / seconds if count and seconds and is_large else None
 
 
 def _by_phase(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -337,7 +349,8 @@ def _lost(comparison: Comparison) -> list[tuple[str, str, list[dict[Any, Any]]]]
 
 
 def _throughput_plot(runs: Sequence[Mapping[str, Any]]) -> "Markup | None":
-    points = [(index, speed) for index, run in enumerate(reversed(runs)) if (speed := pairs_per_second(run))]
+    speeds_of = [(index, pairs_per_second(run, runs)) for index, run in enumerate(reversed(runs))]
+    points = [(index, speed) for index, speed in speeds_of if speed]
     if len(points) < 2:
         return None
     figure, axes = new_figure("", "pairs scored / s", _PLOT_WIDTH, 2.1)
@@ -368,11 +381,13 @@ def _seconds_plot(runs: Sequence[Mapping[str, Any]]) -> "Markup | None":
 
 
 def _label_runs(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Data dates below some of the places, oldest run first, and always below the last."""
+    """Data dates below some of the places, oldest run first, and the last; with times where dates repeat."""
     step = -(-len(runs) // 5)
     places = list(range(len(runs) - 1, -1, -step))[::-1]
     dates = [run["data_date"] for run in reversed(runs)]
+    times = [f" {run['started_at']:%H:%M}" for run in reversed(runs)]
+    repeats = len({dates[place] for place in places}) < len(places)
     axes.set_xlim(-0.6, len(runs) - 0.4)
-    axes.set_xticks(places, [f"{dates[place]:%d %b}" for place in places])
+    axes.set_xticks(places, [f"{dates[place]:%d %b}{times[place] * repeats}" for place in places])
     axes.tick_params(labelsize=8)
     axes.spines["bottom"].set_color(INK)

@@ -85,11 +85,15 @@ class ScoringProgress:
                     self._update(bar)
                 self._update(bar)
             return
+        said = None
         while not self._stopped.wait(self._interval_s):
             seconds = time.monotonic() - self._started
             if self._console is None:
-                self._stream.write(self.line(seconds) + "\n")
-                self._stream.flush()
+                line = self.line(seconds)
+                if line != said:  # while no task has ended, there is nothing new to say
+                    self._stream.write(line + "\n")
+                    self._stream.flush()
+                said = line
             else:
                 counts = {"num_pairs": self.num_pairs.value, "num_tokens": self.num_tokens.value}
                 self._console.say("progress", "", seconds=seconds, total=self._total, **counts)
@@ -102,8 +106,10 @@ class ScoringProgress:
     def line(self, seconds: float) -> str:
         """State after some seconds, as one line."""
         num_pairs, num_tokens = self.num_pairs.value, self.num_tokens.value
+        if not num_pairs:
+            return f"scoring {self._total:,} pairs: workers start; counts come with each task that ends"
         pairs_per_s = num_pairs / seconds
-        left = f"{(self._total - num_pairs) / pairs_per_s:,.0f} s left" if num_pairs else "time left not known yet"
+        left = f"{(self._total - num_pairs) / pairs_per_s:,.0f} s left"
         return (
             f"scored {num_pairs:,} of {self._total:,} pairs, {pairs_per_s:,.0f} pairs/s, "
             f"{num_tokens / seconds:,.0f} tokens/s, {self.share_saved:.0%} saved by shared prefixes, {left}"

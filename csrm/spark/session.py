@@ -185,3 +185,17 @@ def persisted(df: DataFrame) -> Iterator[DataFrame]:
         yield df
     finally:
         df.unpersist()
+
+
+@contextmanager
+def without_console(spark: SparkSession) -> Iterator[None]:
+    """A block in which what Scala code prints in the driver's thread of this one goes nowhere."""
+    jvm = spark.sparkContext._jvm
+    assert jvm is not None
+    console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")  # its output is kept by thread
+    before = console.out()
+    console.setOutDirect(jvm.java.io.PrintStream(jvm.java.io.OutputStream.nullOutputStream()))
+    try:
+        yield
+    finally:
+        console.setOutDirect(before)

@@ -19,6 +19,7 @@ from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.data.packs import TrainingPack, write_packs
 from csrm.training.model.base import BaseModel
+from csrm.training.model.quiet import quiet_libraries
 from csrm.training.model.relevance import PackedRelevanceModel
 from csrm.training.processes import num_processes, run_everywhere
 from csrm.training.time_limit import TimeLimit
@@ -167,7 +168,8 @@ def _write_folder(
     """Write a trained folder with its manifest; what an attempt that was stopped left there is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
+    with quiet_libraries():
+        model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
     (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")

@@ -15,14 +15,14 @@ from tests.docs.pages import ROOT
 
 def test_the_first_step_that_fails_ends_the_night(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in run.NIGHT:
-        (tmp_path / step.file).write_text("tabels: x\n")
+        (tmp_path / step.file).write_text("tabel: x\n")
     assert run_job(run.main, ["night", "--config", str(tmp_path)]) == 2
     printed, errors = capfd.readouterr()
     assert "[1/7] csrm embed-catalog --config" in printed
     assert "csrm embed-catalog: failed with exit code 2 after 00:" in printed
     assert "the night ended with exit code 2" in printed
     assert "[2/7]" not in printed
-    assert "tabels: Extra inputs are not permitted (got 'x'). Is it tables?" in errors
+    assert "tabel: Extra inputs are not permitted (got 'x'). Is it tables?" in errors
 
 
 def test_a_folder_without_the_files_of_the_jobs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

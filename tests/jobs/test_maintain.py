@@ -1,7 +1,10 @@
 """The maintenance job as it is called after a night."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
@@ -55,6 +58,19 @@ def runs_in(spark: SparkSession, tables_dir: str, table: Table) -> list[str]:
     return sorted(row["run_id"] for row in read_table(spark, table, table_path(tables_dir, table)).collect())
 
 
+@contextmanager
+def monitored_console(spark: SparkSession) -> Iterator[Any]:
+    """What Scala code prints in this thread, as a Java stream of bytes."""
+    jvm: Any = spark.sparkContext._jvm
+    console = getattr(getattr(jvm.scala, "Console$"), "MODULE$")
+    before, printed = console.out(), jvm.java.io.ByteArrayOutputStream()
+    console.setOutDirect(jvm.java.io.PrintStream(printed))
+    try:
+        yield printed
+    finally:
+        console.setOutDirect(before)
+
+
 @pytest.mark.spark
 @pytest.mark.slow
 def test_maintenance_clusters_what_changed_and_forgets_old_runs_but_those_whose_scores_may_be_used(
@@ -77,9 +93,12 @@ def test_maintenance_clusters_what_changed_and_forgets_old_runs_but_those_whose_
     assert runs_in(spark, tables_dir, SCORES_STAGING) == runs
     assert table_version(spark, path) == version
 
-    assert maintain.main(arguments) == 0
+    with monitored_console(spark) as console:
+        assert maintain.main(arguments) == 0
+    assert console.toString() == ""  # Delta's VACUUM prints a line that names no table
 
     output = capsys.readouterr().out
+    assert "0 old files removed; its folder keeps " in output
     assert f"; clustered {HOSTILE_MARKET}, kr\n" in output
     for table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
         assert f"{table.name}: 3 -> 1 files, " in output

@@ -99,7 +99,8 @@ def test_a_run_publishes_once_and_an_audit_that_fails_publishes_nothing(
     lines = first.stdout.splitlines()
     assert lines[0].startswith("warning: retrieval_table has no titles for the markets ['tw']: ")
     assert lines[1].startswith(
-        "run 2026-01-02: 8 candidate pairs of kr, tw: 0 unchanged, 7 to score in about 1 s; bundle "
+        "run 2026-01-02: 8 candidate pairs of kr, tw: 0 unchanged, 7 to score in about 1 s after the start, "
+        "if as fast as at the export; bundle "
     )
     assert lines[1].endswith("(fp32) on cpu (CPUExecutionProvider)")
     assert "rejected 1 pairs: 1 no_product" in lines

@@ -118,7 +118,7 @@ def nothing_changed() -> Comparison:
 def full_night(text: str = "운동화", **run: Any) -> RunFindings:
     """A run of which everything is known, after three others; `text` is the name of everything that has one."""
     rows = [
-        run_row(run_id=f"night-{day}", data_date=date(2026, 11, day), num_scored=day, num_candidates=day * 100)
+        run_row(run_id=f"night-{day}", data_date=date(2026, 11, day), num_scored=day * 10, num_candidates=day * 100)
         for day in (23, 22, 21)
     ]
     return RunFindings(
@@ -329,8 +329,26 @@ def test_candidates_are_accounted_for() -> None:
     "run", [{"num_scored": None}, {"num_scored": 0}, {"seconds": {}}, {"seconds": {"scoring": 0.0}}]
 )
 def test_a_run_that_scored_nothing_has_no_throughput(run: dict[str, Any]) -> None:
-    assert pairs_per_second(run_row(**run)) is None
+    row = run_row(**run)
+    assert pairs_per_second(row, [row, run_row()]) is None
     assert "nan" not in page_of(full_night(**run)).text
+
+
+def test_the_throughput_of_runs_that_scored_little_is_not_shown() -> None:
+    large, small = run_row(num_scored=5_560), run_row(num_scored=145)
+    assert pairs_per_second(large, [small, large]) == 5_560 / large["seconds"]["scoring"]
+    assert pairs_per_second(small, [small, large]) is None
+    assert pairs_per_second(small, [small]) == 145 / small["seconds"]["scoring"]
+
+
+def test_runs_of_one_day_are_told_apart_by_their_times() -> None:
+    morning, evening = datetime(2026, 11, 28, 6, 5, tzinfo=UTC), datetime(2026, 11, 28, 18, 7, tzinfo=UTC)
+    day = {"data_date": date(2026, 11, 28)}
+    night = full_night()
+    runs = [run_row(run_id="b", started_at=evening, **day), run_row(run_id="a", started_at=morning, **day)]
+    html = night_report_html(replace(night, runs=runs), MADE_AT)
+    assert "28 Nov 06:05" in html
+    assert "28 Nov 18:07" in html
 
 
 def test_stages_are_in_the_order_in_which_a_run_takes_them() -> None:

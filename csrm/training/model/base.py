@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from csrm.config import Settings
 from csrm.errors import ConfigError
+from csrm.training.model.quiet import quiet_libraries
 
 _MOST_REASON = 300
 _OF_TEXT_AND_IMAGES = {r"^model\.language_model\.": "model."}
@@ -57,6 +58,22 @@ class BaseModel(Settings):
         return source | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
+def model_title(base_model: BaseModel) -> str:
+    """Which model it is, for people: a folder's name says little, so its architecture and size stand beside it.
+
+    Example:
+        >>> model_title(BaseModel(hub_name="google/gemma-3-270m"))
+        'google/gemma-3-270m'
+    """
+    if base_model.folder is None or base_model.gguf_file is not None:
+        return base_model.name
+    config = language_config(base_model)
+    hub_name = getattr(config, "name_or_path", "")
+    came_from = f"{hub_name}, " if hub_name and not Path(hub_name).is_dir() else ""
+    size = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    return f"{base_model.name} ({came_from}{config.model_type}, {size})"
+
+
 def language_config(base_model: BaseModel) -> Any:
     """The configuration of the language model; of a model of text and images (gemma3), that of its language model.
 
@@ -94,9 +111,10 @@ def load_language_model(base_model: BaseModel) -> PreTrainedModel:
         source |= {"use_safetensors": True, "key_mapping": _OF_TEXT_AND_IMAGES}
     try:
         source["config"] = language_config(base_model)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
+        with quiet_libraries():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
     except Exception as error:  # each kind of broken file has an error of its own
         raise ConfigError(
             f"base_model {base_model.name!r}: its weights cannot be read: {_reason(error)}. Copy the model again."
