@@ -93,11 +93,12 @@ def _run(words: Sequence[str]) -> int:
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "csrm", *words])
     try:
-        exit_code = process.wait()
+        ended = process.wait()
     finally:
         if process.poll() is None:
             process.terminate()  # gives leases back
             process.wait()
+    exit_code = ended if ended >= 0 else 128 - ended  # of a signal, as a shell says it
     how = f"failed with exit code {exit_code} after" if exit_code else "done in"
     print(f"csrm {words[0]}: {how} {tqdm.format_interval(time.monotonic() - start)}\n", flush=True)
     return exit_code

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from csrm.config import InputSpec, parse_yaml
-from csrm.start.proposal import Proposal, default_base_model
+from csrm.start.proposal import Proposal, base_model_setting
 
 SHARED = "market.yaml"
 _EXTENDS = f"extends: {SHARED}\n"
@@ -92,7 +92,7 @@ def _train(proposal: Proposal, folder: Path, recipes: Path, *, tables: str, base
     values: dict[str, Any] = {
         "markets": _markets(proposal, recipe.judged),
         "inputs": {"retrieval_table": titles},
-        "base_model": default_base_model(base_model),
+        "base_model": base_model_setting(base_model),
     }
     if recipe.has_translation:
         spec = _spec(proposal.inputs["parallel_text"])

@@ -140,7 +140,7 @@ def _notes(
     return notes
 
 
-def default_base_model(path: str) -> dict[str, str]:
+def base_model_setting(path: str) -> dict[str, str]:
     """The setting `base_model` for a folder, or for a GGUF file."""
     place = Path(path)
     return {"folder": str(place.parent), "gguf_file": place.name} if place.suffix == ".gguf" else {"folder": path}

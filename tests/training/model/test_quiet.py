@@ -28,9 +28,7 @@ def test_expected_warnings_are_left_out_and_others_are_not() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with quiet_libraries():
-            warnings.warn(
-                "Could not find a config file in x", stacklevel=2
-            )
+            warnings.warn("Could not find a config file in x", stacklevel=2)
             warnings.warn(torch.jit.TracerWarning("Converting a tensor to a Python boolean"), stacklevel=2)
             warnings.warn("something else", stacklevel=2)
     assert [str(warning.message) for warning in said] == ["something else"]
