@@ -21,9 +21,10 @@ class TranslationResult:
     """Pairs of texts that were trained on."""
     num_left_out: Mapping[str, int]
     """Reason to pairs of texts that were left out; see csrm.training.data.parallel_text.why_left_out."""
-    held_out_split: str
     quality: TranslationQuality | None
-    """Quality on the held-out split; None where it has no text of its own."""
+    """Quality on the held-out split; None where it was not measured."""
+    why_unmeasured: str | None
+    """Why there is no quality."""
 
 
 @dataclass(frozen=True)

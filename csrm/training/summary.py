@@ -118,7 +118,7 @@ def format_translation(result: TranslationResult) -> str:
     texts = f"translation: {result.num_texts:,} pairs of texts to learn from, left out: {left_out}"
     quality = result.quality
     if quality is None:
-        return f"{texts}; not measured, for no text is of split {result.held_out_split} alone"
+        return f"{texts}; not measured, for {result.why_unmeasured}"
     return (
         f"{texts}; {quality.num_texts} held-out texts: loss {quality.loss:.2f} "
         f"({quality.loss_without_source:.2f} without the source), chrF {quality.chrf:.1f}"

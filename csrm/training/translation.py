@@ -45,12 +45,15 @@ def learn_translation(
     train_stage(packs, config.base_model, tuning, config.labels, config.budgets, config.pack_tokens, model_dir, limit)
     for _ in texts:  # so that all are counted
         pass
+    why_unmeasured = f"no text is of split {settings.held_out_split} alone" if not held_out else None
+    if limit is not None:
+        why_unmeasured = "the time is limited"  # translating takes minutes on a CPU
     return TranslationResult(
         model_dir,
         num_texts=parallel.num_kept,
         num_left_out=dict(parallel.num_left_out),
-        held_out_split=settings.held_out_split,
-        quality=_quality(held_out, settings, tokenizer, model_dir) if held_out else None,
+        quality=_quality(held_out, settings, tokenizer, model_dir) if why_unmeasured is None else None,
+        why_unmeasured=why_unmeasured,
     )
 
 

@@ -12,7 +12,7 @@ from csrm.manifest import verify_manifest
 from csrm.training.data.judged import JudgedInputs
 from csrm.training.model.base import BaseModel
 from csrm.training.recipe import train_relevance
-from csrm.training.settings import TrainConfig
+from csrm.training.settings import TrainConfig, TranslationSettings
 from csrm.training.summary import format_training
 from csrm.training.tuning import Tuning
 
@@ -72,13 +72,25 @@ def test_without_a_dev_split_nothing_is_measured(config: TrainConfig) -> None:
     assert "Calibration" not in page
 
 
-def test_a_limit_of_time_is_said_and_kept(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_limit_of_time_is_said_and_kept(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
-    result = train_relevance(config.model_copy(update={"max_minutes": 30.0}))
-    assert any("minutes are left to train" in message for message in caplog.messages)
+    texts = [
+        ("ko", "en", f"수건 {number}", f"towel {number}x", "dev" if number < 3 else "train") for number in range(9)
+    ]
+    names = ["source_language", "target_language", "source_text", "target_text", "split"]
+    pd.DataFrame(texts, columns=names).to_parquet(tmp_path / "parallel.parquet")
+    parallel = InputSpec(path=str(tmp_path / "parallel.parquet"), format="parquet")
+    translation = TranslationSettings(parallel_text=parallel, max_steps=1)
+    result = train_relevance(config.model_copy(update={"max_minutes": 30.0, "translation": translation}))
+    assert sum("minutes are left to train" in message for message in caplog.messages) == 2  # a stage each
     assert "scoring the 4 pairs of split dev" in caplog.messages
     assert result.length.num_steps == 2
     assert result.evaluation is not None
+    assert result.translation is not None
+    assert result.translation.quality is None
+    assert "; not measured, for the time is limited" in format_training(result)
 
 
 def test_a_limit_of_time_is_for_one_model(config: TrainConfig) -> None:
