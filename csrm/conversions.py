@@ -286,6 +286,16 @@ def warning_of_replaced(num_values: Mapping[str, int]) -> str | None:
     )
 
 
+def warning_of_blank_languages(num_blank: int, num_rows: int) -> str | None:
+    """What to say of rows whose language is blank, which is not that of their market; None where there are none."""
+    if not num_blank:
+        return None
+    return (
+        f"column language is blank in {num_blank} of {num_rows} rows, whose prompts name no language. Write null where "
+        "a row is in the language of its market, or leave the column out: columns: {language: null}."
+    )
+
+
 def _hint(present: Sequence[str], format_: str) -> str:
     """What the names of a table's columns say about how it was read; empty where nothing."""
     if format_ != "csv" or not present:

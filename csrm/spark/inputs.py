@@ -21,6 +21,7 @@ from csrm.conversions import (
     is_kept,
     problem_of_values,
     problems_of_columns,
+    warning_of_blank_languages,
     warning_of_replaced,
 )
 from csrm.errors import InputError
@@ -321,15 +322,13 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
             for example in repeated
         )
         problems.append(f"{row['duplicate_keys']} keys ({', '.join(table.key)}) are not unique, for example {listed}")
-    warning = warning_of_replaced({column.name: row[f"replaced_{column.name}"] for column in texts})
-    if warning is not None:
-        logger.warning("%s: %s", where, warning)
-    if "blank_language" in counters and row["blank_language"]:
-        logger.warning(
-            "%s: column language is blank in %d of %d rows, whose prompts name no language. Write null where a row is "
-            "in the language of its market, or leave the column out: columns: {language: null}.",
-            *(where, row["blank_language"], row["num_rows"]),
-        )
+    num_blank = row["blank_language"] if "blank_language" in counters else 0
+    for warning in (
+        warning_of_replaced({column.name: row[f"replaced_{column.name}"] for column in texts}),
+        warning_of_blank_languages(num_blank, row["num_rows"]),
+    ):
+        if warning is not None:
+            logger.warning("%s: %s", where, warning)
     return problems
 
 

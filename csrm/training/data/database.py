@@ -17,6 +17,7 @@ from csrm.conversions import (
     is_kept,
     problem_of_values,
     problems_of_columns,
+    warning_of_blank_languages,
     warning_of_replaced,
 )
 from csrm.errors import InputError
@@ -145,25 +146,36 @@ def _has_replacement(value: str, wanted: str) -> str:
     return "false"
 
 
+def _is_blank_name(column: str) -> str:
+    """SQL: a language or a split is there, but blank; null means the market's language, or split train."""
+    return f"{column} IS NOT NULL AND NOT {has_text(column)}" if column in ("language", "split") else "false"
+
+
 def _problems_of_values(
     database: duckdb.DuckDBPyConnection, table: Table, names: Mapping[str, str | None], rows: str, where: str
 ) -> list[str]:
-    """Nulls, failed conversions and duplicate keys; replaced bytes are counted in a warning."""
+    """Nulls, failed conversions, blank splits and duplicate keys; replaced bytes and blank languages are warned of."""
     tests = [
         f"""count(_failed_{column.name}), min(_failed_{column.name}),
         count(*) FILTER ({column.required} AND {column.name} IS NULL AND _failed_{column.name} IS NULL),
-        count(*) FILTER ({_has_replacement(column.name, column.type)})"""
+        count(*) FILTER ({_has_replacement(column.name, column.type)}),
+        count(*) FILTER ({_is_blank_name(column.name)})"""
         for column in table.columns
     ]
     ((num_rows, *counts),) = database.execute(f"SELECT count(*), {', '.join(tests)} FROM {rows}").fetchall()
-    problems, replaced = [], {}
+    problems, replaced, blank = [], {}, {}
     for place, column in enumerate(table.columns):
-        failed, example, nulls, replaced[column.name] = counts[4 * place : 4 * place + 4]
+        failed, example, nulls, replaced[column.name], blank[column.name] = counts[5 * place : 5 * place + 5]
         name = names[column.name] or ""
         if failed:
             problems.append(problem_of_values(name, column.name, column.type, failed, num_rows, example))
         if nulls:
             problems.append(f"column {name!r} is null in {nulls} of {num_rows} rows")
+    if blank.get("split"):
+        problems.append(
+            f"column {names['split']!r} is blank in {blank['split']} of {num_rows} rows, which are in no split. Write "
+            "null where a row is to be in split train"
+        )
     if not problems and table.key:
         key = ", ".join(table.key)
         repeated = database.execute(
@@ -173,8 +185,9 @@ def _problems_of_values(
         ).fetchall()
         for num_copies, *example in repeated:
             problems.append(f"{num_copies} rows share their key ({key}), for example {', '.join(map(str, example))}")
-    if (warning := warning_of_replaced(replaced)) is not None:
-        logger.warning("%s: %s", where, warning)
+    for warning in (warning_of_replaced(replaced), warning_of_blank_languages(blank.get("language", 0), num_rows)):
+        if warning is not None:
+            logger.warning("%s: %s", where, warning)
     return problems
 
 

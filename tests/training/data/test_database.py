@@ -14,8 +14,8 @@ import pytest
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, Table
-from csrm.training.data.database import add_table, open_database
+from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, QUERIES, Table
+from csrm.training.data.database import add_table, language_of_query, open_database
 
 MARKETS = {"us": "en"}
 
@@ -228,3 +228,23 @@ def test_delta_features_that_cannot_be_read_have_a_way_out(tmp_path: Path) -> No
 
     with pytest.raises(InputError, match=r"deletionVectors.*write the table as Parquet with Spark"):
         catalog_rows(InputSpec(path=str(tmp_path / "catalog")))
+
+
+def test_a_blank_language_which_is_not_that_of_the_market_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As nights warn of it: such a query was trained on in a prompt without a language, and nobody was told."""
+    languages = ["\u3000", None, "en"]
+    spec = parquet(tmp_path / "queries", market=["us"] * 3, query_id=["1", "2", "3"], language=languages)
+
+    found = rows(QUERIES, spec, f"query_id, {language_of_query({'us': 'en-US'})}")
+    assert found == [("1", "\u3000"), ("2", "en-US"), ("3", "en")]
+    assert "column language is blank in 1 of 3 rows, whose prompts name no language. Write null" in caplog.text
+
+
+def test_a_blank_split_is_refused_since_no_split_would_have_its_rows(tmp_path: Path) -> None:
+    key = {"market": ["us"] * 3, "query_id": ["1", "2", "3"], "product_id": ["1"] * 3, "grade": ["E"] * 3}
+    spec = parquet(tmp_path / "judgments", **key, when=["", None, "dev"])
+
+    with pytest.raises(InputError, match=r"column 'when' is blank in 1 of 3 rows.*Write null where a row is to be in"):
+        rows(JUDGMENTS, spec.model_copy(update={"columns": {"split": "when"}}), "*")
