@@ -72,6 +72,23 @@ class GoldenPairs:
         part = slice(num_pairs)
         return GoldenPairs(self.source, self.pairs.iloc[part], self.prompt_ids[part], self.scores[part])
 
+    def require_different(self, tolerance: float) -> None:
+        """Check that the scores tell pairs apart: else they would prove any graph that gives all pairs one score.
+
+        Args:
+            tolerance: largest difference from a golden score that a graph may have.
+
+        Raises:
+            BundleError: there are several prompts, and no two scores differ by more than the tolerance.
+        """
+        if len({*map(tuple, self.prompt_ids)}) > 1 and np.ptp(self.scores) <= tolerance:
+            raise BundleError(
+                f"golden pairs: expected scores that tell pairs apart, got {self.scores.min():.6f} to "
+                f"{self.scores.max():.6f} ({self.source}) for {len(self)} pairs, which a graph may miss by "
+                f"{tolerance:.1e}. A model that gives all pairs one score ranks nothing: train it again. Where it does "
+                "rank, export it with judgments of more pairs."
+            )
+
     def write(self, path: Path) -> None:
         """One line a pair."""
         records = self.pairs.assign(prompt_ids=pd.Series(self.prompt_ids), score=self.scores).to_dict("records")

@@ -130,7 +130,7 @@ def load_scorer(
         tokens_per_call: most tokens of one forward pass; None: see TOKENS_PER_CALL.
 
     Raises:
-        BundleError: see load_bundle; or a golden pair has another score here.
+        BundleError: see load_bundle; or a golden pair has another score here, or all of them have one.
         ConfigError: an unknown device, or a number is below 1.
         DeviceError: the device is not there, or the runtime would use another one.
 
@@ -162,6 +162,7 @@ def load_scorer(
     )
     golden = bundle.golden_pairs()
     try:
+        golden.require_different(settings.golden_tolerance)
         check_golden_pairs(
             golden if num_golden is None else golden.first(num_golden),
             tokenizer,

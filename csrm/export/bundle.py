@@ -66,6 +66,7 @@ def export_bundle(
 
     Raises:
         ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
+        BundleError: the model is incomplete or was changed, or gives all pairs one score; nothing was written.
         ConfigError: the model is not supported, or the precision cannot be proven; said before any work.
         DeviceError: the device is not there.
     """
@@ -92,13 +93,14 @@ def export_bundle(
                 check_merge(weights, tokenizer, in_torch, pairs.iloc[:_MERGE_PAIRS])
         with logged_step(f"scores of {len(pairs)} pairs in torch"):
             torch_logits = in_torch.logits(pairs)
+        scores = expected_gain(torch_logits, np.array([label.gain for label in card.labels]))
+        golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
+        golden.require_different(SCORE_TOLERANCE)
         with logged_step("fp32 graph"):
             graph_path = unfinished / "fp32" / MODEL_NAME
             graph_path.parent.mkdir()
             export_packed_graph(model, graph_path)
             check_locations(graph_path)
-        scores = expected_gain(torch_logits, np.array([label.gain for label in card.labels]))
-        golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
         with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
             pack_scorer, provider = load_pack_scorer(graph_path, device)
             onnx_scorer = PairScorer(

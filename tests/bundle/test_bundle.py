@@ -21,6 +21,7 @@ from csrm.errors import BundleError, ConfigError, DeviceError
 from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.night.messages import warn_of_other_cpu
 from csrm.spark.scoring import ScorerInfo
+from tests.faults.bundles import give_one_score
 
 FILES = ["model.onnx", "tokenizer.json", "golden.json", "manifest.json"]
 
@@ -219,6 +220,7 @@ def weights_outside(folder: Path) -> None:
         (graph_with_other_inputs, r"expected inputs \['group_index', .*got inputs \['x'\] and outputs \['y'\]"),
         (no_golden_pairs, "golden.json does not hold golden pairs"),
         (weights_outside, "onnxruntime cannot read it: .*weights"),
+        (give_one_score, r"tell pairs apart, got 0\.277500 to 0\.277500 \(torch\) for 30 pairs.*: train it again"),
     ],
 )
 def test_a_bad_bundle_whose_digests_are_right_never_scores(
@@ -244,6 +246,18 @@ def test_golden_pairs_hold_their_tolerance_and_are_spread(tiny_bundle: Path, bun
     moved.write(bundle_copy / "golden.json")
     with pytest.raises(BundleError, match=r"allowed difference 1\.0e-04"):
         load_scorer(sealed(bundle_copy), "cpu")
+
+
+def test_golden_pairs_of_one_prompt_need_not_differ_and_those_of_a_few_are_judged_by_all(tiny_bundle: Path) -> None:
+    golden = load_bundle(tiny_bundle).golden_pairs()
+    one = GoldenPairs("torch", golden.pairs.iloc[[0, 0]], [golden.prompt_ids[0]] * 2, np.array([0.5, 0.5]))
+    one.require_different(1e-4)
+    golden.first(1).require_different(1e-4)
+
+    rare = np.where(np.arange(len(golden)) == len(golden) - 1, 1.0, 0.0)
+    GoldenPairs("torch", golden.pairs, golden.prompt_ids, rare).require_different(1e-4)
+    with pytest.raises(BundleError, match="which a graph may miss by 1"):
+        GoldenPairs("torch", golden.pairs, golden.prompt_ids, rare).require_different(1.0)
 
 
 def test_a_device_that_is_not_there_is_not_replaced(tiny_bundle: Path) -> None:

@@ -10,16 +10,17 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config
 
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import ConfigError, DeviceError, ParityError
+from csrm.errors import BundleError, ConfigError, DeviceError, ParityError
 from csrm.export import bundle as export_module
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
 from csrm.export.weights import TrainedWeights
-from csrm.manifest import write_manifest
+from csrm.manifest import file_digest, write_manifest
 from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Pack, build_packs, lay_out
 from csrm.scoring.runtime import load_pack_scorer
@@ -199,6 +200,27 @@ def test_a_model_that_cannot_be_exported_is_one_clear_error_and_leaves_nothing(
     with pytest.raises(ConfigError, match=message):
         export_module.export_bundle(model_dir, tmp_path / "out" / "bundle", pairs_pdf)
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_that_gives_all_pairs_one_score_is_not_exported(
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    """A training that went wrong: its last norm gives zeros, so all logits are zero."""
+
+    def collapse(folder: Path) -> None:
+        card = json.loads((folder / "model.json").read_text())
+        base = Path(shutil.copytree(card["base_model"]["folder"], tmp_path / "base"))
+        weights = load_file(base / "model.safetensors")
+        weights["model.norm.weight"].zero_()
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        card["base_model"]["folder"] = str(base)
+        card["base_model_files"]["model.safetensors"] = file_digest(base / "model.safetensors")
+        (folder / "model.json").write_text(json.dumps(card))
+
+    model_dir = changed_model(tiny_bundle, tmp_path / "model", collapse)
+    with pytest.raises(BundleError, match=r"expected scores that tell pairs apart, got 0\.277500 to 0\.277500 \(torch"):
+        export_module.export_bundle(str(model_dir), tmp_path / "out" / "bundle", pairs_pdf)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

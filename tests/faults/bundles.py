@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME
+from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME
+from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle
-from csrm.manifest import write_manifest
+from csrm.manifest import MANIFEST_NAME, write_manifest
 
 ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK, TOKENIZER_MARK = "Ж", "Ա", "א", "Ω", "ܐ"
 """Letters of two bytes of alphabets that no other text of these tests uses; the first byte is a token of its own."""
@@ -38,6 +39,21 @@ def faulty_bundle(source: Path, folder: Path, longest_pack: int | None = None) -
     _forget_byte(folder / TOKENIZER_NAME, TOKENIZER_MARK.encode()[0])
     write_manifest(folder, BUNDLE_KIND, bundle.settings.model_dump(mode="json"))
     return folder
+
+
+def give_one_score(folder: Path) -> None:
+    """Make the logits of a bundle's graph zeros for all pairs, with golden pairs that say so."""
+    model = onnx.load(folder / MODEL_NAME)
+    last = model.graph.node[_producer(model.graph)]
+    last.output[:] = ["sound_logits" if name == "logits" else name for name in last.output]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, dtype=np.float32), "nothing"))
+    model.graph.node.append(helper.make_node("Mul", ["sound_logits", "nothing"], ["logits"]))
+    onnx.save(model, folder / MODEL_NAME)
+    about = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["about"]
+    golden = GoldenPairs.read(folder / GOLDEN_NAME)
+    scores = np.full(len(golden), np.mean([label["gain"] for label in about["labels"]]))
+    GoldenPairs("torch", golden.pairs, golden.prompt_ids, scores).write(folder / GOLDEN_NAME)
+    write_manifest(folder, BUNDLE_KIND, about)
 
 
 def _add_faults(graph: onnx.GraphProto, first: dict[str, int], longest_pack: int | None) -> None:

@@ -18,6 +18,7 @@ from csrm.errors import BundleError, InputError
 from csrm.manifest import write_manifest
 from csrm.night import run
 from csrm.spark.commits import session_settings
+from tests.faults.bundles import give_one_score
 from tests.faults.cluster import ROOT
 from tests.faults.night import Night
 
@@ -155,6 +156,19 @@ def test_a_damaged_bundle_is_refused_before_anything_is_written(
 
     night.check_ended(caught.value.exit_code, "", 2)
     assert not (night.folder / "tables").exists()
+
+
+@pytest.mark.fault("a bundle gives all pairs one score, and nothing was published that it could be compared with")
+def test_a_bundle_that_gives_all_pairs_one_score_is_refused_on_its_first_night(night: Night, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(ROOT / "conf" / "demo_bundle", folder)
+    give_one_score(folder)
+
+    with pytest.raises(BundleError, match="one score ranks nothing: train it again") as caught:
+        score_catalog.main(night.arguments("night", bundle=str(folder)))
+
+    night.check_ended(caught.value.exit_code, "", 2)
+    assert not (night.folder / "tables" / "relevance_scores").exists()
 
 
 @pytest.mark.fault("the bundle is replaced while the job runs")
