@@ -62,6 +62,7 @@ def test_an_edited_manifest_is_refused(folder: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
         ("[]", "no list of files"),
         ('{"files": {}, "kind": "model"}', "is a 'model', expected a 'bundle'"),
         ('{"files": {}, "kind": "bundle", "manifest_version": 99}', "manifest version 99"),

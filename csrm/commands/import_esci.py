@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, Markets, Settings
+from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
 from csrm.spark.inputs import read_inputs
@@ -46,8 +46,8 @@ class ImportConfig(Settings):
     """Keep only examples of the small version (harder queries)."""
     splits: tuple[str, ...] = ()
     """Splits of the examples to keep; empty: all."""
-    output: str
-    """Folder for the four tables."""
+    output: TablesDir
+    """Folder for the four tables, any URI."""
 
     @model_validator(mode="after")
     def _check_locales(self) -> "ImportConfig":

@@ -44,7 +44,7 @@ def build_session(app_name: str) -> SparkSession:
     logging.getLogger("py4j").setLevel(logging.WARNING)  # reports each connection it closes
     running = SparkSession.getActiveSession()
     if running is not None:
-        return _skipping_no_files(running)
+        return _as_written(running)
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if submitted:
         SparkContext._ensure_initialized()
@@ -82,16 +82,17 @@ def build_session(app_name: str) -> SparkSession:
         _check_delta_is_loadable()
     elif not _delta_jar_is_installed() and "delta-spark" not in submit_args:
         builder = configure_spark_with_delta_pip(builder)
-    return _skipping_no_files(builder.getOrCreate())
+    return _as_written(builder.getOrCreate())
 
 
-def _skipping_no_files(spark: SparkSession) -> SparkSession:
-    """A session in which a damaged or missing file is an error, whatever the cluster's defaults say.
+def _as_written(spark: SparkSession) -> SparkSession:
+    """A session that reads files and SQL as jobs mean them, whatever the cluster's defaults say.
 
-    Skipped without a word, the rows of such a file would be deleted from what is published.
+    A damaged or missing file is an error: skipped without a word, its rows would be deleted from what is published.
+    A backslash in SQL escapes: else the condition on a market or run with a quote in its name meets no row.
     """
-    for name in ("spark.sql.files.ignoreCorruptFiles", "spark.sql.files.ignoreMissingFiles"):
-        spark.conf.set(name, "false")
+    for name in ("files.ignoreCorruptFiles", "files.ignoreMissingFiles", "parser.escapedStringLiterals"):
+        spark.conf.set(f"spark.sql.{name}", "false")
     return spark
 
 

@@ -54,6 +54,12 @@ def rows(spark: SparkSession, folder: Path, table: str, *columns: str) -> set[tu
     return {tuple(row) for row in table_df.select(*columns).collect()}
 
 
+def test_an_output_that_is_no_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Else the tables would be at the root of the file system."""
+    with pytest.raises(ConfigError, match="output: String should have at least 1 character"):
+        run_import(tmp_path, "import_esci.yaml", "output=''")
+
+
 def test_the_public_files_become_four_tables(spark: SparkSession, tmp_path: Path) -> None:
     write_public_files(tmp_path)
     assert run_import(tmp_path) == 0

@@ -14,6 +14,7 @@ from csrm.errors import ConfigError, InputError
 from csrm.schemas import CATALOG
 from csrm.spark.inputs import read_input, read_inputs
 from csrm.spark.session import build_session, require_names
+from csrm.spark.tables import sql_literal
 
 pytestmark = pytest.mark.spark
 
@@ -111,3 +112,11 @@ def test_no_damaged_file_is_skipped_whatever_the_cluster_says(spark: SparkSessio
     with pytest.raises(InputError, match="cannot be read: "):
         read_input(build_session("job"), CATALOG, InputSpec(path=str(tmp_path), format="parquet"))
     assert [spark.conf.get(name) for name in names] == ["false", "false"]
+
+
+def test_a_backslash_in_sql_escapes_whatever_the_cluster_says(spark: SparkSession) -> None:
+    """As Spark before 2.0 had it, a market with a quote in its name was another text in conditions."""
+    spark.conf.set("spark.sql.parser.escapedStringLiterals", "true")
+
+    text = "it's \\ a `run`"
+    assert build_session("job").sql(f"SELECT {sql_literal(text)} AS text").head()["text"] == text
