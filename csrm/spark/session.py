@@ -22,6 +22,9 @@ from csrm.spark.jars import spark_jars_dir
 
 _DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 _DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
+_BATCH_LIMIT = "spark.sql.execution.arrow.maxBytesPerBatch"
+_BATCH_BYTES = "64m"
+"""Of usual texts, ten thousand rows, where a batch ends anyway, are less."""
 
 
 def build_session(app_name: str) -> SparkSession:
@@ -89,10 +92,13 @@ def _as_written(spark: SparkSession) -> SparkSession:
     """A session that reads files and SQL as jobs mean them, whatever the cluster's defaults say.
 
     A damaged or missing file is an error: skipped without a word, its rows would be deleted from what is published.
-    A backslash in SQL escapes: else the condition on a market or run with a quote in its name meets no row.
+    A backslash in SQL escapes: else the condition on a market or run with a quote in its name meets no row. A batch for
+    Python ends at _BATCH_BYTES where nobody set another limit: Spark's own is 2 GB, which huge titles may fill.
     """
     for name in ("files.ignoreCorruptFiles", "files.ignoreMissingFiles", "parser.escapedStringLiterals"):
         spark.conf.set(f"spark.sql.{name}", "false")
+    if spark.conf.get(_BATCH_LIMIT, None) is None:
+        spark.conf.set(_BATCH_LIMIT, _BATCH_BYTES)
     return spark
 
 

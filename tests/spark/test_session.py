@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -120,3 +121,20 @@ def test_a_backslash_in_sql_escapes_whatever_the_cluster_says(spark: SparkSessio
 
     text = "it's \\ a `run`"
     assert build_session("job").sql(f"SELECT {sql_literal(text)} AS text").head()["text"] == text
+
+
+def test_huge_texts_come_to_python_in_small_batches(spark: SparkSession) -> None:
+    """Else ten thousand titles of a megabyte are one batch of 2 GB, several times, in each worker."""
+
+    def size(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            yield pd.DataFrame({"num_bytes": [int(batch["title"].str.len().sum())]})
+
+    titles_df = build_session("job").range(0, 100, 1, 1).selectExpr("repeat('x', 1048576) AS title")
+    sizes = [row["num_bytes"] for row in titles_df.mapInPandas(size, "num_bytes bigint").collect()]
+    assert sum(sizes) == 100 * 2**20
+    assert max(sizes) <= 65 * 2**20
+    spark.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", "32m")
+    assert build_session("job").conf.get("spark.sql.execution.arrow.maxBytesPerBatch") == "32m"
+    spark.conf.unset("spark.sql.execution.arrow.maxBytesPerBatch")
+    build_session("job")
