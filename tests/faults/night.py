@@ -13,6 +13,7 @@ from csrm.scoring.scorer import PAIR_COLUMNS
 
 KR, TW = "kr", "tw"
 LEASE_SECONDS = 5
+"""For runs that are killed: the next one waits so long. On a busy machine, a run that is to live needs the default."""
 KEY = ["market", "query_id", "product_id"]
 _LANGUAGES = {KR: "ko", TW: "zh-TW"}
 _TITLES = ["캠핑 텐트", "수건 세트", "등산화 270", "露營帳篷", "防水登山外套", "Wireless Mouse"]
@@ -49,7 +50,6 @@ class Night:
             "tables": str(self.folder / "tables"),
             "bundle": self.bundle.as_uri(),
             "use_retrieved_titles": self.retrieval_table is not None,
-            "lease_seconds": LEASE_SECONDS,
             **settings,
         }
         tables = {"catalog": self.catalog, "queries": self.queries, "candidates": self.candidates}

@@ -156,14 +156,14 @@ def test_a_driver_killed_anywhere_loses_no_work_and_publishes_nothing_by_halves(
     num_pairs = len(night.candidates)
 
     def die(place: str) -> None:
-        ended = cluster.run(*night.arguments("night"), job=broken_job(tmp_path, place))
+        ended = cluster.run(*night.arguments("night", lease_seconds=LEASE_SECONDS), job=broken_job(tmp_path, place))
         night.check_ended(ended.code, ended.output, -signal.SIGKILL)
         time.sleep(LEASE_SECONDS)
 
     die("staging")
     assert (night.run("night")["verdict"], night.version("scores_staging")) == ("running", 0)
 
-    with cluster.submit(*night.arguments("night", **SMALL_CHUNKS)) as submitted:
+    with cluster.submit(*night.arguments("night", **SMALL_CHUNKS, lease_seconds=LEASE_SECONDS)) as submitted:
         scoring_worker(cluster, night, submitted)
         submitted.kill()
     time.sleep(LEASE_SECONDS)
@@ -220,7 +220,8 @@ def test_a_full_disk_ends_the_run_with_its_cause_and_the_next_one_goes_on(
 ) -> None:
     with small_disk(tmp_path / "spill", "64m") as spill:
         job = broken_job(tmp_path, "full disk", spill / "ballast")
-        ended = cluster.run(*night.arguments("night"), job=job, master="local[2]", spark__local__dir=spill)
+        arguments = night.arguments("night", lease_seconds=LEASE_SECONDS)
+        ended = cluster.run(*arguments, job=job, master="local[2]", spark__local__dir=spill)
         night.check_ended(ended.code, ended.output, 1, "Spark gave up: ", "No space left on device")
     assert len(night.scores()) == 0
     time.sleep(LEASE_SECONDS)
