@@ -19,7 +19,15 @@ from csrm.night.leases import forget_leases
 from csrm.night.published import published_markets
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
-from csrm.schemas import OUTPUTS, REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
+from csrm.schemas import (
+    OUTPUTS,
+    REJECTED_PAIRS,
+    RELEVANCE_SCORES,
+    RUN_PAIRS,
+    SCORES_STAGING,
+    SCORING_RUNS,
+    TEXT_VECTORS,
+)
 from csrm.spark.commits import USER_METADATA, delete_rows, session_settings
 from csrm.spark.session import without_console
 from csrm.spark.storage import AS_IT_IS, folder_size
@@ -138,6 +146,11 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
     return f"{num_files:,}" if num_files < _DRY_RUN_LIMIT else f"{num_files:,} or more"
 
 
+def join_files(spark: SparkSession, path: str) -> None:
+    """Rewrite small files as few large ones: each night's new texts come in files of their own."""
+    DeltaTable.forPath(spark, path).optimize().executeCompaction()
+
+
 def missing_files(spark: SparkSession, path: str, names: frozenset[str]) -> frozenset[str]:
     """Those of some data files of a table that are no longer in its folder."""
     found_df = (
@@ -211,6 +224,8 @@ def maintain(spark: SparkSession, config: MaintenanceConfig) -> None:
             done = [f"clustered {', '.join(markets)}"] if markets else []
         if table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
             done = [f"{delete_rows(spark, path, is_old):,} rows of old runs deleted"]
+        if table is TEXT_VECTORS:
+            join_files(spark, path)
         set_retention(spark, path, config.retention_hours)
         stored = table_size(spark, path)
         remove_old_files(spark, path)
@@ -231,6 +246,8 @@ def foresee(spark: SparkSession, config: MaintenanceConfig) -> None:
         if table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
             num_rows = read_table(spark, table, path).where(is_old).count()
             plans.append(f"would delete {num_rows:,} rows of old runs")
+        if table is TEXT_VECTORS:
+            plans.append("would join its small files")
         print(f"{table.name}: " + "; ".join(plans), flush=True)
 
 

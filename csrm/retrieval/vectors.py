@@ -1,5 +1,6 @@
 """Vectors of titles and queries, kept in a table: a night embeds only texts that are new."""
 
+import math
 import uuid
 
 from pyspark.sql import DataFrame, SparkSession
@@ -13,6 +14,9 @@ from csrm.spark.embedding import embed_udf
 from csrm.spark.tables import create_table, read_table
 from csrm.spark.text import is_blank
 from csrm.spark.workers import errors_of_workers, task_threads
+
+TEXTS_PER_COMMIT = 100_000
+"""Texts whose vectors are written in one commit: what a job that dies has to embed again at most."""
 
 
 def text_digest(column: str) -> str:
@@ -107,7 +111,9 @@ def embed_new_texts(
     threads: int = 1,
     num_partitions: int | None = None,
 ) -> int:
-    """Embed the texts that the table has no vector of yet, and append these in one commit.
+    """Embed the texts that the table has no vector of yet, and append these, TEXTS_PER_COMMIT in a commit.
+
+    A job that dies leaves whole commits, so the next one embeds the rest alone.
 
     Args:
         spark: the session.
@@ -132,14 +138,16 @@ def embed_new_texts(
     new_df = missing_texts(texts_df, known_df).persist()
     try:
         num_new = new_df.count()
-        if num_new:
-            embed = embed_udf(encoder, kind, device=device, threads=threads, digest=digest)
+        num_commits = math.ceil(num_new / TEXTS_PER_COMMIT)
+        embed, job = embed_udf(encoder, kind, device=device, threads=threads, digest=digest), uuid.uuid4().hex
+        for number in range(num_commits):
             vectors_df = (
-                new_df.repartition(num_partitions or spark.sparkContext.defaultParallelism)
+                new_df.where(F.pmod(F.xxhash64("text_sha256"), F.lit(num_commits)) == number)
+                .repartition(num_partitions or spark.sparkContext.defaultParallelism)
                 .select("text_sha256", embed("text").alias("vector"))
                 .withColumns({"encoder_digest": F.lit(digest), "kind": F.lit(kind)})
             )
-            append_rows(vectors_df, TEXT_VECTORS, path, Transaction(f"csrm-embed-{uuid.uuid4().hex}", 0))
+            append_rows(vectors_df, TEXT_VECTORS, path, Transaction(f"csrm-embed-{job}", number))
         return num_new
     finally:
         new_df.unpersist()

@@ -27,6 +27,12 @@ def night(tmp_path: Path) -> Night:
     return Night(tmp_path, ROOT / "conf" / "demo_bundle")
 
 
+@pytest.fixture
+def shown() -> set[str]:
+    """Those of RESULTS that a test of a build before the night has checked, and that held."""
+    return set()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", metavar="FILE", help="write what the tests of faults have shown as Markdown")
 
@@ -44,7 +50,7 @@ def pytest_runtest_makereport(
     if mark is not None and report.when == "call":
         assert isinstance(item, pytest.Function)
         name = f"{mark.args[0]}: {item.callspec.id}" if hasattr(item, "callspec") else str(mark.args[0])
-        shown = item.funcargs["night"].shown
+        shown = item.funcargs["night"].shown if "night" in item.funcargs else item.funcargs["shown"]
         held = ["yes" if result in shown else "-" for result in RESULTS]
         item.config.stash[_ROWS].append([name, *(held if report.passed else ["FAILED"] * len(RESULTS))])
     return report
@@ -57,7 +63,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines = [
         "# What a night is after a fault",
         "",
-        "Written by `make faults`, which breaks the scoring job in each of these ways, on a standalone Spark cluster",
+        "Written by `make faults`, which breaks jobs in each of these ways, on a standalone Spark cluster",
         "of two workers or in one process. `yes`: checked in the test of this fault, after the job was run again where",
         "it had ended; `-`: not a question there, such as the scores of a run that is refused. What each result means:",
         "[promise.md](promise.md).",

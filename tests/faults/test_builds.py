@@ -1,26 +1,39 @@
 """What the builds before a night make of faulty parallel text and encoders: the right tables, or those from before."""
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import build_candidates, build_retrieval_table, embed_catalog
+from csrm.embedding import load_encoder
+from csrm.embedding.contents import TextKind
 from csrm.retrieval import vectors
 from csrm.schemas import CANDIDATES, RETRIEVAL_TABLE, TEXT_VECTORS, UNCOVERED_PRODUCTS
+from csrm.spark.embedding import embed_udf
 from csrm.spark.tables import read_table, table_exists, table_path, table_version
-from tests.faults.cluster import ROOT
+from csrm.text import has_text
+from tests.faults.cluster import ROOT, wait_for
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
 HUGE = "".join(chr(0xAC00 + n * 7919 % 11_172) for n in range(20_000))
 """Sixty kilobytes in UTF-8, which are 20,000 terms, 11,172 of them different."""
 TITLES = {"p1": "등산 재킷", "p2": "防水登山外套", "p3": None, "p4": HUGE, "p5": "\u200b"}
+MEGABYTE = "등산 재킷 " * 80_000
+"""1.1 MB in UTF-8."""
 LISTED = {"p1": "ko", "p2": "zh-TW", "p3": "ko", "p4": "ko", "p5": "ko"}
 PHRASES = [("ko", "zh-TW", "등산", "登山"), ("zh-TW", "ko", "外套", "재킷")]
 
@@ -42,6 +55,9 @@ def save(folder: Path, name: str, rows: list[tuple[Any, ...]], columns: str) -> 
 
 def save_phrases(folder: Path, rows: list[tuple[Any, ...]]) -> None:
     save(folder, "parallel_text", rows, "source_language target_language source_text target_text")
+
+
+KINDS: tuple[TextKind, ...] = ("passage", "query")
 
 
 def arguments(folder: Path, encoder: Path | None = None, *, phrases: bool = True, **settings: object) -> list[str]:
@@ -79,12 +95,80 @@ def test_parallel_text_that_translates_nothing_is_refused_and_the_tables_stay(
     assert table_version(spark, path) == version
 
 
+def vectors_of(spark: SparkSession, folder: Path) -> pd.DataFrame:
+    return pd.DataFrame(rows_of(spark, folder, "text_vectors")["text_vectors"], columns=TEXT_VECTORS.column_names)
+
+
+@pytest.mark.fault("texts to embed are null, blank, invisible, or a megabyte long")
+def test_texts_that_are_null_blank_or_huge_cost_no_other_text_its_vector(
+    spark: SparkSession, folder: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str], shown: set[str]
+) -> None:
+    texts = [
+        None,
+        "",
+        " \u3000",
+        "\u200b",
+        "\x00",
+        MEGABYTE,
+        MEGABYTE + "!",
+        "a" * 1_000_000,
+        "\u0301" * 300_000,
+        "재킷",
+    ]
+    save(folder, "catalog", [("tw", f"p{n}", text) for n, text in enumerate(texts)], "market product_id title")
+    save(folder, "queries", [("tw", f"q{n}", text) for n, text in enumerate(texts)], "market query_id query")
+    encoder = load_encoder(tiny_encoder)
+    has_vector = [text for text in texts if text is not None and has_text(text)]
+    assert len(has_vector) >= 5
+    expected = {kind: encoder.embed(has_vector, kind) for kind in KINDS}
+
+    texts_df = spark.createDataFrame(list(enumerate(texts)), "n int, text string").repartition(3)
+    rows = texts_df.select("n", embed_udf(str(tiny_encoder))("text").alias("vector")).orderBy("n").collect()
+    assert [row["vector"] is not None for row in rows] == [text in has_vector for text in texts]
+    found = [row["vector"] for row in rows if row["vector"] is not None]
+    np.testing.assert_allclose(found, expected["passage"], atol=1e-5)
+
+    assert run_job(embed_catalog.main, embedding_arguments(folder, tiny_encoder)) == 0
+    assert f"catalog: {len(has_vector)} new texts embedded" in capsys.readouterr().out
+    stored = vectors_of(spark, folder).set_index(["kind", "text_sha256"])["vector"]
+    assert len(stored) == 2 * len(has_vector)
+    for kind in KINDS:
+        found = [stored[kind, hashlib.sha256(text.encode()).hexdigest()] for text in has_vector]
+        np.testing.assert_allclose(found, expected[kind], atol=1e-5)
+    shown |= {"complete", "no duplicates", "equal scores"}
+
+
+@pytest.mark.fault("another encoder lies at the path on the next night")
+def test_an_encoder_that_is_replaced_between_nights_embeds_all_texts_again_and_its_vectors_alone_are_compared(
+    spark: SparkSession, folder: Path, encoder_at: Callable[..., Path], shown: set[str]
+) -> None:
+    encoder = encoder_at(folder / "encoder")
+    first = load_encoder(encoder).digest
+    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+    shutil.rmtree(encoder)
+    encoder_at(encoder, dimensions=8, pooling="cls")  # other vectors, of another length
+    second = load_encoder(encoder).digest
+    assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+
+    rows = vectors_of(spark, folder)
+    assert rows.groupby("encoder_digest").size().to_dict() == {first: 5, second: 5}  # blank texts have none
+    assert {len(vector) for vector in rows.loc[rows["encoder_digest"] == second, "vector"]} == {8}
+    candidates = rows_of(spark, folder, "candidates")["candidates"]
+    assert "semantic" in {row[3] for row in candidates}
+    fresh = arguments(folder, encoder, tables=folder / "fresh" / "tables")
+    assert run_job(build_candidates.main, fresh) == 0
+    assert candidates == rows_of(spark, folder / "fresh", "candidates")["candidates"]
+    shown |= {"complete", "no duplicates", "equal scores"}
+
+
+@pytest.mark.fault("the encoder is replaced while a build runs")
 def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
     spark: SparkSession,
     folder: Path,
     encoder_at: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    shown: set[str],
 ) -> None:
     encoder, other = encoder_at(folder / "encoder"), encoder_at(folder / "other", pooling="cls")
     embed_new_texts = vectors.embed_new_texts
@@ -101,11 +185,18 @@ def test_an_encoder_that_is_replaced_while_a_build_runs_writes_no_vector(
     assert rows_of(spark, folder, "text_vectors") == {"text_vectors": []}
     assert not table_exists(spark, table_path(str(folder / "tables"), CANDIDATES))
     assert run_job(build_candidates.main, arguments(folder, encoder)) == 0
+    shown.add("exit code and message")
 
 
+@pytest.mark.fault("an encoder is damaged or none")
 @pytest.mark.parametrize("fault", ["missing", "a file is missing", "one byte flipped", "another kind"])
 def test_an_encoder_that_is_no_encoder_is_refused_before_a_text_is_embedded(
-    spark: SparkSession, folder: Path, tiny_encoder: Path, fault: str, capsys: pytest.CaptureFixture[str]
+    spark: SparkSession,
+    folder: Path,
+    tiny_encoder: Path,
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
+    shown: set[str],
 ) -> None:
     encoder = folder / "encoder"
     if fault == "another kind":
@@ -125,3 +216,63 @@ def test_an_encoder_that_is_no_encoder_is_refused_before_a_text_is_embedded(
         assert run_job(main, words) == 2, main
         assert "encoder '" in capsys.readouterr().err
     assert not table_exists(spark, table_path(str(folder / "tables"), TEXT_VECTORS))
+    shown.add("exit code and message")
+
+
+SMALL_COMMITS = """
+import sys
+from csrm.cli import run_job
+from csrm.commands import embed_catalog
+from csrm.retrieval import vectors
+vectors.TEXTS_PER_COMMIT = 200
+sys.exit(run_job(embed_catalog.main, sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def embedding(folder: Path, tiny_encoder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The job embed_catalog with many commits, in a process group of its own."""
+    titles = [("tw", f"p{number}", f"텐트 {number}", "ko") for number in range(4_000)]
+    save(folder, "catalog", titles, "market product_id title language")
+    words = embedding_arguments(folder, tiny_encoder, num_partitions=2)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_COMMITS, *words],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.fault("an embedding is killed between two of its commits")
+def test_a_killed_embedding_leaves_whole_commits_and_the_next_one_embeds_what_is_left(
+    spark: SparkSession,
+    folder: Path,
+    tiny_encoder: Path,
+    embedding: subprocess.Popen[bytes],
+    capsys: pytest.CaptureFixture[str],
+    shown: set[str],
+) -> None:
+    log = folder / "tables" / "text_vectors" / "_delta_log"
+    wait_for(lambda: len([*log.glob("*.json")]) > 3, "three commits of vectors")
+    children = psutil.Process(embedding.pid).children(recursive=True)
+    os.killpg(embedding.pid, signal.SIGKILL)
+    assert embedding.wait() == -signal.SIGKILL
+    psutil.wait_procs(children, timeout=60)
+    left = vectors_of(spark, folder)
+    assert 0 < len(left) < 4_000
+
+    assert run_job(embed_catalog.main, embedding_arguments(folder, tiny_encoder)) == 0
+    assert f"catalog: {4_000 - len(left):,} new texts embedded" in capsys.readouterr().out
+    found = vectors_of(spark, folder)
+    assert len(found) == len(found.drop_duplicates([*TEXT_VECTORS.key])) == 4_002  # two queries have a text
+    assert set(left["vector"].map(tuple)) <= set(found["vector"].map(tuple))
+    texts = [f"텐트 {number}" for number in range(4_000)]
+    by_text = found[found["kind"] == "passage"].set_index("text_sha256")["vector"]
+    stored = [by_text[hashlib.sha256(text.encode()).hexdigest()] for text in texts]
+    np.testing.assert_allclose(stored, load_encoder(tiny_encoder).embed(texts), atol=1e-5)
+    shown |= {"complete", "no duplicates", "equal scores", "bounded rework"}

@@ -14,8 +14,9 @@ from csrm.commands import maintain
 from csrm.config import load_config
 from csrm.errors import ConfigError, InputError, LeaseError
 from csrm.night.leases import hold_leases
-from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, Table
-from csrm.spark.tables import read_table, replace_rows, spark_schema, table_path, table_version
+from csrm.schemas import REJECTED_PAIRS, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, TEXT_VECTORS, Table
+from csrm.spark.commits import Transaction, append_rows
+from csrm.spark.tables import create_table, read_table, replace_rows, spark_schema, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, START, publish, record
 
 
@@ -110,6 +111,29 @@ def test_maintenance_clusters_what_changed_and_forgets_old_runs_but_those_whose_
         maintain.main(arguments)
     assert maintain.main(arguments) == 0
     assert "clustered" not in capsys.readouterr().out
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_vectors_of_many_nights_are_joined_into_few_files_and_stay_what_they_are(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables_dir = str(tmp_path)
+    record(spark, tables_dir, "first", ["kr"], "published", 0)
+    path = table_path(tables_dir, TEXT_VECTORS)
+    create_table(spark, TEXT_VECTORS, path)
+    for night in range(3):
+        rows = [("digest", kind, f"{kind}-{night}", [float(night), 0.5]) for kind in ("passage", "query")]
+        rows_df = spark.createDataFrame(rows, spark_schema(TEXT_VECTORS))
+        append_rows(rows_df, TEXT_VECTORS, path, Transaction(f"night-{night}", 0))
+    before = sorted(map(tuple, read_table(spark, TEXT_VECTORS, path).collect()))
+    assert len(before) == 6
+
+    assert maintain.main([*setting_arguments(tables=tables_dir), "--dry-run"]) == 0
+    assert "text_vectors: would remove 0 files; would join its small files" in capsys.readouterr().out
+    assert maintain.main(setting_arguments(tables=tables_dir)) == 0
+    assert "text_vectors: 6 -> 2 files, " in capsys.readouterr().out
+    assert sorted(map(tuple, read_table(spark, TEXT_VECTORS, path).collect())) == before
 
 
 @pytest.mark.spark
