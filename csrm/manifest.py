@@ -134,6 +134,23 @@ def parse_manifest(text: str, where: str, kind: str) -> Manifest:
     return manifest
 
 
+def read_manifest(folder: str | Path, kind: str) -> Manifest:
+    """The manifest of a folder, whose other files are not looked at.
+
+    Raises:
+        BundleError: no folder or manifest, or another kind or version.
+    """
+    folder = Path(folder)
+    where = f"{kind} {str(folder)!r}"
+    try:
+        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(f"{where}: {MANIFEST_NAME} cannot be read ({error.strerror}). Is the path right?") from error
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{where}: {MANIFEST_NAME} is not JSON ({error}). Make the {kind} again.") from error
+    return parse_manifest(text, where, kind)
+
+
 def load_manifest(folder: str | Path, kind: str, digest: str | None = None) -> Manifest:
     """Check every file of a folder against its manifest.
 
@@ -148,13 +165,7 @@ def load_manifest(folder: str | Path, kind: str, digest: str | None = None) -> M
     """
     folder = Path(folder)
     where = f"{kind} {str(folder)!r}"
-    try:
-        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
-    except OSError as error:
-        raise BundleError(f"{where}: {MANIFEST_NAME} cannot be read ({error.strerror}). Is the path right?") from error
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{where}: {MANIFEST_NAME} is not JSON ({error}). Make the {kind} again.") from error
-    manifest = parse_manifest(text, where, kind)
+    manifest = read_manifest(folder, kind)
     if problems := _changed_files(folder, manifest.files):
         raise BundleError(f"{where}: is not as it was made: {'; '.join(problems)}. Copy or make it again.")
     if digest and not manifest.digest.startswith(digest):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from csrm.capacity.formula import Machines
 from csrm.embedding.contents import GOLDEN_NAME, QUERIES_PER_CHUNK, GoldenTexts
-from csrm.embedding.encoder import load_encoder, read_encoder
+from csrm.embedding.encoder import open_encoder, read_encoder
 
 SIMILARITIES_PER_S = 16e6
 """Pairs of vectors of 384 numbers that one core compares in a second, measured on a machine that others used."""
@@ -95,8 +95,8 @@ def encoder_rate(folder: str) -> float:
     Raises:
         BundleError: see csrm.embedding.load_encoder.
     """
-    encoder = load_encoder(folder, threads=1)
-    golden = GoldenTexts.read(read_encoder(folder)[2] / GOLDEN_NAME)
+    settings, digest, path = read_encoder(folder)
+    encoder, golden = open_encoder(settings, digest, path, threads=1), GoldenTexts.read(path / GOLDEN_NAME)
     texts = (golden.texts * 64)[:64]
     encoder.embed(texts)
     start, num_texts = time.perf_counter(), 0

@@ -16,7 +16,7 @@ from csrm.bundle.loading import load_bundle
 from csrm.doctor.checks import Check, CheckWarning, checked, failed
 from csrm.doctor.encoder import CheckedSemantic, checks_of_encoder
 from csrm.doctor.machine import PACKAGES, checks_of_code, checks_of_scoring, installed_versions
-from csrm.embedding.encoder import read_encoder
+from csrm.embedding.encoder import encoder_digest
 from csrm.errors import ConfigError, CsrmError, InputError, ScoringError
 from csrm.night.settings import NightSettings
 from csrm.schemas import TEXT_VECTORS, Column, Table
@@ -102,7 +102,7 @@ def _looks(
     """Rows of place and Check, ordered by place."""
     device, threads = settings.device, task_threads(spark)
     digest = load_bundle(settings.bundle, settings.bundle_digest).digest
-    encoders = {search: read_encoder(search.encoder)[1] for search in searches}
+    encoders = {search: encoder_digest(search.encoder) for search in searches}
     driver = installed_versions(PACKAGES)
     profile = scoring_profile(spark, device, settings.one_task_per_gpu)
     columns = ["place", *Check._fields]
@@ -227,7 +227,7 @@ def check_text_vectors(tables: str, encoder: str) -> str:
         InputError: its columns are others.
         CheckWarning: its vectors are those of other encoders.
     """
-    digest = read_encoder(encoder)[1]
+    digest = encoder_digest(encoder)
     spark, path = doctor_session(), table_path(tables, TEXT_VECTORS)
     if not table_exists(spark, path):
         return f"none yet in {path}: the first build embeds every text"

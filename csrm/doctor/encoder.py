@@ -1,6 +1,7 @@
 """Checks of what searches by meaning: the encoder of a build, and the vectors that it has already."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pydantic import ConfigDict
 
@@ -8,8 +9,8 @@ from csrm.bundle.cache import cache_dir
 from csrm.config import Settings, TablesDir
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.doctor.machine import check_disk
-from csrm.embedding.contents import GOLDEN_NAME, GoldenTexts
-from csrm.embedding.encoder import load_encoder, read_encoder
+from csrm.embedding.contents import GOLDEN_NAME, EncoderSettings, GoldenTexts
+from csrm.embedding.encoder import encoder_digest, open_encoder, read_encoder
 from csrm.errors import ConfigError
 
 
@@ -59,22 +60,27 @@ def checks_of_encoder(
     """
     if "://" in search.encoder:
         yield checked("cache", lambda: check_disk(cache_dir(), "CSRM_CACHE_DIR"))
-    encoder = checked("encoder", check_encoder, search, digest)
-    yield encoder
-    if not encoder.exit_code:
-        yield checked("embeds", check_embeds, search, device, threads)
+    found: tuple[EncoderSettings, str, Path] | None = None
+
+    def look() -> str:
+        nonlocal found
+        found = read_encoder(search.encoder, digest)
+        return describe_encoder(*found)
+
+    yield checked("encoder", look)
+    if found is not None:
+        yield checked("embeds", check_embeds, *found, device, threads)
 
 
-def check_encoder(search: CheckedSemantic, digest: str | None = None) -> str:
-    settings, found, folder = read_encoder(search.encoder, digest)
+def describe_encoder(settings: EncoderSettings, digest: str, folder: Path) -> str:
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     about = f"{settings.model}, {settings.dimensions} dimensions"
-    return f"{found[:12]} ({about}), {size:,.1f} MB, every file whole; in {folder}"
+    return f"{digest[:12]} ({about}), {size:,.1f} MB, every file whole; in {folder}"
 
 
-def check_embeds(search: CheckedSemantic, device: str, threads: int | None) -> str:
-    encoder = load_encoder(search.encoder, device, threads=threads)
-    num_texts = len(GoldenTexts.read(read_encoder(search.encoder)[2] / GOLDEN_NAME).texts)
+def check_embeds(settings: EncoderSettings, digest: str, folder: Path, device: str, threads: int | None) -> str:
+    encoder = open_encoder(settings, digest, folder, device, threads=threads)
+    num_texts = len(GoldenTexts.read(folder / GOLDEN_NAME).texts)
     return f"{num_texts} golden texts have their vectors on {device} ({encoder.provider})"
 
 
@@ -84,7 +90,7 @@ def check_one_encoder(builds: Sequence[CheckedBuild]) -> str:
     Raises:
         CheckWarning: two encoders.
     """
-    digests = {search.encoder: read_encoder(search.encoder)[1] for build in builds if (search := build.search)}
+    digests = {search.encoder: encoder_digest(search.encoder) for build in builds if (search := build.search)}
     if len(set(digests.values())) > 1:
         listed = ", ".join(f"{digest[:12]} in {place}" for place, digest in sorted(digests.items()))
         raise CheckWarning(f"{len(set(digests.values()))} encoders: {listed}; each text is embedded by each of them")

@@ -19,7 +19,7 @@ from csrm.embedding.contents import (
     TextKind,
 )
 from csrm.errors import BundleError
-from csrm.manifest import load_manifest
+from csrm.manifest import load_manifest, read_manifest
 
 TOKENS_PER_CALL = 4_096
 """Most tokens of one forward pass, with padding."""
@@ -147,9 +147,15 @@ def load_encoder(
             version of CSRM, or a golden text has another vector here.
         DeviceError: the device is not there, or the runtime would use another one.
     """
+    return open_encoder(*read_encoder(folder, digest), device, threads=threads)
+
+
+def open_encoder(
+    settings: EncoderSettings, digest: str, path: Path, device: str = "cpu", *, threads: int | None = None
+) -> Encoder:
+    """Open an encoder whose files were read by read_encoder; else as load_encoder."""
     from csrm.scoring.runtime import open_session  # onnxruntime is needed to embed, not to read settings
 
-    settings, found_digest, path = read_encoder(folder, digest)
     where = f"encoder {str(path)!r}"
     session, provider = open_session(path / MODEL_NAME, device, threads)
     try:
@@ -157,7 +163,7 @@ def load_encoder(
     except Exception as error:  # tokenizers raises Exception itself
         raise BundleError(f"{where}: {TOKENIZER_NAME}: {error}. Export it again.") from error
     model = graph_model(session)
-    encoder = Encoder(TextTokenizer(tokenizer, settings), settings, model, digest=found_digest, provider=provider)
+    encoder = Encoder(TextTokenizer(tokenizer, settings), settings, model, digest=digest, provider=provider)
     try:
         check_golden_texts(GoldenTexts.read(path / GOLDEN_NAME), encoder)
     except BundleError as error:
@@ -196,6 +202,15 @@ def read_encoder(folder: str | Path, digest: str | None = None) -> tuple[Encoder
         return EncoderSettings.model_validate(manifest.about), manifest.digest, path
     except ValidationError as error:
         raise BundleError(f"encoder {str(path)!r}: does not describe an encoder: {error}") from error
+
+
+def encoder_digest(folder: str | Path) -> str:
+    """The digest of an encoder by its manifest alone; read_encoder also checks that the other files are those of it.
+
+    Raises:
+        BundleError: no encoder there.
+    """
+    return read_manifest(fetch_folder(folder, ENCODER_KIND), ENCODER_KIND).digest
 
 
 def check_golden_texts(golden: GoldenTexts, encoder: Encoder) -> float:

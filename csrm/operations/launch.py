@@ -51,6 +51,8 @@ def open_market(
 ) -> LaunchInputs:
     """The rows of a market; the frequency of a query that names none is its count in behaviour.
 
+    Queries of one text share its count, so that searches are counted once.
+
     Args:
         spark: the session.
         tables_dir: folder of CSRM's tables.
@@ -69,14 +71,7 @@ def open_market(
         uncovered_df = read_table(spark, UNCOVERED_PRODUCTS, uncovered_path).where(is_own)
     asked_df = with_language(inputs["queries"].df.where(is_own & ~is_blank(F.col("query"))), markets)
     if "behaviour" in inputs:
-        key = text_key_udf("query").alias("key")
-        counts_df = inputs["behaviour"].df.where(is_own).groupBy(key).agg(F.sum("count").alias("count"))
-        asked_df = (
-            asked_df.withColumn("key", text_key_udf("query"))
-            .join(counts_df, "key", "left")
-            .withColumn("frequency", F.coalesce("frequency", "count"))
-            .drop("key", "count")
-        )
+        asked_df = with_behaviour_counts(asked_df, inputs["behaviour"].df.where(is_own))
     digests = sorted(row[0] for row in scores_df.select("bundle_digest").distinct().collect())
     return LaunchInputs(
         scores_df.select("query_id", "product_id", "relevance_score"),
@@ -85,6 +80,29 @@ def open_market(
         None if uncovered_df is None else uncovered_df.select("product_id", "reason"),
         version,
         tuple(digests),
+    )
+
+
+def with_behaviour_counts(queries_df: DataFrame, behaviour_df: DataFrame) -> DataFrame:
+    """Queries with the frequency that they name, else the count of their text in behaviour.
+
+    Args:
+        queries_df: columns of `schemas.QUERIES`, of one market.
+        behaviour_df: columns of `schemas.BEHAVIOUR`, of the same market.
+
+    Returns:
+        As queries_df. Queries of one text that name no frequency share the count: one more for the first, by query_id,
+        where it does not come out even.
+    """
+    counts_df = behaviour_df.groupBy(text_key_udf("query").alias("key")).agg(F.sum("count").alias("count"))
+    same_text = Window.partitionBy("key", F.isnull("frequency"))
+    num_queries, place = F.count("*").over(same_text), F.row_number().over(same_text.orderBy("query_id"))
+    share = F.floor(F.col("count") / num_queries) + (place <= F.col("count") % num_queries).cast("long")
+    return (
+        queries_df.withColumn("key", text_key_udf("query"))
+        .join(counts_df, "key", "left")
+        .withColumn("frequency", F.coalesce("frequency", share))
+        .select(*queries_df.columns)
     )
 
 

@@ -158,7 +158,8 @@ def live_answers(translated_df: DataFrame, answers_df: DataFrame, known_df: Data
     Returns:
         origin, query_id, query, searches, translation, score, state: "good", "weak" (no good product), "not_scored"
         (no query of the market has this text, or none of its pairs a score), "untranslated" (nothing was translated,
-        or a term that stayed as it was is in no title). Of translations, one that is a query of the market is taken.
+        or a term that stayed as it was is in no title). Of translations, the first that
+        is a query of the market with a score is taken, else the first that is a query of the market, else the first.
     """
     key = ["origin", "query_id"]
     foreign_df = (
@@ -173,7 +174,14 @@ def live_answers(translated_df: DataFrame, answers_df: DataFrame, known_df: Data
         .groupBy("key")
         .agg(F.max("score").alias("score"), F.max("is_good").alias("is_good"))
     )
-    taken = F.struct(F.isnull("is_good").alias("is_new"), "place", "translation", "score", "is_good")
+    taken = F.struct(
+        F.isnull("score").alias("is_unscored"),
+        F.isnull("is_good").alias("is_new"),
+        "place",
+        "translation",
+        "score",
+        "is_good",
+    )
     said_df = (
         translated_df.select(*key, F.posexplode("texts").alias("place", "translation"))
         .withColumn("key", query_key("translation"))

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
+from csrm import manifest
 from csrm.commands.doctor import main
 from csrm.doctor.checks import Check, checked
 from csrm.doctor.cluster import check_text_vectors
@@ -64,6 +65,23 @@ def test_an_encoder_at_a_uri_needs_a_cache(tiny_encoder: Path, tmp_path: Path, m
     checks = list(checks_of_encoder(CheckedSemantic(encoder=tiny_encoder.as_uri()), "cpu", threads=1))
     assert [check.name for check in checks] == ["cache", "encoder", "embeds"]
     assert all(check.verdict != "FAILED" for check in checks)
+
+
+def test_the_files_of_an_encoder_are_read_through_once(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    builds = [write_build(tmp_path / f"{name}.yaml", encoder=str(tiny_encoder)) for name in ("a", "b")]
+    hashed: list[str] = []
+    file_digest = manifest.file_digest
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(manifest, "file_digest", count)
+    assert main(["--build", str(builds[0]), "--build", str(builds[1])]) == 0
+    assert "2 configurations name one encoder" in capsys.readouterr().out
+    assert hashed.count("model.onnx") == 1
 
 
 def test_builds_with_two_encoders_are_a_doubt(

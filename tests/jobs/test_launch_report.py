@@ -10,7 +10,8 @@ from pyspark.sql import SparkSession
 from csrm.cli import run_job, setting_arguments
 from csrm.commands.launch_report import build_parser, main
 from csrm.errors import ConfigError, InputError
-from csrm.operations.live_queries import LiveQueries, translated_queries
+from csrm.operations.launch import with_behaviour_counts
+from csrm.operations.live_queries import LiveQueries, live_answers, translated_queries
 from csrm.schemas import LAUNCH_FINDINGS, LAUNCH_QUERIES, RELEVANCE_SCORES, UNCOVERED_PRODUCTS
 from csrm.spark.tables import read_table, table_path
 from tests.operations.test_history import DIGEST, STARTED, write
@@ -217,6 +218,34 @@ def test_a_live_query_in_the_language_of_the_market_stays_as_it_is(spark: SparkS
         "h2": ["後背包"],
         "k1": [],
     }
+
+
+def test_the_first_translation_that_has_a_score_is_taken(spark: SparkSession) -> None:
+    live = [
+        ("kr", "k1", "휴대폰 케이스", 5, ["手機套", "手機殼", "手機 外殼"], ""),
+        ("kr", "k2", "덮개", 4, ["蓋子", "手機套"], ""),
+        ("kr", "k3", "뚜껑", 3, ["蓋子", "瓶蓋"], ""),
+    ]
+    translated_df = spark.createDataFrame(
+        live, "origin string, query_id string, query string, searches long, texts array<string>, rest string"
+    )
+    answers = [("手機套", None, False), ("手機殼", 0.7, True), ("手機外殼", 0.9, True)]
+    answers_df = spark.createDataFrame(answers, "query string, score float, is_good boolean")
+    rows = live_answers(translated_df, answers_df, spark.createDataFrame([], "term string")).collect()
+    assert {row["query_id"]: (row["translation"], row["state"]) for row in rows} == {
+        "k1": ("手機殼", "good"),  # the first is asked here, but has no score
+        "k2": ("手機套", "not_scored"),  # the first is not asked here
+        "k3": ("蓋子", "not_scored"),
+    }
+
+
+def test_queries_of_one_text_share_its_count_in_behaviour(spark: SparkSession) -> None:
+    queries = [("q1", "帳篷", None), ("q2", " 帳篷", None), ("q3", "帳篷", 100), ("q4", "睡袋", None), ("q5", "鞋", 7)]
+    queries_df = spark.createDataFrame(queries, "query_id string, query string, frequency long")
+    behaviour = [("帳篷", "p5", 7), ("帳篷 ", "p7", 4), ("鞋", "p1", 50)]
+    behaviour_df = spark.createDataFrame(behaviour, "query string, product_id string, count long")
+    found = {row["query_id"]: row["frequency"] for row in with_behaviour_counts(queries_df, behaviour_df).collect()}
+    assert found == {"q1": 6, "q2": 5, "q3": 100, "q4": None, "q5": 7}
 
 
 def test_live_markets_of_the_same_language_need_nothing_that_translates_them(folder: Path) -> None:
