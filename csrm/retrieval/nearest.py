@@ -1,8 +1,8 @@
 """Exact search by vectors: every product is compared with every query of its market, in blocks.
 
 A task takes some products and meets all queries of a chunk, which are broadcast. Each block is one matrix product in
-float32; what may be among the best by it is computed again in float64, one pair at a time. So a pair's similarity, and
-with it the order of pairs, does not depend on the block that it was in.
+float32; what may be among the best of a few blocks by it is computed again in float64, one pair at a time. So a pair's
+similarity, and with it the order of pairs, does not depend on the block that it was in.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,12 @@ from csrm.embedding.contents import QUERIES_PER_CHUNK
 from csrm.errors import InputError
 
 _SIMILARITIES_PER_BLOCK = 16_000_000
+_PRODUCTS_AT_ONCE = 16_384
 _PAIRS_AT_ONCE = 100_000
 _PAIRS_IN_CACHE = 512
 _SCHEMA = "market string, query_id string, product_id string, similarity double"
+_Near = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Products, queries and similarities of pairs."""
 
 
 def near_pairs(
@@ -165,8 +168,8 @@ class NearestPairs:
         # float32 sums of d products of numbers whose squares add up to 1 err by at most about d / 2^24
         self._slack = 2.0 * queries.shape[1] * 2.0**-24 + 1e-6
         self._min_similarity = min_similarity
-        self._worst = np.full(len(queries), min_similarity)
-        """Similarity that a product must have to be among a query's best so far."""
+        self._bounds = np.full(len(queries), min_similarity - self._slack, np.float32)
+        """Similarity in float32 that a product must have to be among a query's best so far."""
         self._num_products = 0
         self._pools: list[np.ndarray] = []
         """Rows of query, product, similarity, which are numbers of rows and float64."""
@@ -179,37 +182,69 @@ class NearestPairs:
         Args:
             vectors: of any length, shape (products, dimensions).
         """
-        block = max(1, _SIMILARITIES_PER_BLOCK // max(1, len(self._queries)))
-        for start in range(0, len(vectors), block):
-            units, has_length = unit_vectors(vectors[start : start + block])
-            if len(units):
-                self._add_block(units, self._num_products + start + np.flatnonzero(has_length))
+        for start in range(0, len(vectors), _PRODUCTS_AT_ONCE):
+            units, has_length = unit_vectors(vectors[start : start + _PRODUCTS_AT_ONCE])
+            self._add_units(units, self._num_products + start + np.flatnonzero(has_length))
         self._num_products += len(vectors)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places of queries, places of products in the order that they came in, and similarities; each pair once."""
         self._keep_best()
         rows = np.concatenate([*self._pools, *self._of_products, np.empty((0, 3))])
-        rows = np.unique(rows, axis=0)
-        return rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2]
+        queries, products = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
+        _, first = np.unique(queries * self._num_products + products, return_index=True)
+        return queries[first], products[first], rows[first, 2]
 
-    def _add_block(self, units: np.ndarray, places: np.ndarray) -> None:
-        similarities = units @ self._queries.T
-        if count := self._products_per_query:
-            if not self._pools and len(units) >= count:
-                of_block = np.partition(similarities, len(units) - count, axis=0)[len(units) - count]
-                self._worst = np.maximum(self._worst, of_block - self._slack / 2)
-            self._pools.append(self._exact(units, places, similarities >= (self._worst - self._slack)[None, :]))
-        if count := self._queries_per_product:
-            worst = _largest_of_rows(similarities, min(count, len(self._queries)))
-            rows = self._exact(units, places, similarities >= (worst - self._slack)[:, None])
-            self._of_products.append(_first_of_each(rows, by=1, then=0, count=count))
-        if sum(map(len, self._pools)) > 2 * max(_PAIRS_AT_ONCE, len(self._queries) * self._products_per_query):
+    def _add_units(self, units: np.ndarray, places: np.ndarray) -> None:
+        """Add what is near by float32, in blocks; then, of what is still near after all of them, by float64."""
+        block = max(1, _SIMILARITIES_PER_BLOCK // max(1, len(self._queries)))
+        most = max(_PAIRS_AT_ONCE, len(self._queries) * self._products_per_query)
+        near: _Near = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+        for start in range(0, len(units), block):
+            similarities = units[start : start + block] @ self._queries.T
+            if self._products_per_query:
+                if not self._pools and not len(near[0]):
+                    self._start_bounds(similarities)
+                products, queries = _places(similarities >= self._bounds)
+                near = (
+                    np.concatenate([near[0], products + start]),
+                    np.concatenate([near[1], queries]),
+                    np.concatenate([near[2], similarities[products, queries]]),
+                )
+                if len(near[0]) > most:
+                    near = self._still_near(*near)
+            if count := min(self._queries_per_product, len(self._queries)):
+                worst = _largest_of_rows(similarities, count)
+                products, queries = _places(similarities >= (worst - np.float32(self._slack))[:, None])
+                rows = self._exact(units, places, products + start, queries)
+                self._of_products.append(_first_of_each(rows, by=1, then=0, count=count))
+        if len(near[0]):
+            self._pools.append(self._exact(units, places, *self._still_near(*near)[:2]))
+        if sum(map(len, self._pools)) > 2 * most:
             self._keep_best()
 
-    def _exact(self, units: np.ndarray, places: np.ndarray, is_near: np.ndarray) -> np.ndarray:
-        """Rows of query, product, similarity in float64 for these pairs of a block."""
-        products, queries = np.divmod(np.flatnonzero(is_near), len(self._queries))
+    def _start_bounds(self, similarities: np.ndarray) -> None:
+        """Bounds by a first block, so that not all of its pairs are near."""
+        place = len(similarities) - self._products_per_query
+        if place >= 0:
+            of_block = np.partition(similarities, place, axis=0)[place]
+            self._bounds = np.maximum(self._bounds, of_block - np.float32(self._slack))
+
+    def _still_near(self, products: np.ndarray, queries: np.ndarray, similarities: np.ndarray) -> _Near:
+        """Those that are near beside each other too. Each bound rises to that of the query's best so far."""
+        all_queries = np.concatenate([*(rows[:, 0].astype(np.int64) for rows in self._pools), queries])
+        values = np.concatenate([*(rows[:, 2] for rows in self._pools), similarities])
+        keys = np.sort(4.0 * all_queries + (1.5 - values))  # of each query the best first, as 1.5 - values is in (0, 3)
+        counts = np.bincount(all_queries, minlength=len(self._queries))
+        full = np.flatnonzero(counts >= self._products_per_query)
+        last = (np.cumsum(counts) - counts)[full] + self._products_per_query - 1
+        bounds = (4.0 * full + 1.5 - keys[last] - self._slack).astype(np.float32)
+        self._bounds[full] = np.maximum(self._bounds[full], bounds)
+        is_near = similarities >= self._bounds[queries]
+        return products[is_near], queries[is_near], similarities[is_near]
+
+    def _exact(self, units: np.ndarray, places: np.ndarray, products: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        """Rows of query, product, similarity in float64 for pairs of these units and queries."""
         found = np.empty(len(products))
         for start in range(0, len(products), _PAIRS_IN_CACHE):
             part = slice(start, start + _PAIRS_IN_CACHE)
@@ -219,14 +254,13 @@ class NearestPairs:
         return rows[rows[:, 2] >= self._min_similarity]
 
     def _keep_best(self) -> None:
-        if not self._pools:
-            return
-        best = _first_of_each(np.concatenate(self._pools), by=0, then=1, count=self._products_per_query)
-        self._pools = [best]
-        numbers, counts = np.unique(best[:, 0].astype(np.int64), return_counts=True)
-        ends = np.cumsum(counts) - 1  # the last row of a query is its worst
-        is_full = counts == self._products_per_query
-        self._worst[numbers[is_full]] = np.maximum(self._worst[numbers[is_full]], best[ends[is_full], 2])
+        if self._pools:
+            self._pools = [_first_of_each(np.concatenate(self._pools), by=0, then=1, count=self._products_per_query)]
+
+
+def _places(is_near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of what is true; np.nonzero gives the same in more time."""
+    return np.divmod(np.flatnonzero(is_near), is_near.shape[1])
 
 
 def _largest_of_rows(values: np.ndarray, place: int) -> np.ndarray:

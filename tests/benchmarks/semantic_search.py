@@ -4,15 +4,20 @@
     python tests/benchmarks/semantic_search.py --spark --products 1000000
 
 Random vectors in 100 groups, so that some products are much nearer than others. `matmul` is numpy's product of the same
-blocks and nothing else. Peak memory is that of the process beside the products themselves, which Spark streams.
+blocks and nothing else, in one process of as many threads as numpy takes: set OMP_NUM_THREADS=1 where --spark is not
+given. Peak memory is that of the process, which holds the products; with --spark, that of the largest Python worker,
+which streams them.
 """
 
 import argparse
 import resource
+import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
+import psutil
 
 from csrm.retrieval import nearest
 from csrm.retrieval.nearest import NearestPairs, near_pairs, unit_vectors
@@ -36,6 +41,7 @@ def main() -> None:
         for size in (args.products, args.queries)
     )
     ways = (args.products_per_query, args.queries_per_product)
+    largest_worker = LargestWorker()
     seconds, num_pairs = in_spark(products, queries, *ways) if args.spark else in_numpy(products, queries, *ways)
     bare = matmul_seconds(products, queries)
     compared = args.products * args.queries
@@ -44,6 +50,26 @@ def main() -> None:
     print(f"share of the matmul's rate {bare / seconds:.2f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory {peak:,.0f} MB, of which the vectors {(products.nbytes + queries.nbytes) / 1e6:,.0f} MB")
+    if args.spark:
+        print(f"peak memory of a Python worker {largest_worker.peak / 1e6:,.0f} MB")
+
+
+class LargestWorker(threading.Thread):
+    """Looks twice a second at the Python workers that this process has started."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        """Resident bytes of the largest one, ever."""
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "pyspark.daemon" in " ".join(process.cmdline()):
+                        self.peak = max(self.peak, process.memory_info().rss)
+            time.sleep(0.5)
 
 
 def in_numpy(products: np.ndarray, queries: np.ndarray, of_query: int, of_product: int) -> tuple[float, int]:

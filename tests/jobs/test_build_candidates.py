@@ -108,6 +108,32 @@ def test_products_in_another_language_are_found_by_translations(
     assert lines[8:10] == [["tw", "ko", "2", "0", "1", "0", "0", "1"], ["tw", "zh-tw", "1", "1", "0", "0", "0", "0"]]
 
 
+def test_the_language_of_products_may_have_another_name_or_be_left_out(
+    spark: SparkSession, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "listings.parquet"
+    names = ("shop", "sku", "name", "listing_language")
+    spark.read.parquet(f"{inputs}/catalog.parquet").toDF(*names).coalesce(1).write.parquet(str(path))
+    translated = f"inputs.parallel_text={{path: {inputs}/parallel_text.parquet, format: parquet}}"
+
+    def found(language: str) -> list[list[str]]:
+        columns = f"{{market: shop, product_id: sku, title: name, language: {language}}}"
+        catalog = f"inputs.catalog={{path: {path}, format: parquet, columns: {columns}}}"
+        assert main(arguments(inputs, tmp_path, catalog, translated, "inputs.candidates=null")) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        header = next(number for number, line in enumerate(lines) if line[:2] == ["market", "language"])
+        return [line for line in lines[header + 1 :] if line[0] == "tw"]
+
+    assert found("listing_language") == [
+        ["tw", "ko", "2", "0", "1", "0", "0", "1"],
+        ["tw", "zh-tw", "1", "1", "0", "0", "0", "0"],
+    ]
+    assert ("tw", "q1", "p2", "translated") in rows(spark, CANDIDATES, tmp_path)
+    # without the column, each product is in its market's language, so that nothing needs a translation
+    assert found("null") == [["tw", "zh-tw", "3", "1", "0", "0", "0", "2"]]
+    assert ("tw", "p2", "no_shared_term") in rows(spark, UNCOVERED_PRODUCTS, tmp_path)
+
+
 def test_without_queries_per_product_the_rest_is_not_among_the_best(
     spark: SparkSession, inputs: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def brute_force(queries: np.ndarray, products: np.ndarray, count: int) -> list[l
 @pytest.mark.parametrize("block", [7, 64, 100_000])
 def test_the_best_are_those_of_brute_force_whatever_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest, "_SIMILARITIES_PER_BLOCK", 40 * block)
+    monkeypatch.setattr(nearest, "_PRODUCTS_AT_ONCE", 50)
     monkeypatch.setattr(nearest, "_PAIRS_AT_ONCE", 160)
     rng = np.random.default_rng(0)
     queries, distinct = rng.normal(size=(40, 16)), rng.normal(size=(150, 16))
