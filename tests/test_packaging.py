@@ -50,6 +50,8 @@ FOREIGN = {
     **dict.fromkeys(["training", "export"], SPARK),
     "commands": TORCH,
 }
+# A module that may import what its room may not, inside a function: it does without where that is not installed.
+OPTIONAL = {"csrm.retrieval.blocks": {"torch"}}
 PRODUCT = sorted((ROOT / "csrm").rglob("*.py"))
 
 
@@ -122,7 +124,7 @@ def test_a_module_imports_what_the_law_lets_it(path: Path) -> None:
     imported = imports_of(path)
     foreign = {name.partition(".")[0] for name in imported}
     assert not foreign & {"jobs", "tests"}
-    assert not foreign & FOREIGN[room]
+    assert not foreign & FOREIGN[room] - OPTIONAL.get(module_of(path), set())
     rooms = {room_of(name) for name in imported if name.partition(".")[0] == "csrm"} - {room, "ground"}
     allowed = LAW.get(room, [])
     assert allowed is None or rooms <= set(allowed)

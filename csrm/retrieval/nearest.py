@@ -17,6 +17,8 @@ from pyspark.sql import functions as F
 
 from csrm.embedding.contents import QUERIES_PER_CHUNK
 from csrm.errors import InputError
+from csrm.retrieval.blocks import Blocks, NumpyBlocks, blocks_on
+from csrm.spark.workers import task_device
 
 _SIMILARITIES_PER_BLOCK = 16_000_000
 _PRODUCTS_AT_ONCE = 16_384
@@ -36,6 +38,7 @@ def near_pairs(
     min_similarity: float = -1.0,
     num_partitions: int | None = None,
     queries_per_chunk: int = QUERIES_PER_CHUNK,
+    device: str = "cpu",
 ) -> DataFrame:
     """Cosines of the nearest pairs: all that are among a query's best products or a product's best queries.
 
@@ -51,6 +54,7 @@ def near_pairs(
         num_partitions: tasks over the products; None: Spark's default parallelism. Each gives the best of its own, so
             that many tasks make many rows.
         queries_per_chunk: queries that are broadcast at once.
+        device: cpu; or cuda, where tasks compare on a GPU if their machine has torch and one, else on the CPU.
 
     Returns:
         market, query_id, product_id, similarity (double, in [min_similarity, 1]); each pair once. The same whatever
@@ -88,7 +92,8 @@ def near_pairs(
 
             def search(batches: Iterator[pa.RecordBatch], shared: object = shared) -> Iterator[pa.RecordBatch]:
                 known: dict[str, Vectors] = shared.value  # type: ignore[attr-defined]
-                yield from search_batches(batches, known, products_per_query, queries_per_product, min_similarity)
+                ways = (products_per_query, queries_per_product, min_similarity)
+                yield from search_batches(batches, known, *ways, device=task_device(device))
 
             parts.append(products_df.mapInArrow(search, _SCHEMA))
     return reduce(DataFrame.unionByName, parts) if parts else spark.createDataFrame([], _SCHEMA)
@@ -120,6 +125,8 @@ def search_batches(
     products_per_query: int,
     queries_per_product: int,
     min_similarity: float,
+    *,
+    device: str = "cpu",
 ) -> Iterator[pa.RecordBatch]:
     """Nearest pairs of one task's products; tested without Spark.
 
@@ -129,6 +136,7 @@ def search_batches(
         products_per_query: best products of a query among these.
         queries_per_product: best queries of a product among these.
         min_similarity: smallest cosine.
+        device: see blocks.blocks_on.
     """
     market, nearest, ids = "", None, list[str]()
     for batch in batches:
@@ -142,7 +150,9 @@ def search_batches(
                 if nearest is not None:
                     yield from _rows(market, queries[market].ids, ids, nearest)
                 market, ids = names[start], []
-                nearest = NearestPairs(queries[market].matrix, products_per_query, queries_per_product, min_similarity)
+                matrix = queries[market].matrix
+                ways = (products_per_query, queries_per_product, min_similarity)
+                nearest = NearestPairs(matrix, *ways, blocks=blocks_on(device, matrix))
             ids += batch.column(1).slice(start, end - start).to_pylist()
             nearest.add(_matrix(vectors.slice(start, end - start)))
     if nearest is not None:
@@ -153,7 +163,13 @@ class NearestPairs:
     """The nearest pairs of products, which come in blocks in the order of their ids, and queries, which are known."""
 
     def __init__(
-        self, queries: np.ndarray, products_per_query: int, queries_per_product: int, min_similarity: float = -1.0
+        self,
+        queries: np.ndarray,
+        products_per_query: int,
+        queries_per_product: int,
+        min_similarity: float = -1.0,
+        *,
+        blocks: Blocks | None = None,
     ) -> None:
         """Start without products.
 
@@ -162,8 +178,9 @@ class NearestPairs:
             products_per_query: best products of a query, >= 0.
             queries_per_product: best queries of a product, >= 0.
             min_similarity: smallest cosine.
+            blocks: what compares products with these queries; None: numpy.
         """
-        self._queries = queries
+        self._queries, self._blocks = queries, blocks or NumpyBlocks(queries)
         self._products_per_query, self._queries_per_product = products_per_query, queries_per_product
         # float32 sums of d products of numbers whose squares add up to 1 err by at most about d / 2^24
         self._slack = 2.0 * queries.shape[1] * 2.0**-24 + 1e-6
@@ -201,34 +218,29 @@ class NearestPairs:
         most = max(_PAIRS_AT_ONCE, len(self._queries) * self._products_per_query)
         near: _Near = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
         for start in range(0, len(units), block):
-            similarities = units[start : start + block] @ self._queries.T
-            if self._products_per_query:
-                if not self._pools and not len(near[0]):
-                    self._start_bounds(similarities)
-                products, queries = _places(similarities >= self._bounds)
+            part = units[start : start + block]
+            similarities = self._blocks.compare(part)
+            if count := self._products_per_query:
+                if not self._pools and not len(near[0]) and len(part) >= count:  # else all of the first block are near
+                    first = self._blocks.largest_of_queries(similarities, count) - np.float32(self._slack)
+                    self._bounds = np.maximum(self._bounds, first)
+                products, queries, values = self._blocks.near(similarities, self._bounds)
                 near = (
                     np.concatenate([near[0], products + start]),
                     np.concatenate([near[1], queries]),
-                    np.concatenate([near[2], similarities[products, queries]]),
+                    np.concatenate([near[2], values]),
                 )
                 if len(near[0]) > most:
                     near = self._still_near(*near)
             if count := min(self._queries_per_product, len(self._queries)):
-                worst = _largest_of_rows(similarities, count)
-                products, queries = _places(similarities >= (worst - np.float32(self._slack))[:, None])
+                worst = self._blocks.largest_of_products(similarities, count) - np.float32(self._slack)
+                products, queries, _ = self._blocks.near(similarities, worst[:, None])
                 rows = self._exact(units, places, products + start, queries)
                 self._of_products.append(_first_of_each(rows, by=1, then=0, count=count))
         if len(near[0]):
             self._pools.append(self._exact(units, places, *self._still_near(*near)[:2]))
         if sum(map(len, self._pools)) > 2 * most:
             self._keep_best()
-
-    def _start_bounds(self, similarities: np.ndarray) -> None:
-        """Bounds by a first block, so that not all of its pairs are near."""
-        place = len(similarities) - self._products_per_query
-        if place >= 0:
-            of_block = np.partition(similarities, place, axis=0)[place]
-            self._bounds = np.maximum(self._bounds, of_block - np.float32(self._slack))
 
     def _still_near(self, products: np.ndarray, queries: np.ndarray, similarities: np.ndarray) -> _Near:
         """Those that are near beside each other too. Each bound rises to that of the query's best so far."""
@@ -256,24 +268,6 @@ class NearestPairs:
     def _keep_best(self) -> None:
         if self._pools:
             self._pools = [_first_of_each(np.concatenate(self._pools), by=0, then=1, count=self._products_per_query)]
-
-
-def _places(is_near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of what is true; np.nonzero gives the same in more time."""
-    return np.divmod(np.flatnonzero(is_near), is_near.shape[1])
-
-
-def _largest_of_rows(values: np.ndarray, place: int) -> np.ndarray:
-    """The largest value of each row, the second largest, ...: as many passes as the place says, from 1."""
-    rows, taken = np.arange(len(values)), []
-    for _ in range(place):
-        columns = values.argmax(axis=1)
-        found = values[rows, columns]
-        values[rows, columns] = -np.inf
-        taken.append((columns, found))
-    for columns, found_before in taken:
-        values[rows, columns] = found_before
-    return found
 
 
 def _first_of_each(rows: np.ndarray, *, by: int, then: int, count: int) -> np.ndarray:

@@ -23,7 +23,8 @@ class SemanticSettings(Settings):
     min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """Smallest cosine at which a product counts as near; what is usual depends on the encoder."""
     device: str = "cpu"
-    """Device that embeds: cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
+    """Device that embeds: cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>. With
+    cuda, tasks also compare vectors on the GPU where their Python has torch."""
 
 
 def semantic_scores(
@@ -71,4 +72,5 @@ def semantic_scores(
         products_per_query=settings.k,
         queries_per_product=queries_per_product,
         min_similarity=settings.min_similarity,
+        device=settings.device,
     )

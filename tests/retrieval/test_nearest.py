@@ -3,11 +3,13 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.errors import InputError
 from csrm.retrieval import nearest
+from csrm.retrieval.blocks import NumpyBlocks, TorchBlocks, blocks_on
 from csrm.retrieval.candidates import best_pairs
 from csrm.retrieval.nearest import NearestPairs, Vectors, near_pairs, search_batches, unit_vectors
 
@@ -33,15 +35,20 @@ def brute_force(queries: np.ndarray, products: np.ndarray, count: int) -> list[l
     return [sorted(range(len(b)), key=lambda place: (-row[place], place))[:count] for row in similarities]
 
 
+@pytest.mark.parametrize("has_torch", [False, True], ids=["numpy", "torch"])
 @pytest.mark.parametrize("block", [7, 64, 100_000])
-def test_the_best_are_those_of_brute_force_whatever_the_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_are_those_of_brute_force_whatever_the_blocks(
+    block: int, has_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nearest, "_SIMILARITIES_PER_BLOCK", 40 * block)
     monkeypatch.setattr(nearest, "_PRODUCTS_AT_ONCE", 50)
     monkeypatch.setattr(nearest, "_PAIRS_AT_ONCE", 160)
     rng = np.random.default_rng(0)
     queries, distinct = rng.normal(size=(40, 16)), rng.normal(size=(150, 16))
     products = distinct[rng.integers(len(distinct), size=400)] * rng.uniform(0.5, 2, size=(400, 1))  # many are alike
-    found = NearestPairs(unit_vectors(queries)[0], products_per_query=9, queries_per_product=2)
+    units, _ = unit_vectors(queries)
+    blocks = TorchBlocks(units, "cpu") if has_torch else NumpyBlocks(units)
+    found = NearestPairs(units, products_per_query=9, queries_per_product=2, blocks=blocks)
     for start in range(0, 400, 90):
         found.add(products[start : start + 90])
     query, product, similarity = found.pairs()
@@ -58,6 +65,28 @@ def test_the_best_are_those_of_brute_force_whatever_the_blocks(block: int, monke
     order = np.lexsort((query, -similarity, product))
     of_products = [[int(query[row]) for row in order if product[row] == number][:2] for number in range(400)]
     assert of_products == brute_force(products, queries, 2)
+
+
+def test_torch_finds_the_very_pairs_that_numpy_finds_also_where_titles_are_alike() -> None:
+    rng = np.random.default_rng(3)
+    queries, _ = unit_vectors(rng.normal(size=(70, 24)))
+    products = rng.normal(size=(300, 24))[rng.integers(300, size=2_000)]  # each of these some seven times
+    found = []
+    for blocks in (NumpyBlocks(queries), TorchBlocks(queries, "cpu")):
+        nearest_pairs = NearestPairs(queries, 5, 3, 0.1, blocks=blocks)
+        for start in range(0, 2_000, 450):
+            nearest_pairs.add(products[start : start + 450])
+        found.append(nearest_pairs.pairs())
+    for of_numpy, of_torch in zip(*found, strict=True):
+        np.testing.assert_array_equal(of_numpy, of_torch)
+    assert len(found[0][0]) > 70 * 5
+
+
+def test_a_device_without_torch_or_gpu_is_the_cpu() -> None:
+    queries = np.eye(2, dtype=np.float32)
+    assert isinstance(blocks_on("cpu", queries), NumpyBlocks)
+    expected = TorchBlocks if torch.cuda.is_available() else NumpyBlocks
+    assert isinstance(blocks_on("cuda:0", queries), expected)
 
 
 def test_equal_products_go_to_the_smaller_id_and_markets_are_apart() -> None:
