@@ -5,18 +5,18 @@
 
 Random vectors in 100 groups, so that some products are much nearer than others. `matmul` is numpy's product of the same
 blocks and nothing else. Both are in seconds of processor time, which a busy machine does not make longer: of this
-process, or with --spark of the Python workers. Peak memory is that of the process, which holds the products; with
---spark, that of the largest Python worker, which streams them.
+process, or with --spark of the Python workers. The first 100,000 products count for all in the bare product. Products
+come in blocks of 10,000. Peak memory is that of the process, with --spark that of the largest Python worker.
 """
 
 import argparse
 import resource
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
-import pandas as pd
 import psutil
 
 from csrm.retrieval import nearest
@@ -36,26 +36,33 @@ def main() -> None:
     parser.add_argument("--queries-per-product", type=int, default=2)
     parser.add_argument("--spark", action="store_true", help="in Spark, as jobs do")
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(100, args.dimensions)).astype(np.float32)
-    products, queries = (
-        centres[rng.integers(100, size=size)] + rng.normal(size=(size, args.dimensions)).astype(np.float32)
-        for size in (args.products, args.queries)
-    )
+    (queries,) = random_vectors(args.queries, args.dimensions, seed=0, at_once=args.queries)
     ways = (args.products_per_query, args.queries_per_product)
+    blocks = random_vectors(args.products, args.dimensions, seed=1)
     workers = PythonWorkers()
-    seconds, num_pairs = in_spark(products, queries, *ways) if args.spark else in_numpy(products, queries, *ways)
+    seconds, num_pairs = in_spark(blocks, queries, *ways) if args.spark else in_numpy(blocks, queries, *ways)
     wall_s = time.perf_counter() - workers.started
-    compared = args.products * args.queries
     print(f"{args.products:,} products, {args.queries:,} queries, {args.dimensions} dimensions: {num_pairs:,} pairs")
     seconds = workers.cpu_seconds() if args.spark else seconds
-    bare = matmul_seconds(products[:BARE_PRODUCTS], queries) * len(products) / len(products[:BARE_PRODUCTS])
+    num_bare = min(args.products, BARE_PRODUCTS)
+    (products,) = random_vectors(num_bare, args.dimensions, seed=1, at_once=num_bare)
+    bare = matmul_seconds(products, queries) * args.products / num_bare
+    compared = args.products * args.queries
     print(f"search {seconds:.1f} s, {compared / seconds / 1e6:,.0f} M comparisons/s; matmul alone {bare:.1f} s")
     print(f"share of the matmul's rate {bare / seconds:.2f}; {wall_s:.0f} s passed in all")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:,.0f} MB, of which the vectors {(products.nbytes + queries.nbytes) / 1e6:,.0f} MB")
     if args.spark:
         print(f"peak memory of a Python worker {workers.peak / 1e6:,.0f} MB")
+    else:
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+
+
+def random_vectors(size: int, dimensions: int, *, seed: int, at_once: int = 10_000) -> Iterator[np.ndarray]:
+    """Vectors in 100 groups, so many at once; the groups are the same for every seed."""
+    centres = np.random.default_rng(2).normal(size=(100, dimensions)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    for first in range(0, size, at_once):
+        count = min(at_once, size - first)
+        yield centres[rng.integers(100, size=count)] + rng.normal(size=(count, dimensions)).astype(np.float32)
 
 
 class PythonWorkers(threading.Thread):
@@ -84,17 +91,19 @@ class PythonWorkers(threading.Thread):
             time.sleep(0.5)
 
 
-def in_numpy(products: np.ndarray, queries: np.ndarray, of_query: int, of_product: int) -> tuple[float, int]:
+def in_numpy(blocks: Iterator[np.ndarray], queries: np.ndarray, of_query: int, of_product: int) -> tuple[float, int]:
     """Seconds and pairs of one task's part of the search."""
+    found, seconds = NearestPairs(unit_vectors(queries)[0], of_query, of_product), 0.0
+    for products in blocks:
+        start = time.process_time()
+        found.add(products)
+        seconds += time.process_time() - start
     start = time.process_time()
-    found = NearestPairs(unit_vectors(queries)[0], of_query, of_product)
-    for first in range(0, len(products), 10_000):
-        found.add(products[first : first + 10_000])
     num_pairs = len(found.pairs()[0])
-    return time.process_time() - start, num_pairs
+    return seconds + time.process_time() - start, num_pairs
 
 
-def in_spark(products: np.ndarray, queries: np.ndarray, of_query: int, of_product: int) -> tuple[float, int]:
+def in_spark(blocks: Iterator[np.ndarray], queries: np.ndarray, of_query: int, of_product: int) -> tuple[float, int]:
     """Seconds and pairs of the whole search, from Parquet files."""
     import tempfile
 
@@ -103,14 +112,21 @@ def in_spark(products: np.ndarray, queries: np.ndarray, of_query: int, of_produc
 
     from csrm.spark.session import build_session
 
+    schema = {
+        name: pa.schema({"market": pa.string(), name: pa.string(), "vector": pa.list_(pa.float32())})
+        for name in ("product_id", "query_id")
+    }
     spark = build_session("csrm-semantic-search")
     with tempfile.TemporaryDirectory(prefix="csrm-vectors-") as folder:
-        for name, vectors in (("product_id", products), ("query_id", queries)):
-            flat = pa.array(vectors.ravel())
-            lists = pa.ListArray.from_arrays(pa.array(np.arange(len(vectors) + 1) * vectors.shape[1], pa.int32()), flat)
-            ids = pd.Series(np.arange(len(vectors))).map("{:08d}".format)
-            table = pa.table({"market": pa.array([MARKET] * len(ids)), name: pa.array(ids), "vector": lists})
-            pq.write_table(table, f"{folder}/{name}.parquet", row_group_size=10_000)
+        for name, parts in (("product_id", blocks), ("query_id", iter([queries]))):
+            with pq.ParquetWriter(f"{folder}/{name}.parquet", schema[name]) as writer:
+                first = 0
+                for vectors in parts:
+                    offsets = pa.array(np.arange(len(vectors) + 1) * vectors.shape[1], pa.int32())
+                    lists = pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
+                    ids = pa.array([f"{number:08d}" for number in range(first, first + len(vectors))])
+                    writer.write_table(pa.table([pa.array([MARKET] * len(ids)), ids, lists], schema[name]))
+                    first += len(vectors)
         start = time.perf_counter()
         pairs_df = near_pairs(
             spark.read.parquet(f"{folder}/product_id.parquet"),

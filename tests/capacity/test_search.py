@@ -22,7 +22,7 @@ def test_a_search_worked_by_hand() -> None:
     plan = SearchPlan(192, 500.0, Machines(slots=4, cores=100), share_new=0.1, num_markets=2, queries_per_product=3)
     needs = plan.needs(2_000_000, 100_000)
     assert needs.embed_s == pytest.approx(0.1 * 2_100_000 / 500 / 4)
-    assert needs.search_s == pytest.approx(2 * (1_000_000 * 50_000) / (32e6 * 100))
+    assert needs.search_s == pytest.approx(2 * (1_000_000 * 50_000) / (100e6 * 100))
     assert needs.num_chunks == 2
     assert needs.broadcast_bytes == 50_000 * 192 * 4
     assert needs.read_bytes == (2 * 2_000_000 + 100_000) * 192 * 4
@@ -50,8 +50,8 @@ def test_the_command_shows_the_search_beside_larger_ones(
     lines = {line[:24].strip(): line[24:].split() for line in shown.partition("Search by meaning")[2].splitlines()}
     # 1.1e7 texts; 1e13 pairs of 32 numbers, which go 12 times as fast as those of 384
     assert lines["hours, embedding"] == ["0.031", "0.003", "0.031"]
-    assert lines["hours, search"] == ["0.145", "0.001", "0.145"]
-    assert lines["core-hours, search"][0] == "14.5"
+    assert lines["hours, search"] == ["0.046", "0.000", "0.046"]
+    assert lines["core-hours, search"][0] == "4.63"
     assert lines["broadcast at once"][:2] == ["6.4", "MB"]
 
 
