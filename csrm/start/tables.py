@@ -116,8 +116,7 @@ def open_found(path: str, name: str) -> FoundTable:
     try:
         files = _files(place)
         if any("_delta_log" in PurePosixPath(file).parts for file in files):
-            table = import_eval("deltalake").DeltaTable(place)
-            return FoundTable(path, "delta", table.to_pyarrow_dataset())
+            return FoundTable(path, "delta", _delta_dataset(place, f"{name} {path!r}"))
         endings = sorted({_ending(file) for file in files})
         kinds = {_KINDS[ending] for ending in endings if ending in _KINDS}
         if len(kinds) != 1:
@@ -143,6 +142,22 @@ _KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", 
 
 def _ending(file: str) -> str:
     return PurePosixPath(file.removesuffix(".gz").lower()).suffix
+
+
+def _delta_dataset(path: str, where: str) -> Any:
+    """pyarrow's dataset of a Delta table.
+
+    Raises:
+        InputError: it is damaged, or has features that deltalake does not support.
+    """
+    delta_table, delta_error = import_eval("deltalake").DeltaTable, import_eval("deltalake.exceptions").DeltaError
+    try:
+        return delta_table(path).to_pyarrow_dataset()
+    except delta_error as error:
+        raise InputError(
+            f"{where}: cannot be read as Delta: {error}. Where it names features that deltalake does not support, such "
+            "as deletion vectors or column mapping, write the table as Parquet with Spark and name that."
+        ) from error
 
 
 def _files(path: str) -> list[str]:

@@ -64,3 +64,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, files: dict[str, str], mes
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"catalog '.*nowhere': cannot be read: there is no such file or folder"):
         open_found(str(tmp_path / "nowhere"), "catalog")
+
+
+def test_a_delta_table_of_other_features_or_a_damaged_one_is_named(tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path / "delta"), ROWS)
+    features = '"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]'
+    log = tmp_path / "delta" / "_delta_log"
+    (log / "00000000000000000001.json").write_text(
+        f'{{"protocol": {{"minReaderVersion": 3, "minWriterVersion": 7, {features}}}}}\n'
+    )
+    with pytest.raises(InputError, match=r"catalog '.*': cannot be read as Delta: .* write the table as Parquet"):
+        open_found(str(tmp_path / "delta"), "catalog")
+    (log / "00000000000000000000.json").write_text("x")
+    with pytest.raises(InputError, match=r"catalog '.*': cannot be read as Delta: "):
+        open_found(str(tmp_path / "delta"), "catalog")
