@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words += ["--run-id", run_id] if step.names_run else []
         words += ["--data-date", data_date] if step.command == "score-catalog" else []
         print(f"[{number}/{len(steps)}] csrm {' '.join(words)}", flush=True)
-        exit_code = _run(words) or exit_code
+        ended = _run(words)
+        exit_code = exit_code or ended
     if exit_code:
         print(f"run {run_id}: the night ended with exit code {exit_code}; docs/runbook.md says what to do", flush=True)
     else:

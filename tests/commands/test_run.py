@@ -32,6 +32,22 @@ def test_a_folder_without_the_files_of_the_jobs_is_refused(tmp_path: Path, capsy
     assert "it lacks build_retrieval_table.yaml, build_candidates.yaml, score_catalog.yaml, maintain.yaml." in message
 
 
+def test_a_rejected_night_ends_as_rejected_also_where_its_report_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in run.NIGHT:
+        (tmp_path / step.file).touch()
+    started = []
+
+    def ended(words: list[str]) -> int:
+        started.append(words[0])
+        return {"score-catalog": 3, "report": 2}.get(words[0], 0)
+
+    monkeypatch.setattr(run, "_run", ended)
+    assert run.main(["night", "--config", str(tmp_path)]) == 3
+    assert started == ["embed-catalog", "build-retrieval-table", "build-candidates", "score-catalog", "report"]
+
+
 @pytest.mark.long
 @pytest.mark.spark
 @pytest.mark.timeout(1800)
