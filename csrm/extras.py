@@ -16,5 +16,6 @@ def import_eval(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependencyError(
-            f"the package of {module!r} is not installed, which evaluation and reports need: pip install 'csrm[eval]'."
+            f"the package of {module!r} is not installed, which evaluation, reports and Delta without Spark need: "
+            "pip install 'csrm[eval]'."
         ) from error
