@@ -37,7 +37,7 @@ def test_a_rejected_night_ends_as_rejected_also_where_its_report_fails(
 ) -> None:
     for step in run.NIGHT:
         (tmp_path / step.file).touch()
-    started = []
+    started: list[str] = []
 
     def ended(words: list[str]) -> int:
         started.append(words[0])
