@@ -128,6 +128,13 @@ def _notes(
         notes.append(
             f"markets without queries: {', '.join(silent)}. No job can score them; take them out of market.yaml."
         )
+    for name in ("queries", "judgments"):
+        unknown = sorted(set(named[name].counts("market")) - set(languages)) if name in named else []
+        if unknown:
+            notes.append(
+                f"{name} of markets that the catalog lacks: {', '.join(unknown)}. No job reads them; the catalog has "
+                f"{', '.join(sorted(languages))}."
+            )
     if recipe.judged and "dev" not in splits:
         notes.append(
             "judgments have no rows of split dev, so nothing measures the model while it is made. Add a column split, "

@@ -203,3 +203,11 @@ def test_notes_name_what_a_person_should_mend(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "note: markets without queries: tw." in printed
     assert "note: judgments have no rows of split dev" in printed
+
+
+def test_a_note_names_judgments_of_markets_that_are_called_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged = TABLES["judgments"] | {"locale": ["KR", "KR"]}
+    assert run_job(init.main, init_words(tmp_path, "catalog", "queries", "judgments", judgments=judged)) == 0
+    assert "note: judgments of markets that the catalog lacks: KR. No job reads them" in capsys.readouterr().out
