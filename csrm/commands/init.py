@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given:
         _init_market(args, given)
         return 0
+    if args.column or args.language or args.grades or args.base_model or args.bundle or args.tables:
+        raise ConfigError("csrm init: expected --catalog and --queries beside other options, which say more of them.")
     copy_configuration(shipped_configuration(), folder)
     print(f"wrote {folder}: the settings of each command, deploy/ for clusters, {_DEMO_BUNDLE}/ to try them with\n")
     if folder == DEFAULT_FOLDER:
@@ -91,6 +93,8 @@ def _init_market(args: argparse.Namespace, paths: Mapping[str, str]) -> None:
         table, _, column = name.partition(".")
         columns.setdefault(table, {})[column] = there
     given = Given(paths, columns, _pairs("--language", args.language, "tw=zh-TW"), _gains(args.grades))
+    if given.gains and "judgments" not in paths:
+        raise ConfigError("--grades: expected --judgments PATH beside it, whose grades it explains.")
     proposal = propose(given)
     files = configuration(
         proposal,
@@ -136,9 +140,13 @@ def _require_empty(folder: Path) -> None:
     """Nothing is ever overwritten.
 
     Raises:
-        ConfigError: the folder holds something already.
+        ConfigError: the folder holds something already, or is a file.
     """
-    if folder.exists() and (held := sorted(path.name for path in folder.iterdir())):
+    try:
+        held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise ConfigError(f"csrm init: {str(folder)!r} cannot be written: {error}. Name another folder.") from error
+    if held:
         raise ConfigError(
             f"csrm init: expected a new or empty folder, got {str(folder)!r} with {', '.join(held[:3])}"
             f"{', ...' if len(held) > 3 else ''}. Name another folder: nothing is ever overwritten."

@@ -185,12 +185,16 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_written(
         ),
         (["mine", "--catalog", "c", "--queries", "q", "--grades", "a=b"], "--grades 'a=b': expected numbers"),
         (["mine", "--catalog", "nowhere", "--queries", "q"], "catalog 'nowhere': cannot be read"),
+        (["mine", "--catalog", "c", "--queries", "q", "--grades", "a=1"], "--grades: expected --judgments PATH"),
+        (["mine", "--language", "tw=zh-TW"], "expected --catalog and --queries beside other options"),
+        (["taken", "--catalog", "c", "--queries", "q"], "'taken' cannot be written: .*Not a directory"),
     ],
 )
 def test_arguments_that_say_nothing_are_refused(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
     with pytest.raises(CsrmError, match=message):
         init.main(words)
 
