@@ -82,12 +82,13 @@ class NumpyBlocks:
 
 
 class TorchBlocks:
-    """On a device of torch, with float32 products in full: torch's default, which is not TF32."""
+    """On a device of torch, with float32 products in full, whatever the machine's default: TF32 would lose pairs."""
 
     def __init__(self, queries: np.ndarray, device: str) -> None:
         import torch
 
         self._torch, self._device = torch, device
+        torch.set_float32_matmul_precision("highest")
         self._queries = self._moved(queries).T
 
     def compare(self, units: np.ndarray) -> Any:

@@ -82,6 +82,15 @@ def test_torch_finds_the_very_pairs_that_numpy_finds_also_where_titles_are_alike
     assert len(found[0][0]) > 70 * 5
 
 
+def test_torch_multiplies_in_float32_where_the_machine_says_tf32() -> None:
+    """Some container images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which makes this the default."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    TorchBlocks(np.eye(2, dtype=np.float32), "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
+
+
 def test_a_device_without_torch_or_gpu_is_the_cpu() -> None:
     queries = np.eye(2, dtype=np.float32)
     assert isinstance(blocks_on("cpu", queries), NumpyBlocks)
