@@ -128,6 +128,14 @@ def test_bf16_without_instructions_is_refused_and_auto_takes_fp32(monkeypatch: p
     assert (known_precision("auto"), known_precision("bf16")) == ("bf16", "bf16")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the processor")
+def test_a_torch_that_was_built_without_onednn_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for some processors other than x86; it has no operator to ask."""
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    assert known_precision("auto") == "fp32"
+
+
 def test_the_time_that_is_left_follows_the_pace_of_the_last_entries(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,7 +29,8 @@ def known_precision(precision: Literal["auto", "fp32", "bf16"]) -> TrainingPreci
     if torch.cuda.is_available():
         device, has_bf16 = "this GPU", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        device, has_bf16 = "this processor", torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        device = "this processor"
+        has_bf16 = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "bf16" and not has_bf16:
         raise ConfigError(
             f"tuning.precision bf16: {device} has no instructions for it, which can make a step a hundred times slower "
