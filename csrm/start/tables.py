@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -98,6 +99,8 @@ def as_text(value: Any) -> str:
     """
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
+    if isinstance(value, Decimal):
+        return str(int(value)) if value == int(value) else str(value)
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -1,4 +1,5 @@
 import gzip
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,8 +35,10 @@ def test_folders_that_name_markets_are_a_column(tmp_path: Path) -> None:
 
 
 def test_numbers_count_as_the_text_that_csrm_reads(tmp_path: Path) -> None:
-    pq.write_table(ROWS, tmp_path / "rows.parquet")
+    grades = pa.array([Decimal("0.00"), Decimal("1.00"), Decimal("10.00"), None], pa.decimal128(10, 2))
+    pq.write_table(ROWS.append_column("grade", grades), tmp_path / "rows.parquet")
     assert open_found(str(tmp_path / "rows.parquet"), "judgments").counts("n") == {"1": 1, "2": 2}
+    assert open_found(str(tmp_path / "rows.parquet"), "judgments").counts("grade") == {"0": 1, "1": 1, "10": 1}
 
 
 def test_a_sample_ends_when_every_market_has_its_values(tmp_path: Path) -> None:
