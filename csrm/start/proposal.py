@@ -140,6 +140,11 @@ def _notes(
             "judgments have no rows of split dev, so nothing measures the model while it is made. Add a column split, "
             "with dev and test for a tenth of the queries each."
         )
+    if recipe.judged and not {"dev", "test"} & set(splits):
+        notes.append(
+            "judgments have no rows of split test or dev, so evaluate.yaml counts pairs that the model was trained on: "
+            "its figures are too good."
+        )
     read_by_training = ("catalog", "queries", "judgments", "parallel_text")
     of_csv = [name for name in read_by_training if name in named and named[name].found.format == "csv"]
     if recipe.judged and of_csv:

@@ -207,6 +207,7 @@ def test_notes_name_what_a_person_should_mend(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "note: markets without queries: tw." in printed
     assert "note: judgments have no rows of split dev" in printed
+    assert "note: judgments have no rows of split test or dev, so evaluate.yaml counts pairs that the model" in printed
 
 
 def test_a_note_names_judgments_of_markets_that_are_called_otherwise(
