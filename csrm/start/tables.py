@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,11 +34,13 @@ class FoundTable:
     """pyarrow's dataset."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Options of the format, as an input names them."""
+    numbers: Mapping[str, pa.DataType] = field(default_factory=dict)
+    """Types of the columns of CSV that hold numbers; their values stay the text that they are, as jobs read them."""
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Type of each column."""
-        return dict(zip(self.dataset.schema.names, self.dataset.schema.types, strict=True))
+        return {**dict(zip(self.dataset.schema.names, self.dataset.schema.types, strict=True)), **self.numbers}
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows of some columns.
@@ -129,13 +132,16 @@ def open_found(path: str, name: str) -> FoundTable:
             )
         (kind,) = kinds
         delimiter = "\t" if set(endings) <= {".tsv"} else ","
-        parts = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         kept = [file for file in files if _KINDS.get(_ending(file))]
-        format_ = pa_dataset.CsvFileFormat(parse_options=parts) if kind == "csv" else kind
+        format_ = _csv(delimiter) if kind == "csv" else kind
         filesystem = pa_fs.FileSystem.from_uri(place)[0] if "://" in place else None
-        dataset = pa_dataset.dataset(kept, format=format_, filesystem=filesystem, partitioning="hive")
-        options = {"header": "true", "sep": delimiter} if kind == "csv" else {}
-        return FoundTable(path, kind, dataset, options)
+        open_files = partial(pa_dataset.dataset, kept, format=format_, filesystem=filesystem, partitioning="hive")
+        dataset = open_files()
+        if kind != "csv":
+            return FoundTable(path, kind, dataset)
+        numbers = {part.name: part.type for part in dataset.schema if part.type in (pa.int64(), pa.float64())}
+        texts = open_files(schema=pa.schema([(name, pa.string()) for name in dataset.schema.names]))
+        return FoundTable(path, kind, texts, {"header": "true", "sep": delimiter}, numbers)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name} {path!r}: cannot be read: {error}. Is the path right?") from error
 
@@ -145,6 +151,14 @@ _KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", 
 
 def _ending(file: str) -> str:
     return PurePosixPath(file.removesuffix(".gz").lower()).suffix
+
+
+def _csv(delimiter: str) -> pa_dataset.CsvFileFormat:
+    """CSV in which nothing but an empty field is null."""
+    return pa_dataset.CsvFileFormat(
+        parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(null_values=[""], strings_can_be_null=True),
+    )
 
 
 def _delta_dataset(path: str, where: str) -> Any:

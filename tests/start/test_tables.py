@@ -41,6 +41,28 @@ def test_numbers_count_as_the_text_that_csrm_reads(tmp_path: Path) -> None:
     assert open_found(str(tmp_path / "rows.parquet"), "judgments").counts("grade") == {"0": 1, "1": 1, "10": 1}
 
 
+def test_values_of_csv_are_the_text_that_jobs_read(tmp_path: Path) -> None:
+    rows = "market,grade,split,n\n01,1.0,dev,3\n01,0.0,,\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    found = open_found(str(tmp_path / "rows.csv"), "judgments")
+    assert found.counts("market") == {"01": 2}
+    assert found.counts("grade") == {"1.0": 1, "0.0": 1}
+    assert found.counts("split") == {"dev": 1}
+    assert found.types["n"] == pa.int64()
+
+    (tmp_path / "parts" / "market=01").mkdir(parents=True)
+    (tmp_path / "parts" / "market=01" / "rows.csv").write_text("grade,flag\n1,true\n")
+    found = open_found(str(tmp_path / "parts"), "judgments")
+    assert found.sample("market", "flag") == {"01": ["true"]}
+    assert found.types["flag"] == pa.string()
+
+
+def test_a_letter_far_down_in_numbers_of_csv_is_no_fault(tmp_path: Path) -> None:
+    """pyarrow tells a column's type by the first megabyte."""
+    (tmp_path / "rows.csv").write_text("sku\n" + "".join(f"{number}\n" for number in range(300_000)) + "A1\n")
+    assert open_found(str(tmp_path / "rows.csv"), "catalog").counts("sku")["A1"] == 1
+
+
 def test_a_sample_ends_when_every_market_has_its_values(tmp_path: Path) -> None:
     rows = pa.table({"market": ["us"] * 5 + ["kr"], "title": list("abcdef")})
     pq.write_table(rows, tmp_path / "rows.parquet")
