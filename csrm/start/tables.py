@@ -135,7 +135,9 @@ def open_found(path: str, name: str) -> FoundTable:
         kept = [file for file in files if _KINDS.get(_ending(file))]
         format_ = _csv(delimiter) if kind == "csv" else kind
         filesystem = pa_fs.FileSystem.from_uri(place)[0] if "://" in place else None
-        open_files = partial(pa_dataset.dataset, kept, format=format_, filesystem=filesystem, partitioning="hive")
+        folders = sorted({part.partition("=")[0] for file in kept for part in file.split("/")[:-1] if "=" in part})
+        hive = pa_dataset.partitioning(pa.schema([(folder, pa.string()) for folder in folders]), flavor="hive")
+        open_files = partial(pa_dataset.dataset, kept, format=format_, filesystem=filesystem, partitioning=hive)
         dataset = open_files()
         if kind != "csv":
             return FoundTable(path, kind, dataset)

@@ -32,6 +32,9 @@ def test_folders_that_name_markets_are_a_column(tmp_path: Path) -> None:
     pq.write_to_dataset(ROWS.slice(0, 3), tmp_path / "parts", partition_cols=["market"])
     (tmp_path / "parts" / "_SUCCESS").touch()
     assert open_found(str(tmp_path / "parts"), "catalog").counts("market") == {"us": 2, "kr": 1}
+    (tmp_path / "parts" / "market=us").rename(tmp_path / "parts" / "market=01")
+    (tmp_path / "parts" / "market=kr").rename(tmp_path / "parts" / "market=02")
+    assert open_found(str(tmp_path / "parts"), "catalog").counts("market") == {"01": 2, "02": 1}
 
 
 def test_numbers_count_as_the_text_that_csrm_reads(tmp_path: Path) -> None:
