@@ -247,6 +247,7 @@ def _write_precision(config: EncoderExportConfig, folder: Path, in_torch: Encode
             recall_of_torch=recall_of(in_torch),
             max_loss=config.max_recall_loss,
             num_queries=len(judged.queries),
+            device=config.device,
         )
     for file in (fp32 / "written").glob(f"{MODEL_NAME}*"):
         file.rename(folder / file.name)

@@ -13,7 +13,7 @@ from csrm.embedding.contents import Recall
 from csrm.errors import ParityError
 from csrm.export.graph_files import take_in
 from csrm.export.half import fuse_norms, write_half, write_rounded
-from csrm.export.precision import RECIPES, Recipe, write_precision
+from csrm.export.precision import Recipe, recipes_for, write_precision
 
 HIDING = -30_000.0
 """Added to the scores of tokens that attention must not see, where scores are in float16."""
@@ -66,6 +66,7 @@ def write_gated(
     recall_of_torch: float,
     max_loss: float,
     num_queries: int,
+    device: str = "cpu",
 ) -> Recall:
     """Write the graph at a precision by the fastest recipe that loses no more recall than is allowed.
 
@@ -77,6 +78,7 @@ def write_gated(
         recall_of_torch: recall@10 of the model in torch.
         max_loss: most recall@10 that may be lost.
         num_queries: that recall is measured with, for the message.
+        device: that measures.
 
     Returns:
         What was measured.
@@ -87,7 +89,7 @@ def write_gated(
     path.parent.mkdir(exist_ok=True)
     _take_in_all_but_matrices(fp32_path)
     tried = []
-    for recipe in RECIPES[precision]:
+    for recipe in recipes_for(precision, device):
         if recipe.float_layers:  # named as in decoders
             continue
         measured = _write(fp32_path, recipe, path)

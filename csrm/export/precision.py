@@ -61,6 +61,15 @@ RECIPES: dict[Precision, tuple[Recipe, ...]] = {
 """Recipes of each precision, the fastest first."""
 
 
+def recipes_for(precision: Precision, device: str) -> list[Recipe]:
+    """Recipes of a precision that a device can run, the fastest first.
+
+    >>> [recipe.by_token for recipe in recipes_for("int8", "cuda")]
+    [False, False, False]
+    """
+    return [recipe for recipe in RECIPES[precision] if device == "cpu" or not recipe.by_token]
+
+
 def write_precision(
     fp32_path: Path, recipe: Recipe, path: Path, *, maxima: Mapping[str, np.ndarray] | None = None
 ) -> None:

@@ -30,7 +30,7 @@ from csrm.errors import BundleError, ConfigError, DeviceError, InputError, Parit
 from csrm.export.graph_files import check_locations, graph_files
 from csrm.export.half import Peak, check_range, fuse_norms, largest_activation
 from csrm.export.parity import SCORE_TOLERANCE, pack_spread
-from csrm.export.precision import RECIPES, Recipe, write_precision
+from csrm.export.precision import RECIPES, Recipe, recipes_for, write_precision
 from csrm.export.quality import gate, measure_quality, plot_precisions
 from csrm.export.w8a8 import channel_maxima
 from csrm.manifest import write_manifest
@@ -93,9 +93,7 @@ def write_best_precision(
     for precision in precisions:
         if precision == "bf16" and any(report.precision == "fp16" and report.verdict == "passed" for report in reports):
             continue  # as fast as fp16, and less exact
-        for number, recipe in enumerate(RECIPES[precision] if precision != "fp32" else ()):
-            if recipe.by_token and settings.device != "cpu":  # a GPU has no such product
-                continue
+        for number, recipe in enumerate(recipes_for(precision, settings.device) if precision != "fp32" else ()):
             with logged_step(f"{precision}: {recipe}"):
                 path = fp32_path.parent.with_name(f"{precision}-{number}") / MODEL_NAME
                 path.parent.mkdir()

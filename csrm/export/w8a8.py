@@ -183,6 +183,7 @@ class TokenQuantizer:
         weights: dict[str, list[str]] = {}
         for node in self._products:
             weights.setdefault(node.input[0], []).append(node.input[1])
+        matrices = {weight.name for weight in self._graph.initializer}
         divided: list[tuple[onnx.NodeProto, int, np.ndarray]] = []
         for tensor, names in weights.items():
             if tensor not in maxima or readers[tensor] != len(names) or any(readers[name] != 1 for name in names):
@@ -190,7 +191,7 @@ class TokenQuantizer:
             sizes = torch.stack([self._reader.weight(name).abs().amax(dim=1) for name in names]).amax(dim=0)
             factors = _smoothing_factors(torch.from_numpy(maxima[tensor]), sizes)
             for node in _line_of_makers(tensor, makers, readers):
-                if node.op_type == "MatMul" and node.input[1] in {weight.name for weight in self._graph.initializer}:
+                if node.op_type == "MatMul" and node.input[1] in matrices and readers[node.input[1]] == 1:
                     self._columns[node.input[1]] = factors
                 elif node.op_type == "Mul" and (places := [p for p in (0, 1) if node.input[p] in constants]):
                     divided.append((node, places[0], factors.numpy()))

@@ -245,7 +245,7 @@ def pairs_per_second(run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) 
 
 
 def _per_second(count: int | None, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> float | None:
-    seconds, most = run["seconds"].get("scoring"), max((one["num_scored"] or 0) for one in runs)
+    seconds, most = run["seconds"].get("scoring"), max((other["num_scored"] or 0) for other in runs)
     is_large = (run["num_scored"] or 0) >= FEWEST_SHARE * most
     return count / seconds if count and seconds and is_large else None
 
