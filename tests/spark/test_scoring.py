@@ -452,23 +452,26 @@ def test_the_udf_scores_a_stream_and_stands_twice_in_a_plan_with_another_bundle(
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     about = json.loads((other / MANIFEST_NAME).read_text(encoding="utf-8"))["about"]
     golden = GoldenPairs.read(other / GOLDEN_NAME)
-    dataclasses.replace(golden, scores=np.full(len(golden), 0.5)).write(other / GOLDEN_NAME)
-    write_manifest(other, BUNDLE_KIND, {**about, "labels": [{**label, "gain": 0.5} for label in about["labels"]]})
+    dataclasses.replace(golden, scores=1 - golden.scores).write(other / GOLDEN_NAME)
+    labels = [{**label, "gain": 1 - label["gain"]} for label in about["labels"]]
+    write_manifest(other, BUNDLE_KIND, {**about, "labels": labels})
     columns = ["market", "language", "query", "title"]
     given_df = spark.createDataFrame([("kr", "ko", "텐트", title) for title in TITLES], columns)
     given_df.write.parquet(str(tmp_path / "in"))
-    one, half = relevance_score_udf(tiny_bundle), relevance_score_udf(other)
+    one, reverse = relevance_score_udf(tiny_bundle), relevance_score_udf(other)
     expected = load_scorer(tiny_bundle, "cpu").score(given_df.toPandas())["relevance_score"]
 
     stream_df = spark.readStream.schema(given_df.schema).parquet(str(tmp_path / "in"))
-    scored_df = stream_df.withColumn("score", one(F.struct(*columns))).withColumn("half", half(F.struct(*columns)))
+    scored_df = stream_df.withColumn("score", one(F.struct(*columns))).withColumn(
+        "reverse", reverse(F.struct(*columns))
+    )
     query = scored_df.withColumn("again", one(F.struct(*columns))).writeStream.trigger(availableNow=True)
     query.format("memory").queryName("scored_stream").start().awaitTermination()
 
     rows = {row["title"]: row for row in spark.table("scored_stream").collect()}
     np.testing.assert_allclose([rows[title]["score"] for title in TITLES], expected, atol=1e-5)
     assert all(rows[title]["again"] == rows[title]["score"] for title in TITLES)
-    np.testing.assert_allclose([rows[title]["half"] for title in TITLES], 0.5, atol=1e-5)
+    np.testing.assert_allclose([rows[title]["reverse"] for title in TITLES], 1 - expected, atol=1e-5)
 
 
 THROUGH_CONNECT = """
