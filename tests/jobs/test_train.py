@@ -173,7 +173,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     assert not (tmp_path / "killed").exists()
 
     assert run_job(train.main, killed) == 0
-    assert re.search(r" 30 steps, from .*/checkpoint-6\n", caplog.text)
+    assert re.search(r" 30 steps of .*, from .*/checkpoint-6\n", caplog.text)
     weights = [load_file(next((tmp_path / name / "weights").glob("*.safetensors"))) for name in ("whole", "killed")]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
@@ -203,7 +203,7 @@ def test_a_distillation_that_was_killed_goes_on_at_its_teacher(
     caplog.clear()
     assert run_job(train.main, killed) == 0
     assert "round-1-teacher-0: has ended before" in caplog.text
-    assert re.search(r" 20 steps, from .*round-1-teacher-1.*/checkpoint-3\n", caplog.text)
+    assert re.search(r" 20 steps of .*, from .*round-1-teacher-1.*/checkpoint-3\n", caplog.text)
     for path in (tmp_path / "whole.stages").rglob("*"):
         if path.name.endswith(("_labels.parquet", "adapter_model.safetensors")):
             other = stages / path.relative_to(tmp_path / "whole.stages")
