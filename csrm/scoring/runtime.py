@@ -15,18 +15,19 @@ CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8")
 """Instructions of a CPU, by their names in Linux, that ONNX Runtime's products of 8 bits use where they are there."""
 
 
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """Those of CPU_FEATURES that this machine has; empty where the system does not say.
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo"), names: Sequence[str] = CPU_FEATURES) -> tuple[str, ...]:
+    """Those of some instructions that this machine has; empty where the system does not say.
 
     Args:
         cpuinfo: what Linux says of its processors.
+        names: of the instructions in Linux.
     """
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return tuple(name for name in CPU_FEATURES if name in flags)
+    return tuple(name for name in names if name in flags)
 
 
 def load_pack_scorer(model_path: Path, device: str, threads: int | None = None) -> tuple[PackScorer, str]:

@@ -42,6 +42,7 @@ from speed_inputs import PAIRS, REPOSITORY, SEEDED_MODELS, WORKLOADS, code_diges
 from speed_report import write_report
 
 from csrm.manifest import MANIFEST_NAME, file_digest
+from csrm.scoring.runtime import cpu_features
 
 HERE = Path(__file__).parent
 SPARK_CONTENDERS = ("ours-fp32", "spark-udf", "spark-ours")
@@ -186,12 +187,11 @@ def machine(threads: int) -> dict[str, Any]:
             versions[package] = "absent"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     described = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(described, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {
         "processor": names[0] if names else "unknown",
-        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
+        "instructions": list(cpu_features(names=INSTRUCTIONS)),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
