@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "translation.num_held_out": 1,
         "translation.mixed_share": 0.0,
         "tuning.learning_rate": config.learning_rate,
-        "tuning.random_negatives": 0.0,
+        "tuning.random_negatives": 0.5,
+        "tuning.drop_all_titles": 0.3,
         "distillation": None,
         "model_dir": work / "model",
     }
