@@ -1,8 +1,7 @@
 """What operators and sellers do between nights: jobs that are killed, tables restored by hand, products that move."""
 
-import signal
-import subprocess
-import sys
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import setting_arguments
-from csrm.commands import rollback, score_catalog
+from csrm.commands import maintain, rollback, score_catalog
 from csrm.errors import AuditError
 from csrm.operations.history import read_runs, taken_back
-from tests.faults.cluster import ROOT, clean_environment
+from tests.faults.gate import checksum_file, commit_file, held
 from tests.faults.night import KEY, KR, LEASE_SECONDS, TW, Night
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -103,55 +102,87 @@ def test_a_table_that_was_restored_by_hand_is_right_after_the_next_night(spark: 
     night.check_scores({"first", "third"})
 
 
-KILLED = """
-import importlib, os, signal, sys, threading
-from csrm.cli import run_job
-
-def die(*_):
-    os.killpg(0, signal.SIGKILL)
-
-def dying(*arguments, **named):
-    if {seconds} is not None:
-        threading.Timer({seconds}, die).start()
-    sound(*arguments, **named)
-    die()
-
-place = importlib.import_module({module!r})
-sound = place.{function}
-place.{function} = dying
-sys.exit(run_job(importlib.import_module("csrm.commands.{job}").main))
-"""
-"""A job that is killed with its JVM while it calls a function, or after that where no seconds are given."""
-
-
-def run_until_killed(folder: Path, job: str, function: str, seconds: float | None, arguments: list[str]) -> None:
-    module = f"csrm.operations.{job}"
-    path = folder / f"{job}_{function}.py"
-    path.write_text(KILLED.format(job=job, module=module, function=function, seconds=seconds))
-    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "PYSPARK_PYTHON": sys.executable}
-    command = [sys.executable, str(path), *arguments]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+def killed_at(night: Night, pattern: str, *arguments: str) -> None:
+    """A command that is killed, with its JVM, where it makes a file; then its leases run out."""
+    with held(night.folder, pattern, *arguments) as command:
+        command.wait()
+        command.kill()
     time.sleep(LEASE_SECONDS)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.fault("the rollback job is killed in its commit, and after it")
-def test_a_rollback_killed_anywhere_is_whole_or_did_not_happen(
-    spark: SparkSession, night: Night, tmp_path: Path
+@pytest.mark.fault("the maintenance job is killed in a commit, between two markets, in VACUUM, between two tables")
+def test_maintenance_killed_anywhere_changes_no_score_and_the_next_one_does_the_rest(
+    spark: SparkSession, night: Night, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    score(night, "first")
+    rename(night, "p001", "수건 세트, 흰색")
+    score(night, "second")
+    before, folder = night.scores(), night.folder / "tables"
+    runs, month = f"delta.`{folder / 'scoring_runs'}`", "interval 30 days"
+    spark.sql(f"UPDATE {runs} SET finished_at = finished_at - {month} WHERE run_id = 'first'")
+    version, staged = night.version("relevance_scores"), night.version("scores_staging")
+
+    def kill(pattern: str) -> None:
+        killed_at(night, pattern, "maintain", *tables(night, lease_seconds=LEASE_SECONDS))
+        assert night.scores().equals(before), pattern
+
+    kill(commit_file("relevance_scores", version + 1))
+    assert night.version("relevance_scores") == version
+    kill(f"*/relevance_scores/market={TW}/part-*.parquet")
+    assert night.version("relevance_scores") == version + 3  # two leases are taken over, kr is clustered
+    lost = unknown_files(folder / "relevance_scores")
+    assert {path.parent.name for path in lost} == {f"market={KR}", f"market={TW}"}
+    for path in lost:
+        os.utime(path, (0, 0))  # VACUUM removes none that a commit may still need
+    kill(commit_file("relevance_scores", version + 9))  # VACUUM's end, after two leases, tw, retention and its start
+    assert not any(path.exists() for path in lost)
+    kill(commit_file("scores_staging", staged + 1))
+    assert set(night.table("scores_staging")["run_id"]) == {"first", "second"}
+    capsys.readouterr()
+
+    assert maintain.main(tables(night)) == 0
+
+    output = capsys.readouterr().out
+    assert "clustered" not in output  # both markets were
+    assert f"{len(before):,} rows of old runs deleted" in output
+    assert set(night.table("scores_staging")["run_id"]) == {"second"}
+    assert night.scores().equals(before)
+    rename(night, "p002", "등산화 280")
+    score(night, "third")
+    assert night.run("third")["num_scored"] == 8
+    night.check_scores({"first", "second", "third"})
+    night.shown.add("bounded rework")
+
+
+def unknown_files(path: Path) -> set[Path]:
+    """Data files in the folder of a table that no version of it knows."""
+    known = {
+        path / action["add"]["path"]
+        for log in (path / "_delta_log").glob("*.json")
+        for action in map(json.loads, log.read_text().splitlines())
+        if "add" in action
+    }
+    return {file for file in path.glob("market=*/*.parquet") if file not in known}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("the rollback job is killed in its commit, and after it")
+def test_a_rollback_killed_anywhere_is_whole_or_did_not_happen(spark: SparkSession, night: Night) -> None:
     score(night, "first")
     old = scores_of(night, KR)
     rename(night, "p001", "수건 세트, 흰색")
     score(night, "second")
     new, other = scores_of(night, KR), scores_of(night, TW)
     arguments = ["--market", KR, "--to-run", "first", *tables(night, lease_seconds=LEASE_SECONDS)]
+    version = night.version("relevance_scores")
 
-    for function, seconds in (("publish_changes", 1.0), ("publish_changes", None)):
-        run_until_killed(tmp_path, "rollback", function, seconds, arguments)
-        found = scores_of(night, KR)
-        assert found.equals(old) or (seconds is not None and found.equals(new)), function
+    # The second one takes over a lease that was not given back, which is a commit, too.
+    for file, made, expected in ((commit_file, version + 1, new), (checksum_file, version + 2, old)):
+        killed_at(night, file("relevance_scores", made), "rollback", *arguments)
+        assert scores_of(night, KR).equals(expected)
         assert scores_of(night, TW).equals(other)
 
     assert rollback.main(["--market", KR, "--to-run", "first", *tables(night)]) == 0
