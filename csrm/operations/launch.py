@@ -91,13 +91,15 @@ def with_behaviour_counts(queries_df: DataFrame, behaviour_df: DataFrame) -> Dat
         behaviour_df: columns of `schemas.BEHAVIOUR`, of the same market.
 
     Returns:
-        As queries_df. Queries of one text that name no frequency share the count: one more for the first, by query_id,
-        where it does not come out even.
+        As queries_df. Queries of one text that name no frequency share what the others' frequencies leave of the count:
+        one more for the first, by query_id, where it does not come out even.
     """
     counts_df = behaviour_df.groupBy(text_key_udf("query").alias("key")).agg(F.sum("count").alias("count"))
     same_text = Window.partitionBy("key", F.isnull("frequency"))
     num_queries, place = F.count("*").over(same_text), F.row_number().over(same_text.orderBy("query_id"))
-    share = F.floor(F.col("count") / num_queries) + (place <= F.col("count") % num_queries).cast("long")
+    named = F.coalesce(F.sum("frequency").over(Window.partitionBy("key")), F.lit(0))
+    rest = F.when(F.col("count") > named, F.col("count") - named).when(F.col("count").isNotNull(), 0)
+    share = F.floor(rest / num_queries) + (place <= rest % num_queries).cast("long")
     return (
         queries_df.withColumn("key", text_key_udf("query"))
         .join(counts_df, "key", "left")

@@ -28,7 +28,7 @@ from csrm.schemas import (
     SCORING_RUNS,
     TEXT_VECTORS,
 )
-from csrm.spark.commits import USER_METADATA, delete_rows, session_settings
+from csrm.spark.commits import USER_METADATA, delete_rows, retry_conflicts, session_settings
 from csrm.spark.session import without_console
 from csrm.spark.storage import AS_IT_IS, folder_size
 from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, table_exists, table_path
@@ -48,13 +48,16 @@ class TableSize(NamedTuple):
     """All files in its folder: older versions, the change feed and the log too."""
     num_stored_bytes: int
     """Bytes of all files."""
+    num_log_files: int
+    """Files of the log, to which removing old files adds some."""
 
 
 def table_size(spark: SparkSession, path: str) -> TableSize:
     """What the table at a path takes now."""
     detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").head()
     assert detail is not None
-    return TableSize(detail["numFiles"], detail["sizeInBytes"], *folder_size(spark, path))
+    num_log_files, _ = folder_size(spark, f"{path}/_delta_log")
+    return TableSize(detail["numFiles"], detail["sizeInBytes"], *folder_size(spark, path), num_log_files)
 
 
 def market_files(spark: SparkSession, path: str, market: str, version: int | None = None) -> frozenset[str]:
@@ -99,8 +102,8 @@ def cluster_market(spark: SparkSession, path: str, market: str, file_mb: float) 
         USER_METADATA: _clustering(market),
     }
     with session_settings(spark, settings):
-        optimize = DeltaTable.forPath(spark, path).optimize()
-        optimize.where(f"market = {sql_literal(market)}").executeZOrderBy("query_id")
+        optimize = DeltaTable.forPath(spark, path).optimize().where(f"market = {sql_literal(market)}")
+        retry_conflicts(lambda: optimize.executeZOrderBy("query_id"))
 
 
 def ended_runs(spark: SparkSession, tables_dir: str, now: datetime, days: int) -> list[str]:
@@ -126,7 +129,8 @@ def set_retention(spark: SparkSession, path: str, hours: int) -> None:
     detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
     assert detail is not None
     if detail["properties"].get(_RETENTION) != interval:
-        spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_RETENTION}' = '{interval}')")
+        alter = f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('{_RETENTION}' = '{interval}')"
+        retry_conflicts(lambda: spark.sql(alter))
 
 
 def remove_old_files(spark: SparkSession, path: str) -> None:
@@ -148,7 +152,8 @@ def count_old_files(spark: SparkSession, path: str, hours: int) -> str:
 
 def join_files(spark: SparkSession, path: str) -> None:
     """Rewrite small files as few large ones: each night's new texts come in files of their own."""
-    DeltaTable.forPath(spark, path).optimize().executeCompaction()
+    optimize = DeltaTable.forPath(spark, path).optimize()
+    retry_conflicts(optimize.executeCompaction)
 
 
 def missing_files(spark: SparkSession, path: str, names: frozenset[str]) -> frozenset[str]:
@@ -259,7 +264,7 @@ def loose_markets(spark: SparkSession, config: MaintenanceConfig) -> list[str]:
 
 def _sizes(before: TableSize, stored: TableSize, after: TableSize) -> str:
     """Sizes before the care, before old files were removed, and after."""
-    num_removed = max(0, stored.num_stored_files - after.num_stored_files)
+    num_removed = (stored.num_stored_files - stored.num_log_files) - (after.num_stored_files - after.num_log_files)
     return (
         f"{before.num_files:,} -> {after.num_files:,} files, {_mb(before.num_bytes)} -> {_mb(after.num_bytes)} MB; "
         f"{num_removed:,} old files removed; its folder keeps {after.num_stored_files:,} files, "

@@ -121,7 +121,7 @@ def delete_rows(spark: SparkSession, path: str, condition: Column) -> int:
     delta_table = DeltaTable.forPath(spark, path)
     num_rows = delta_table.toDF().where(condition).count()
     if num_rows:
-        delta_table.delete(condition)
+        retry_conflicts(lambda: delta_table.delete(condition))
     return num_rows
 
 

@@ -197,7 +197,14 @@ class CsrmJobOperator(BaseOperator):
         path = Path(self.home, config)
         own: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
         shared = own.pop("extends", None)
-        return own if shared is None else {**yaml.safe_load((path.parent / shared).read_text(encoding="utf-8")), **own}
+        if shared is None:
+            return own
+        if not (path.parent / shared).exists():
+            raise AirflowFailException(
+                f"{self.job}: {path} extends {shared}, expected at {path.parent / shared}, found no such file. "
+                "Copy it to there, or correct 'extends'."
+            )
+        return {**(yaml.safe_load((path.parent / shared).read_text(encoding="utf-8")) or {}), **own}
 
     def _run_row(self) -> Mapping[str, Any]:
         """What scoring_runs says of the run; empty where it cannot be read, and then what was printed has to do."""

@@ -4,7 +4,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from csrm.commands.build_retrieval_table import main
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
 from csrm.schemas import RETRIEVAL_TABLE
 from csrm.spark.tables import read_table, table_path
 
@@ -92,3 +92,19 @@ def test_a_run_for_one_market_leaves_the_others_rows(spark: SparkSession, inputs
 def test_settings_out_of_range_are_refused(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_titles"):
         main(arguments(inputs, tmp_path, "num_titles=0"))
+
+
+def test_markets_without_rows_are_an_error_and_the_table_stays(
+    spark: SparkSession, inputs: Path, tmp_path: Path
+) -> None:
+    assert main(arguments(inputs, tmp_path, 'markets={"us": "en"}')) == 0
+    path = table_path(str(tmp_path), RETRIEVAL_TABLE)
+    before = sorted(map(tuple, read_table(spark, RETRIEVAL_TABLE, path).collect()))
+    no_rows = tmp_path / "none.parquet"
+    spark.read.parquet(f"{inputs}/catalog.parquet").limit(0).write.parquet(str(no_rows))
+    with pytest.raises(InputError, match=r"catalog .*: no rows for the markets \['US'\]; it has \['us'\]"):
+        main(arguments(inputs, tmp_path, 'markets={"us": "en", "US": "en"}'))
+    with pytest.raises(InputError, match=r"catalog .*: no rows for the markets \['us'\]; it has \[\]"):
+        main(arguments(inputs, tmp_path, 'markets={"us": "en"}', f"inputs.catalog.path={no_rows}"))
+    assert before
+    assert sorted(map(tuple, read_table(spark, RETRIEVAL_TABLE, path).collect())) == before

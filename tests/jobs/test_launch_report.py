@@ -240,12 +240,13 @@ def test_the_first_translation_that_has_a_score_is_taken(spark: SparkSession) ->
 
 
 def test_queries_of_one_text_share_its_count_in_behaviour(spark: SparkSession) -> None:
-    queries = [("q1", "帳篷", None), ("q2", " 帳篷", None), ("q3", "帳篷", 100), ("q4", "睡袋", None), ("q5", "鞋", 7)]
+    queries = [("q1", "帳篷", None), ("q2", " 帳篷", None), ("q3", "帳篷", 4), ("q4", "睡袋", None), ("q5", "鞋", 7)]
+    queries += [("q6", "鍋", 90), ("q7", "鍋", None)]
     queries_df = spark.createDataFrame(queries, "query_id string, query string, frequency long")
-    behaviour = [("帳篷", "p5", 7), ("帳篷 ", "p7", 4), ("鞋", "p1", 50)]
+    behaviour = [("帳篷", "p5", 7), ("帳篷 ", "p7", 4), ("鞋", "p1", 50), ("鍋", "p2", 60)]
     behaviour_df = spark.createDataFrame(behaviour, "query string, product_id string, count long")
     found = {row["query_id"]: row["frequency"] for row in with_behaviour_counts(queries_df, behaviour_df).collect()}
-    assert found == {"q1": 6, "q2": 5, "q3": 100, "q4": None, "q5": 7}
+    assert found == {"q1": 4, "q2": 3, "q3": 4, "q4": None, "q5": 7, "q6": 90, "q7": 0}  # no search counts twice
 
 
 def test_live_markets_of_the_same_language_need_nothing_that_translates_them(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The maintenance job as it is called after a night."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -109,8 +110,15 @@ def test_maintenance_clusters_what_changed_and_forgets_old_runs_but_those_whose_
 
     with hold_leases(spark, tables_dir, ["kr"], "run x"), pytest.raises(LeaseError, match="run x"):
         maintain.main(arguments)
+    lost = Path(path) / "market=kr" / "part-of-a-job-that-died.parquet"
+    lost.touch()
+    os.utime(lost, (0, 0))
+    capsys.readouterr()
     assert maintain.main(arguments) == 0
-    assert "clustered" not in capsys.readouterr().out
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("relevance_scores: "))
+    assert "; 1 old files removed; " in line
+    assert "clustered" not in line
+    assert not lost.exists()
 
 
 @pytest.mark.spark

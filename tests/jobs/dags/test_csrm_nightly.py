@@ -136,6 +136,9 @@ def run_nights(airflow: Airflow, nights: dict[str, dict[str, Any]], folder: Path
         (folder / conf).mkdir()
         for name in ("evaluate", "embed_catalog", "build_candidates"):
             (folder / conf / f"{name}.yaml").write_text(semantic)
+    (folder / "conf_in_parts").mkdir()
+    for name in ("embed_catalog", "build_candidates"):
+        (folder / "conf_in_parts" / f"{name}.yaml").write_text("extends: market.yaml")
     env = {"AIRFLOW_VAR_CSRM_SUBMIT": STAND_IN, "AIRFLOW_VAR_CSRM_HOME": str(folder), **env}
     ended = airflow.run("python", str(IN_AIRFLOW), str(asked), str(results), **env)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-5000:]
@@ -169,6 +172,7 @@ NIGHTS = {
     "encoder": night(14, ALREADY_PUBLISHED, conf="conf_with_encoder", markets={"kr": "ko"}),
     "encoder of no build": night(15, ALREADY_PUBLISHED, conf="conf_of_words"),
     "broken encoder": night(16, {"embed_catalog": {"exit": [2]}}, conf="conf_with_encoder"),
+    "shared file": night(17, {}, conf="conf_in_parts"),
 }
 
 
@@ -339,6 +343,7 @@ def test_failures_alert_once_with_task_and_exit_code(results: dict[str, Any], al
         ("flattened audit", "score_and_publish", "exit code 3, the audit rejected the run"),
         ("device", "score_and_publish", "exit code 4, no such device"),
         ("evaluation", "evaluate", "exit code 2, bad configuration or input"),
+        ("shared file", "embed_catalog", "found no such file. Copy it to there, or correct 'extends'."),
     ):
         start = f"csrm_nightly, {results['nights'][name]['run_id']}: "
         (text,) = (text for text in alerts.texts if text.startswith(start))
