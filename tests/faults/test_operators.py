@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from pyspark.sql import SparkSession
 
 from csrm.cli import setting_arguments
 from csrm.commands import maintain, rollback, score_catalog
-from csrm.errors import AuditError
+from csrm.errors import AuditError, LeaseError
 from csrm.operations.history import read_runs, taken_back
+from tests.disks import small_disk
 from tests.faults.gate import checksum_file, commit_file, held
 from tests.faults.night import KEY, KR, LEASE_SECONDS, TW, Night
 
@@ -154,6 +156,87 @@ def test_maintenance_killed_anywhere_changes_no_score_and_the_next_one_does_the_
     assert night.run("third")["num_scored"] == 8
     night.check_scores({"first", "second", "third"})
     night.shown.add("bounded rework")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("relevance_scores is optimized and vacuumed, and maintained, while a market is published")
+def test_a_night_publishes_beside_optimize_and_vacuum_of_others(spark: SparkSession, night: Night) -> None:
+    score(night, "first")
+    rename(night, "p001", "수건 세트, 흰색")
+    version, path = night.version("relevance_scores"), f"delta.`{night.folder / 'tables' / 'relevance_scores'}`"
+    for name in ("catalog", "queries", "candidates"):
+        (night.folder / f"{name}.parquet").unlink()
+
+    held_at = commit_file("relevance_scores", version + 1)
+    with held(night.folder, held_at, "score-catalog", *night.arguments("second")) as command:
+        command.wait()  # the files of a MERGE are written, of kr, and it is about to be committed
+        spark.sql(f"OPTIMIZE {path} ZORDER BY (query_id)")
+        spark.sql(f"VACUUM {path}")
+        assert night.version("relevance_scores") == version + 3
+        with pytest.raises(LeaseError, match="run second"):
+            maintain.main(tables(night))
+        ended = command.release()
+
+    night.check_ended(ended.code, ended.output, 0, "published run second")
+    run = night.run("second")
+    assert (run["changes"], run["num_scored"]) == ({"update": 8}, 8)
+    night.check_scores({"first", "second"})
+    night.shown.add("bounded rework")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("relevance_scores is optimized while maintenance clusters a market")
+def test_maintenance_goes_on_beside_optimize_of_others(spark: SparkSession, night: Night) -> None:
+    score(night, "first")
+    rename(night, "p001", "수건 세트, 흰색")
+    score(night, "second")
+    before, version = night.scores(), night.version("relevance_scores")
+
+    with held(night.folder, commit_file("relevance_scores", version + 1), "maintain", *tables(night)) as command:
+        command.wait()
+        spark.sql(f"OPTIMIZE delta.`{night.folder / 'tables' / 'relevance_scores'}` ZORDER BY (query_id)")
+        ended = command.release()
+
+    night.check_ended(ended.code, ended.output, 0, f"clustered {KR}, {TW}")
+    assert night.scores().equals(before)
+    night.check_scores({"first", "second"})
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("the disk of the tables is full in the commit of a publish")
+def test_a_disk_that_is_full_in_a_publish_leaves_the_table_and_the_next_run_publishes(
+    spark: SparkSession, night: Night
+) -> None:
+    with small_disk(night.folder / "tables", "64m") as disk:
+        score(night, "first")
+        rename(night, "p001", "수건 세트, 흰색")
+        before, version = night.scores(), night.version("relevance_scores")
+        for name in ("catalog", "queries", "candidates"):
+            (night.folder / f"{name}.parquet").unlink()
+        arguments = night.arguments("second", lease_seconds=LEASE_SECONDS)
+
+        pattern = f"*/relevance_scores/market={KR}/part-*.parquet"
+        with held(night.folder, pattern, "score-catalog", *arguments) as command:
+            command.wait()  # the MERGE has opened its first file
+            ballast = disk / "ballast"
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            ended = command.release()
+
+        night.check_ended(ended.code, ended.output, 1, "No space left on device")
+        ballast.unlink()
+        assert night.scores().equals(before)
+        assert night.version("relevance_scores") == version
+        time.sleep(LEASE_SECONDS)
+        score(night, "second")
+        run = night.run("second")
+        assert (run["verdict"], run["num_scored"], run["num_reused"]) == ("published", 0, 8)
+        night.check_scores({"first", "second"})
+        night.shown.add("bounded rework")
 
 
 def unknown_files(path: Path) -> set[Path]:
