@@ -151,7 +151,7 @@ def run_nights(airflow: Airflow, nights: dict[str, dict[str, Any]], folder: Path
 
 
 def command_lines(notes: Path) -> list[tuple[str, list[str], list[int]]]:
-    return [tuple(json.loads(line)) for line in notes.read_text().splitlines()]
+    return [tuple(json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
 
 
 NIGHTS = {
