@@ -66,7 +66,7 @@ def make_folder(path: str) -> Path:
     return folder
 
 
-_KNOWN_FORMATS = ("delta", "parquet", "csv", "json", "orc")
+_KNOWN_FORMATS = ("delta", "parquet", "csv", "json", "orc", "table")
 """Formats that CSRM has rules of its own for; any other name is Spark's, which may be that of a class."""
 
 
@@ -74,9 +74,10 @@ class InputSpec(Settings):
     """Where one input table is, and how its columns are called there."""
 
     path: str
-    """Folder or file, any URI that Spark reads; relative paths start at the working directory."""
+    """Folder or file, any URI that Spark reads; relative paths start at the working directory. Of format table: the
+    table's name, such as main.shop.products."""
     format: str = "delta"
-    """Spark data source: delta, parquet, csv, json, ..."""
+    """Spark data source: delta, parquet, csv, json, ...; table: a table or view of Spark's catalog, of any format."""
     columns: dict[str, str | None] = {}
     """CSRM's column name to the name used there; columns of the same name need no entry. null leaves an optional column
     out, whatever is there."""

@@ -28,7 +28,7 @@ from csrm.errors import InputError
 from csrm.schemas import Table
 from csrm.spark.conversions import converted, json_example
 from csrm.spark.session import require_names, require_names_on_executors
-from csrm.spark.sources import Source, open_sources, reason
+from csrm.spark.sources import Source, located, open_sources, reason
 from csrm.spark.storage import FileState, file_states
 from csrm.spark.text import is_blank
 
@@ -70,6 +70,7 @@ def read_input(spark: SparkSession, table: Table, spec: InputSpec, markets: Coll
         InputError: cannot be read, or has problems; all of them in one message.
     """
     where = f"input {table.name} at {spec.path!r} ({spec.format})"
+    spec = located(spark, spec, where)
     rows_df, version = _open_rows(spark, table, spec, where)
     files = file_states(spark, rows_df.inputFiles()) if version is None else {}
     if markets is not None and "market" in table.column_names:
@@ -214,6 +215,7 @@ def _open_rows(
     spark: SparkSession, table: Table, spec: InputSpec, where: str, version: int | None = None
 ) -> tuple[DataFrame, int | None]:
     """The declared columns, and `_failed_<name>` with the source's text where a value did not convert; the version."""
+    spec = located(spark, spec, where)
     names = _source_names(table, spec)
     needed = [name for name in names.values() if name is not None]
     sources, version, problems = open_sources(spark, spec, needed, where, version)

@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,10 @@ def build_session(app_name: str) -> SparkSession:
     given = SparkConf()  # under spark-submit: its arguments and spark-defaults.conf; else empty
     submit_args = os.environ.get("PYSPARK_SUBMIT_ARGS", "")
     named_master = re.search(r"(?:--master[ =]|spark[.]master=)['\"]?([^\s'\"]+)", submit_args)
+    words = shlex.split(submit_args)
+    for option, setting in pairwise(words):
+        if option == "--conf":
+            given.set(*setting.split("=", 1))
     if named_master is not None:
         given.setMaster(named_master[1])
     builder = SparkSession.builder.appName(app_name)

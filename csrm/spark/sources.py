@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, DataFrameReader, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameReader, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import BinaryType, DataType, MapType, StringType, StructField, StructType
 
@@ -18,7 +18,7 @@ from csrm.conversions import JSON, TEXT, Found, Kind, problem_of_records
 from csrm.errors import InputError
 from csrm.spark.conversions import found_in_spark, is_json_null
 from csrm.spark.storage import AS_IT_IS, PATTERN_CHARACTERS, parquet_schemas, path_options
-from csrm.spark.tables import open_table
+from csrm.spark.tables import open_table, sql_literal
 
 _BAD, _TEXT, _FILE, _RECORD = "_csrm_bad_record", "_csrm_text", "_csrm_file", "_csrm_record"
 """Names of columns beside those of a file."""
@@ -65,6 +65,8 @@ def open_sources(
         table_df, version = open_table(spark, spec.path, asked)
         return [_source(table_df, needed)], version, []
     try:
+        if spec.format == "table":
+            return [_source(spark.read.options(**spec.options).table(spec.path), needed)], None, []
         if spec.format == "parquet":
             return _parquet_sources(spark, spec, needed), None, []
         if spec.format in ("csv", "json"):
@@ -78,6 +80,41 @@ def open_sources(
         why = reason(error)
         way_out = _QUOTE_IT if "CSV field" in why else "Are the path and the format right, and its files complete?"
         raise InputError(f"{where}: cannot be read: {why}. {way_out}") from error
+
+
+def located(spark: SparkSession, spec: InputSpec, where: str) -> InputSpec:
+    """An input with a Delta table's folder in place of its name in Spark's catalog; any other input as it is.
+
+    By its folder, a night reads the version that it has planned with, and later jobs find what the night has read.
+
+    Args:
+        spark: the session, with the catalogs that it was started with.
+        spec: where the input is.
+        where: what messages begin with.
+
+    Raises:
+        InputError: the catalog has no such table.
+    """
+    if spec.format != "table":
+        return spec
+    try:
+        rows = spark.sql(f"DESCRIBE TABLE EXTENDED IDENTIFIER({sql_literal(spec.path)})").collect()
+    except (PySparkException, Py4JJavaError) as error:
+        raise InputError(
+            f"{where}: cannot be found: {reason(error)}. Expected the name of a table or view in Spark's catalog "
+            f"{spark.catalog.currentCatalog()!r} (database {spark.catalog.currentDatabase()!r}), or one with its "
+            "catalog in front, such as main.shop.products. Catalogs are named when Spark is started "
+            "(spark.sql.catalog.NAME, spark.sql.catalogImplementation=hive)."
+        ) from error
+    details = {row["col_name"]: row["data_type"] for row in rows[_num_columns(rows) :]}
+    if details.get("Provider", "").lower() != "delta":
+        return spec
+    return spec.model_copy(update={"path": details["Location"], "format": "delta"})
+
+
+def _num_columns(rows: Sequence[Row]) -> int:
+    """Rows of DESCRIBE before the blank one that ends the columns: a column may be called Provider too."""
+    return next((number for number, row in enumerate(rows) if not row["col_name"]), len(rows))
 
 
 def _version_asked_for(spec: InputSpec, where: str) -> int | None:

@@ -40,5 +40,6 @@ def test_every_block_of_the_tutorial_does_what_it_shows(tmp_path: Path, monkeypa
         elif kind == "python":
             exec(block, {})
         else:
-            assert [line for line in map(without_times, block.splitlines()) if line not in printed] == []
+            missing = [line for line in map(without_times, block.splitlines()) if line not in printed]
+            assert not missing, f"{missing} not in {printed}"
     assert [kind for kind, _ in BLOCKS].count("text") == 4

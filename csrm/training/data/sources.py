@@ -63,7 +63,8 @@ def open_sources(
         raise InputError(
             f"{where}: training reads delta, parquet and json (an object a line), with no options but binaryAsString "
             f"of parquet; got format {spec.format!r} with options {spec.options}. Write it as one of these with Spark, "
-            "whose reader takes the others."
+            "whose reader takes the others; of a table in a catalog, name the folder (Location of DESCRIBE TABLE "
+            "EXTENDED)."
         )
     try:
         if spec.format == "json":
