@@ -1,9 +1,14 @@
-"""The card of a bundle: what it is, how good, how big, how fast; plain text."""
+"""The card of a bundle: what it is, how good, how big, how fast; plain text. And bundles beside each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
-from csrm.bundle.contents import Estimate, PrecisionReport, made_with
-from csrm.bundle.loading import Bundle
+from csrm.bundle.cache import artefact_kind
+from csrm.bundle.contents import BUNDLE_KIND, Estimate, PrecisionReport, made_with
+from csrm.bundle.loading import Bundle, load_bundle
+from csrm.errors import BundleError, ConfigError
+from csrm.manifest import MANIFEST_NAME
 
 
 def bundle_card(bundle: Bundle) -> str:
@@ -52,3 +57,50 @@ def _precision_lines(precisions: Sequence[PrecisionReport]) -> list[str]:
 
 def _loss_text(value: float, loss: Estimate) -> str:
     return f"{value:.4f} ({loss.value:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}])"
+
+
+def find_bundles(folder: str | Path) -> list[Path]:
+    """Folders of the bundles in a folder of this machine and below it, the newest first.
+
+    Raises:
+        ConfigError: there is no such folder, or no bundle in it.
+    """
+    manifests = sorted(Path(folder).rglob(MANIFEST_NAME), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [manifest.parent for manifest in manifests if artefact_kind(manifest.parent) == BUNDLE_KIND]
+    if not found:
+        raise ConfigError(
+            f"{str(folder)!r}: expected a folder of this machine with bundles in it, found none. Name the folder under "
+            "which export_bundle.py has written them (bundle_dir)."
+        )
+    return found
+
+
+def bundle_rows(folders: Iterable[Path]) -> list[str]:
+    """A header, and for each bundle what tells it from others: plain text, one line each.
+
+    A figure is that of the precision that the bundle has. Metrics of two bundles compare only where both were exported
+    with the same labelled pairs. A bundle that cannot be opened says why in its line.
+    """
+    rows = [
+        f"{'exported':<16}  {'digest':<12}  {'precision':<9}  {'MB':>7}  {'pairs/s':>7}  {'ROC-AUC':>7}  "
+        f"{'nDCG@10':>7}  {'judged pairs':>12}  {'trained model':<13}  folder"
+    ]
+    for folder in folders:
+        exported = datetime.fromtimestamp((folder / MANIFEST_NAME).stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M")
+        try:
+            rows.append(f"{exported}  {_row(load_bundle(folder))}  {folder}")
+        except BundleError as error:
+            rows.append(f"{exported}  cannot be used: {error}")
+    return rows
+
+
+def _row(bundle: Bundle) -> str:
+    settings, report = bundle.settings, bundle.settings.report
+    quality = report.quality
+    metrics = (
+        ("", "", "") if quality is None else (f"{quality.auc:.4f}", f"{quality.ndcg:.4f}", f"{quality.num_pairs:,}")
+    )
+    return (
+        f"{bundle.digest[:12]}  {settings.precision:<9}  {bundle.num_bytes / 1e6:>7,.1f}  {report.pairs_per_s:>7,.1f}  "
+        f"{metrics[0]:>7}  {metrics[1]:>7}  {metrics[2]:>12}  {(settings.origin.trained_model or '')[:12]:<13}"
+    )

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -292,6 +293,34 @@ def test_the_command_line_shows_and_verifies(tiny_bundle: Path, capsys: pytest.C
     assert "verified" not in capsys.readouterr().out
     assert main(["verify", str(tiny_bundle)]) == 0
     assert "30 golden pairs have their scores on cpu (CPUExecutionProvider)" in capsys.readouterr().out
+
+
+def test_the_command_line_lists_the_bundles_of_a_folder_the_newest_first(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("older", "team/newer", "broken")):
+        copy = Path(shutil.copytree(tiny_bundle, tmp_path / name))
+        os.utime(copy / "manifest.json", (number * 86_400, number * 86_400))
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"")
+    (tmp_path / "no_bundle").mkdir()
+    (tmp_path / "no_bundle" / "manifest.json").write_text("{}")
+
+    assert main(["list", str(tmp_path)]) == 0
+
+    header, *rows = capsys.readouterr().out.splitlines()
+    digest = load_bundle(tiny_bundle).digest[:12]
+    assert header.split()[:3] == ["exported", "digest", "precision"]
+    assert [row[:10] for row in rows] == ["1970-01-03", "1970-01-02", "1970-01-01"]
+    assert "cannot be used: bundle" in rows[0]
+    assert [(digest in row, row.split()[-1]) for row in rows[1:]] == [
+        (True, str(tmp_path / "team" / "newer")),
+        (True, str(tmp_path / "older")),
+    ]
+
+
+def test_a_folder_without_a_bundle_cannot_be_listed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a folder of this machine with bundles in it, found none"):
+        main(["list", str(tmp_path)])
 
 
 def test_the_command_line_ends_with_2_where_nothing_is_proven(bundle_copy: Path) -> None:
