@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from csrm.errors import InputError
 from csrm.night.settings import BYTES_PER_TITLE, FEWEST_PAIRS_PER_TASK, NUM_BUCKETS, PAIRS_PER_TASK
 from csrm.schemas import PAIR_KEY
+from csrm.scoring.prompts import MOST_CHARACTERS
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.text import is_blank
 
@@ -131,10 +132,10 @@ def plan_pairs(
     """
     pair = list(PAIR_KEY)
     query_keys_df = queries_df.select(
-        "market", "query_id", is_blank(F.col("query")).alias("is_query_blank"), _query_key(bundle_digest)
+        "market", "query_id", is_blank(_beginning(F.col("query"))).alias("is_query_blank"), _query_key(bundle_digest)
     )
     product_keys_df = catalog_df.select(
-        "market", "product_id", is_blank(F.col("title")).alias("is_title_blank"), product_key(bundle_digest)
+        "market", "product_id", is_blank(_beginning(F.col("title"))).alias("is_title_blank"), product_key(bundle_digest)
     )
     published_df = published_df.select(*pair, F.col("pair_key").alias("published_key"))
     staged_df = staged_df.select(*pair, F.col("pair_key")).distinct().withColumn("is_staged", F.lit(True))
@@ -188,18 +189,36 @@ def with_rejections(planned_df: DataFrame, staged_df: DataFrame) -> DataFrame:
 def with_texts(pairs_df: DataFrame, queries_df: DataFrame, catalog_df: DataFrame) -> DataFrame:
     """Planned pairs with everything that a prompt is made of.
 
+    Texts are cut to the MOST_CHARACTERS that a prompt knows before the joins: a product's go into all of its pairs, and
+    the window over a query's pairs holds 4,096 rows in memory.
+
     Args:
         pairs_df: market, query_id, product_id, pair_key, of pairs whose query and product exist.
         queries_df: as of query_fields.
         catalog_df: as for plan_pairs.
     """
-    products_df = catalog_df.select("market", "product_id", "title", "brand", "category", "attributes")
+    texts = ("title", "brand", "category")
+    products_df = catalog_df.select(
+        "market", "product_id", *(_beginning(F.col(name)).alias(name) for name in texts), _short_attributes()
+    )
+    titles = F.transform("retrieved_titles", _beginning).alias("retrieved_titles")
+    queries_df = queries_df.select("market", "query_id", "language", _beginning(F.col("query")).alias("query"), titles)
     return (
         pairs_df.select(*PAIR_KEY, "pair_key")
         .join(queries_df, on=["market", "query_id"], how="inner")
         .join(products_df, on=["market", "product_id"], how="inner")
         .select("query_id", "product_id", "pair_key", *PAIR_COLUMNS)
     )
+
+
+def _beginning(text: Column) -> Column:
+    return F.left(text, F.lit(MOST_CHARACTERS))
+
+
+def _short_attributes() -> Column:
+    is_long = F.exists(F.map_values("attributes"), lambda value: F.length(value) > MOST_CHARACTERS)
+    cut = F.transform_values("attributes", lambda _, value: _beginning(value))
+    return F.when(is_long, cut).otherwise(F.col("attributes")).alias("attributes")
 
 
 def bucket() -> Column:

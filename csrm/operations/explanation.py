@@ -29,6 +29,7 @@ from csrm.schemas import (
     Table,
 )
 from csrm.scoring.explanation import explain, label_probabilities
+from csrm.scoring.prompts import MOST_CHARACTERS
 from csrm.scoring.scorer import PairScorer
 from csrm.spark.inputs import read_rows
 from csrm.spark.session import persisted
@@ -310,7 +311,7 @@ def _notes_of_product(products: pd.DataFrame, market: str, product_id: str, why:
 
 
 def _has_text(text: object) -> bool:
-    return isinstance(text, str) and has_text(text)
+    return isinstance(text, str) and has_text(text[:MOST_CHARACTERS])
 
 
 def _bm25_ranks(catalog_df: DataFrame, queries_df: DataFrame, query_id: str) -> dict[str, int]:

@@ -35,6 +35,8 @@ from csrm.text import normalized
 TEMPLATE_VERSION = 1
 ANSWER_CUE = "\nRelevant:"
 _FIRST_LINE = "Task: relevance\nMarket:"
+MOST_CHARACTERS = 32_768
+"""Of a text that is longer, the prompt knows so many characters from its start: a hostile title has a megabyte."""
 _LINE_NAMES = "task|market|language|query|retrieved|product|brand|category|attributes|relevant"
 
 
@@ -159,7 +161,7 @@ def prompt_text(query: Query, product: Product) -> str:
 
 
 def _field_text(text: str | None) -> str:
-    clean = neutralize(text)
+    clean = neutralize(text and text[:MOST_CHARACTERS])
     return f" {clean}" if clean else ""
 
 
@@ -173,5 +175,5 @@ def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
 
 def _entry_text(text: str | None) -> str:
     """A name or value that cannot be taken for several."""
-    clean = neutralize(text)
+    clean = neutralize(text and text[:MOST_CHARACTERS])
     return clean.translate(_ENTRY_MARKS) if ";" in clean or "=" in clean else clean

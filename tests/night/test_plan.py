@@ -19,6 +19,7 @@ from csrm.night.plan import (
     with_texts,
 )
 from csrm.night.settings import NUM_BUCKETS
+from csrm.scoring.prompts import MOST_CHARACTERS
 
 pytestmark = pytest.mark.spark
 
@@ -175,6 +176,46 @@ def test_pairs_to_score_get_everything_that_a_prompt_is_made_of(
         "attributes": {"색상": "녹색"},
     }
     assert (tw["language"], tw["retrieved_titles"], tw["title"]) == ("en", [], "帳篷")
+
+
+def test_of_a_huge_text_only_its_start_goes_into_pairs(spark: SparkSession) -> None:
+    """Else each of a product's pairs has its megabyte, and thousands of them are in memory at once."""
+    start, rest = "é" * MOST_CHARACTERS, "x" * 1_000_000
+    values = ("us", "p1", start + rest, start + rest, None, {"a": start + rest, "b": "short", "c": None})
+    schema = "market string, product_id string, title string, brand string, category string"
+    catalog_df = spark.createDataFrame([values], f"{schema}, attributes map<string,string>")
+    fields_df = spark.createDataFrame(
+        [("us", "q1", "en", start + rest, [start + rest, "short"])],
+        "market string, query_id string, language string, query string, retrieved_titles array<string>",
+    )
+    pairs_df = spark.createDataFrame([("us", "q1", "p1", 5)], KEY_SCHEMA)
+
+    row = with_texts(pairs_df, fields_df, catalog_df).head()
+
+    assert row is not None
+    assert (row["query"], row["title"], row["brand"], row["category"]) == (start, start, start, None)
+    assert row["retrieved_titles"] == [start, "short"]
+    assert row["attributes"] == {"a": start, "b": "short", "c": None}
+
+
+def test_a_text_whose_start_is_blank_is_blank(spark: SparkSession) -> None:
+    """The prompt would hold nothing of it."""
+    late = " " * MOST_CHARACTERS + "tent"
+    fields_df = spark.createDataFrame(
+        [("us", "q1", "en", "tent", []), ("us", "q2", "en", late, [])],
+        "market string, query_id string, language string, query string, retrieved_titles array<string>",
+    )
+    catalog_df = spark.createDataFrame(
+        [("us", "p1", late, None, None, None), ("us", "p2", late[1:], None, None, None)],
+        "market string, product_id string, title string, brand string, category string, attributes map<string,string>",
+    )
+    pairs = [("us", "q1", "p1", 1), ("us", "q1", "p2", 1), ("us", "q2", "p2", 1)]
+    pairs_df = spark.createDataFrame(pairs, KEY_SCHEMA)
+
+    planned_df = plan_pairs(pairs_df, fields_df, catalog_df, pairs_df.limit(0), pairs_df.limit(0), "d")
+
+    reasons = {(row["query_id"], row["product_id"]): row["reason"] for row in planned_df.collect()}
+    assert reasons == {("q1", "p1"): "empty_title", ("q1", "p2"): None, ("q2", "p2"): "empty_query"}
 
 
 def test_a_pair_key_follows_everything_that_the_prompt_says(spark: SparkSession) -> None:

@@ -6,7 +6,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from csrm.scoring import prompts
-from csrm.scoring.prompts import ANSWER_CUE, Product, Query, neutralize, prefix_lines, prompt_text, suffix_lines
+from csrm.scoring.prompts import (
+    ANSWER_CUE,
+    MOST_CHARACTERS,
+    Product,
+    Query,
+    neutralize,
+    prefix_lines,
+    prompt_text,
+    suffix_lines,
+)
 
 LINE_NAMES = (
     "Task",
@@ -25,6 +34,18 @@ SPECIAL_TOKENS = ["<bos>", "<|im_end|>", "<", ">", "[INST]", "[/INST]", "</s>", 
 LOOK_ALIKES = ["Relevant:", "relevant :", "QUERY：", "Relevant\u200b:", "\n- ", "Product::"]
 hostile_parts = st.sampled_from(CONTROLS + SPECIAL_TOKENS + LOOK_ALIKES)
 hostile_text = st.lists(st.one_of(hostile_parts, st.text(max_size=5)), max_size=8).map("".join)
+
+
+def test_a_prompt_knows_the_start_of_a_huge_text_whoever_cut_it() -> None:
+    """The night cuts texts before it pairs them; the UDF, training and explanation do not."""
+    start = "<tea>\n" * MOST_CHARACTERS
+    whole = Product(start, brand=start, category=start, attributes={"a": start})
+    texts = [start[:MOST_CHARACTERS]] * 3
+    cut = Product(*texts, {"a": start[:MOST_CHARACTERS]})
+
+    assert suffix_lines(whole) == suffix_lines(cut)
+    assert len(suffix_lines(whole)[0].text) <= 1 + MOST_CHARACTERS
+    assert prefix_lines(Query("us", "en", start, (start,))) == prefix_lines(Query("us", "en", texts[0], (texts[0],)))
 
 
 def test_the_whole_prompt() -> None:
