@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from csrm.config import Settings
 from csrm.errors import ConfigError
@@ -64,6 +64,14 @@ class AuditLimits(Settings):
     def _can_fail(cls, bound: Bound) -> Bound:
         if bound.limit > 1:
             raise ValueError(f"expected at most 1, got {bound.limit:g}: it would never fail. 5 % are written 0.05")
+        return bound
+
+    @field_validator("query_coverage", "product_coverage", "rank_agreement")
+    @classmethod
+    def _can_be_missed(cls, bound: Bound, info: ValidationInfo) -> Bound:
+        least = -1 if info.field_name == "rank_agreement" else 0
+        if bound.limit < least:
+            raise ValueError(f"expected at least {least}, got {bound.limit:g}: it would never fail")
         return bound
 
     @model_validator(mode="before")

@@ -16,6 +16,7 @@ from csrm.spark.commits import find_version, new_commit_id, retry_conflicts
 from csrm.spark.storage import absolute_path, require_one_place
 
 SCHEMA_VERSION_PROPERTY = "csrm.schemaVersion"
+_CHANGE_FEED = "delta.enableChangeDataFeed"
 _FOR_EVERY_READER = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
 """A cluster may have other defaults for new tables, with which not every Delta reader can read them."""
 
@@ -44,17 +45,19 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
 
     Raises:
         ConfigError: see require_one_place.
-        InputError: something else is at the path; it is left alone.
+        InputError: something else is at the path, or a person took the change feed or a constraint from the table; it
+            is left alone.
     """
     require_one_place(spark, path)
     if table_exists(spark, path):
         _check_columns(spark, table, path)
+        _check_properties(spark, table, path)
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
     properties |= _FOR_EVERY_READER
     if table.change_feed:
-        properties["delta.enableChangeDataFeed"] = "true"
+        properties[_CHANGE_FEED] = "true"
     builder = DeltaTable.createIfNotExists(spark).location(absolute_path(path)).comment(table.comment)
     for field in spark_schema(table).fields:
         builder = builder.addColumn(field.name, field.dataType, field.nullable, comment=field.metadata["comment"])
@@ -237,11 +240,36 @@ def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     )
 
 
-def schema_version(spark: SparkSession, path: str) -> int | None:
-    """Version of the declaration that a table was made from; None for a table that CSRM did not make."""
+def _check_properties(spark: SparkSession, table: Table, path: str) -> None:
+    """Check that what readers rely on is still there: a feed that is off loses changes without a word."""
+    if not table.change_feed:
+        return
+    properties = {name.lower(): value for name, value in _properties(spark, path).items()}
+    ways_out = [
+        f"ADD CONSTRAINT {name} CHECK ({condition})"
+        for name, condition in table.checks
+        if f"delta.constraints.{name}".lower() not in properties
+    ]
+    if table.change_feed and properties.get(_CHANGE_FEED.lower(), "").lower() != "true":
+        ways_out.append(f"SET TBLPROPERTIES ('{_CHANGE_FEED}' = 'true')")
+    if ways_out:
+        listed = "; ".join(f"ALTER TABLE {sql_path(absolute_path(path))} {way_out}" for way_out in ways_out)
+        raise InputError(
+            f"table {table.name} at {path!r}: expected the constraints and the change feed with which CSRM made it; "
+            f"{len(ways_out)} of them were taken away since. Nothing was written. Put them back with Spark: {listed}. "
+            "Readers of the change feed have to read the whole table once, if it was written without the feed."
+        )
+
+
+def _properties(spark: SparkSession, path: str) -> dict[str, str]:
     detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
     assert detail is not None
-    text = detail["properties"].get(SCHEMA_VERSION_PROPERTY)
+    return dict(detail["properties"])
+
+
+def schema_version(spark: SparkSession, path: str) -> int | None:
+    """Version of the declaration that a table was made from; None for a table that CSRM did not make."""
+    text = _properties(spark, path).get(SCHEMA_VERSION_PROPERTY)
     return None if text is None else int(text)
 
 

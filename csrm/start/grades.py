@@ -1,5 +1,6 @@
 """What the grades of judgments mean: labels that a model answers with, their gains, and what counts as relevant."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -71,10 +72,7 @@ def propose_grades(grades: Collection[str], given: Mapping[str, float]) -> Grade
     binary = {grade: _BINARY_NAMES.get(name, "") for grade, name in names.items()}
     if sorted(binary.values()) == ["no", "yes"]:
         return _of_labels(binary, BINARY_LABELS, "relevant or not")
-    try:
-        ordered = sorted(grades, key=float)
-    except ValueError:
-        ordered = []
+    ordered = _by_number(grades)
     if 2 <= len(ordered) <= MOST_GRADES:
         most = 2 ** (len(ordered) - 1) - 1
         gains = {grade: round((2**place - 1) / most, 4) for place, grade in enumerate(ordered)}
@@ -83,6 +81,14 @@ def propose_grades(grades: Collection[str], given: Mapping[str, float]) -> Grade
         f"judgments: the grades {sorted(grades)} have no meaning that is known. Say the gain of each, 0 to 1: --grades "
         + ",".join(f"{grade}=GAIN" for grade in sorted(grades)[: MOST_GRADES + 1])
     )
+
+
+def _by_number(grades: Collection[str]) -> list[str]:
+    """Grades in the order of their numbers; none where one is no number, or two are the same one, such as 1 and 1.0."""
+    if not all(re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", grade, re.ASCII) for grade in grades):
+        return []
+    numbers = {float(grade) for grade in grades}
+    return sorted(grades, key=float) if len(numbers) == len(grades) else []
 
 
 def _given(grades: Collection[str], given: Mapping[str, float]) -> Grades:

@@ -86,10 +86,10 @@ class FoundTable:
         return found
 
     def is_json_objects(self, column: str) -> bool:
-        """Whether the first values of a column of text are objects in JSON."""
+        """Whether the first values of a column of text are objects in JSON; where there is none, nothing says so."""
         values = [value for value in self.dataset.head(_TRIED, columns=[column])[column].to_pylist() if value]
         try:
-            return all(isinstance(json.loads(value), dict) for value in values)
+            return bool(values) and all(isinstance(json.loads(value), dict) for value in values)
         except (ValueError, TypeError):
             return False
 

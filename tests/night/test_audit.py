@@ -194,6 +194,14 @@ def test_a_bound_is_a_number_or_a_number_with_its_severity(tmp_path: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "limit"), [("query_coverage", -0.1), ("product_coverage", -1), ("rank_agreement", -2)]
+)
+def test_a_lower_limit_that_no_night_could_miss_is_refused(name: str, limit: float) -> None:
+    with pytest.raises(ValidationError, match=r"expected at least (0|-1), got .*: it would never fail"):
+        AuditLimits.model_validate({name: limit})
+
+
+@pytest.mark.parametrize(
     "name", ["rejected_share", "deleted_share", "changed_ks", "new_ks", "grade_shift", "ndcg_loss"]
 )
 def test_a_bound_that_can_never_fail_is_refused(name: str) -> None:

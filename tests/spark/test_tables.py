@@ -1,6 +1,7 @@
 """Tables on storage, on a real Delta."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -192,6 +193,22 @@ def test_creating_twice_keeps_the_table(spark: SparkSession, scores_path: str) -
     create_table(spark, RELEVANCE_SCORES, scores_path)
 
     assert table_version(spark, scores_path) == 1
+
+
+def test_a_change_feed_or_constraint_that_was_taken_away_is_an_error_with_the_way_out(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "relevance_scores")
+    create_table(spark, RELEVANCE_SCORES, path)
+    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('delta.enableChangeDataFeed' = 'false')")
+    spark.sql(f"ALTER TABLE {sql_path(path)} DROP CONSTRAINT {RELEVANCE_SCORES.checks[0][0]}")
+
+    with pytest.raises(InputError, match=r"2 of them were taken away since. Nothing was written.*: ALTER") as caught:
+        create_table(spark, RELEVANCE_SCORES, path)
+
+    for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(caught.value)):
+        spark.sql(statement)
+    create_table(spark, RELEVANCE_SCORES, path)
 
 
 def test_reading_says_what_is_not_there(spark: SparkSession, scores_path: str, tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ def test_other_grades_need_their_gains() -> None:
         (["E"], {}, r"expected two grades or more, got \['E'\]"),
         (["a", "b"], {"a": 1.0}, r"lacks the grades \['b'\]"),
         (["a", "b"], {"a": 1.0, "b": 7.0}, "gains from 0 to 1"),
+        (["0", "1", "1.0"], {}, "have no meaning that is known"),
+        (["0", "nan", "inf"], {}, "have no meaning that is known"),
+        (["1_0", "2"], {}, "have no meaning that is known"),
         ([str(number) for number in range(11)], {}, "have no meaning that is known"),
     ],
 )
