@@ -1,6 +1,7 @@
 """Tables on storage: created from their declaration, read at a version, written in one commit each."""
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -67,11 +68,23 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
     try:
         retry_conflicts(builder.execute)  # with another job that creates it at the same moment
     except AnalysisException as error:
+        if _appears(spark, path):
+            create_table(spark, table, path)
+            return
         raise InputError(
             f"table {table.name} at {path!r}: cannot be created: {_first_line(error)}. "
             "Is the folder used by something else? Name another one under 'tables'."
         ) from error
     _check_columns(spark, table, path)
+
+
+def _appears(spark: SparkSession, path: str) -> bool:
+    """Whether a table is at the path soon: another job may have made its folder, and not yet its first commit."""
+    for _ in range(10):
+        if table_exists(spark, path):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def table_exists(spark: SparkSession, path: str) -> bool:
