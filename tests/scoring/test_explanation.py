@@ -8,7 +8,7 @@ import csrm
 from csrm.errors import InputError
 from csrm.scoring import explain, label_probabilities
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
-from csrm.scoring.prompts import Product, Query, prompt_text
+from csrm.scoring.prompts import MOST_CHARACTERS, Product, Query, prompt_text
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from tests.conftest import GOLDEN
@@ -74,12 +74,14 @@ def test_a_field_without_room_is_there_with_nothing_kept() -> None:
     assert parts["title"].num_tokens == 12
 
 
-def test_huge_text_is_cut_before_it_is_tokenised_and_the_rest_is_said(prompt_tokenizer: PromptTokenizer) -> None:
+def test_huge_text_is_cut_before_it_is_tokenised_and_the_rest_that_a_prompt_knows_is_said(
+    prompt_tokenizer: PromptTokenizer,
+) -> None:
     title = "가" * 100_000
     (part,) = (p for p in prompt_tokenizer.prompt_parts(QUERY, Product(title)) if p.field == "title")
 
     assert part.num_tokens == 48
-    assert len(part.text) + len(part.cut) == 100_000
+    assert len(part.text) + len(part.cut) == MOST_CHARACTERS
 
 
 def test_the_effect_of_a_part_is_the_score_less_that_without_it(scorer: PairScorer) -> None:
