@@ -79,8 +79,8 @@ class PromptPart(NamedTuple):
     text: str
     """What the prompt holds of it."""
     cut: str
-    """The rest of its first MOST_CHARACTERS, which its budget or that of the whole prefix or suffix cut off; empty where
-    nothing was."""
+    """The rest of its first MOST_CHARACTERS, which its budget or that of the whole prefix or suffix cut off; else
+    empty."""
     num_tokens: int
 
 
