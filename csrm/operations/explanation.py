@@ -29,13 +29,13 @@ from csrm.schemas import (
     Table,
 )
 from csrm.scoring.explanation import explain, label_probabilities
-from csrm.scoring.prompts import MOST_CHARACTERS
+from csrm.scoring.prompts import is_shown
 from csrm.scoring.scorer import PairScorer
 from csrm.spark.inputs import read_rows
 from csrm.spark.session import persisted
 from csrm.spark.tables import open_table, read_changes, read_table, table_exists, table_path
 from csrm.spark.text import text_key_udf
-from csrm.text import has_text, text_key
+from csrm.text import text_key
 
 _NUM_NAMED_QUERIES = 5
 _MOST_MOVE = 0.01
@@ -311,7 +311,7 @@ def _notes_of_product(products: pd.DataFrame, market: str, product_id: str, why:
 
 
 def _has_text(text: object) -> bool:
-    return isinstance(text, str) and has_text(text[:MOST_CHARACTERS])
+    return isinstance(text, str) and is_shown(text)
 
 
 def _bm25_ranks(catalog_df: DataFrame, queries_df: DataFrame, query_id: str) -> dict[str, int]:

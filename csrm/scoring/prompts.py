@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import regex
 
-from csrm.text import normalized
+from csrm.text import has_text, normalized
 
 TEMPLATE_VERSION = 1
 ANSWER_CUE = "\nRelevant:"
@@ -105,7 +105,7 @@ class Translation(NamedTuple):
 
 
 def neutralize(text: str | None) -> str:
-    """Field text that cannot be taken for structure; idempotent.
+    """Field text that cannot be taken for structure, of the first MOST_CHARACTERS; idempotent.
 
     NFC; control, format and private characters and lone surrogates become spaces, as do line breaks; runs of white
     space become one space. Angle brackets become ‹ ›, so no special token such as <bos> or <|im_end|> can be spelled;
@@ -113,6 +113,7 @@ def neutralize(text: str | None) -> str:
     """
     if not text:
         return ""
+    text = text[:MOST_CHARACTERS]
     # Each look is a fraction of the substitution that it spares: of most texts nothing is taken.
     visible = text if text.isprintable() else _INVISIBLE.sub(" ", text)
     visible = normalized("NFC", visible)
@@ -123,6 +124,11 @@ def neutralize(text: str | None) -> str:
     if ":" in visible or "：" in visible:
         visible = _LINE_START.sub(r"\1 ", visible)
     return " ".join(visible.split())
+
+
+def is_shown(text: str | None) -> bool:
+    """Whether a prompt has something to show of a text: a pair whose query or title it does not show has no score."""
+    return has_text(text and text[:MOST_CHARACTERS])
 
 
 def prefix_lines(query: Query) -> list[Line]:
@@ -161,7 +167,7 @@ def prompt_text(query: Query, product: Product) -> str:
 
 
 def _field_text(text: str | None) -> str:
-    clean = neutralize(text and text[:MOST_CHARACTERS])
+    clean = neutralize(text)
     return f" {clean}" if clean else ""
 
 
@@ -175,5 +181,5 @@ def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
 
 def _entry_text(text: str | None) -> str:
     """A name or value that cannot be taken for several."""
-    clean = neutralize(text and text[:MOST_CHARACTERS])
+    clean = neutralize(text)
     return clean.translate(_ENTRY_MARKS) if ";" in clean or "=" in clean else clean

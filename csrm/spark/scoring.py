@@ -25,12 +25,11 @@ from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_
 from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
-from csrm.scoring.prompts import MOST_CHARACTERS
+from csrm.scoring.prompts import is_shown
 from csrm.scoring.runtime import cpu_features
 from csrm.scoring.scorer import OPTIONAL_COLUMNS, PAIR_COLUMNS, PairScorer, PreparedPairs
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.workers import task_device
-from csrm.text import has_text
 
 _PAIRS_PER_CALL = 1_024
 _PREPARING_THREADS = 2
@@ -363,7 +362,7 @@ def _scores_of(structs: pa.StructArray, scorer: PairScorer) -> pa.Array:
     columns = {name: _field_values(name, fields[name]) for name in PAIR_COLUMNS if name in fields}
     pairs = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
     is_whole = [
-        None not in (market, language) and all(text and has_text(text[:MOST_CHARACTERS]) for text in (query, title))
+        None not in (market, language) and is_shown(query) and is_shown(title)
         for market, language, query, title in zip(
             *(pairs[name] for name in ("market", "language", "query", "title")), strict=True
         )
