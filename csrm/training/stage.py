@@ -93,7 +93,8 @@ def train_stage(
     prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
     paths = work.paths(fingerprint, logs=output_dir.with_name(output_dir.name + ".logs"))
-    model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids, limit))
+    gains = tuple(label.gain for label in labels)
+    model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids, gains, limit))
 
     card = ModelCard(
         base_model=base_model.model_dump(),

@@ -48,7 +48,12 @@ class StagePaths(NamedTuple):
 
 
 def run_training(
-    paths: StagePaths, start: BaseModel | Path, tuning: Tuning, label_ids: Sequence[int], limit: TimeLimit | None = None
+    paths: StagePaths,
+    start: BaseModel | Path,
+    tuning: Tuning,
+    label_ids: Sequence[int],
+    gains: Sequence[float],
+    limit: TimeLimit | None = None,
 ) -> tuple[PackedRelevanceModel, list[dict[str, float]]]:
     """Train, in this process or in all at once; returns the model and its history (see train_stage)."""
     from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +63,9 @@ def run_training(
     language_model = _load_start(start, tuning)
     if tuning.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PackedRelevanceModel(language_model, label_ids, tuning.translation_weight)
+    model = PackedRelevanceModel(
+        language_model, label_ids, tuning.translation_weight, gains=gains, ranking_weight=tuning.ranking_weight
+    )
     packs = PackFile(paths.packs)
     steps = tuning.max_steps or math.ceil(tuning.epochs * len(packs) / tuning.packs_per_step)
     ends_at = None

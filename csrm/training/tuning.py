@@ -38,6 +38,9 @@ class Tuning(Settings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each given label that is spread evenly over all labels (Szegedy et al. 2016), which makes wrong labels
     count less. Soft labels stay as they are."""
+    ranking_weight: float = Field(default=0.0, ge=0)
+    """Factor of a loss that compares the products of a prefix with each other, beside the one that judges each by
+    itself; see csrm.training.model.relevance.ranking_losses."""
     pairs_per_prefix: int = Field(default=8, ge=1)
     """Pairs of one query that share a prefix; more go elsewhere behind the same prefix. Many cost less, but a step then
     sees few queries and learns how often each has relevant products instead of which products are relevant."""

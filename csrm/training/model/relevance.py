@@ -43,9 +43,16 @@ class PackedRelevanceModel(nn.Module):
     """Logits of the label tokens at each pair's last token, for packs (see csrm.scoring.packing)."""
 
     label_ids: torch.Tensor
+    gains: torch.Tensor
 
     def __init__(
-        self, language_model: PreTrainedModel, label_ids: Sequence[int], translation_weight: float = 1.0
+        self,
+        language_model: PreTrainedModel,
+        label_ids: Sequence[int],
+        translation_weight: float = 1.0,
+        *,
+        gains: Sequence[float] = (),
+        ranking_weight: float = 0.0,
     ) -> None:
         """Wrap a language model.
 
@@ -54,13 +61,17 @@ class PackedRelevanceModel(nn.Module):
                 now on it attends by csrm.training.model.attention, which is transformers' own attention but for packs.
             label_ids: token id of each label; relevance uses only these rows of the output embeddings.
             translation_weight: factor of the translation loss where a batch also has a relevance loss.
+            gains: gain of each label, for the ranking loss.
+            ranking_weight: factor of the ranking loss beside the cross-entropy of the labels; see ranking_losses.
         """
         super().__init__()
         self.translation_weight = translation_weight
+        self.ranking_weight = ranking_weight
         self.config: Any = language_model.config
         self.language_model = language_model
         use_split_attention(language_model)
         self.register_buffer("label_ids", torch.tensor(list(label_ids)), persistent=False)
+        self.register_buffer("gains", torch.tensor(list(gains)), persistent=False)
 
     def forward(
         self,
@@ -88,9 +99,9 @@ class PackedRelevanceModel(nn.Module):
                 to that of the step.
 
         Returns:
-            logits, shape (pairs, labels); losses, of each task, shape (tasks,): cross-entropy, the weighted mean over
-            the pairs, and the mean over the translation's tokens; loss, a scalar: their sum, translation times
-            translation_weight.
+            logits, shape (pairs, labels); losses, of each task, shape (tasks,): cross-entropy, and ranking_weight times
+            the ranking loss, the weighted mean over the pairs, and the mean over the translation's tokens; loss, a
+            scalar: their sum, translation times translation_weight.
         """
         index = PackIndex(position_ids, group_index, prefix_index, product_index, group_place, product_place)
         hidden = self.language_model.get_decoder()(
@@ -110,6 +121,9 @@ class PackedRelevanceModel(nn.Module):
         if totals is None:
             totals = task_totals(targets, translation_index)
         relevance = -(targets * logits.log_softmax(-1)).sum()
+        if self.ranking_weight:
+            pair_groups = _pair_groups(group_index, last_index, len(input_ids))
+            relevance += self.ranking_weight * ranking_losses(logits, targets, self.gains, pair_groups).sum()
         translation = self._translation_loss(hidden, input_ids, translation_index)
         losses = torch.stack([relevance, translation]) / totals.clamp(min=torch.finfo(totals.dtype).tiny)
         loss = losses[0] + torch.where(totals[0] > 0, self.translation_weight, 1.0) * losses[1]
@@ -138,6 +152,53 @@ class PackedRelevanceModel(nn.Module):
         """The language model's weights by their names in it, adapters merged."""
         weights: Mapping[str, torch.Tensor] = self.language_model.state_dict()
         return weights
+
+
+def ranking_losses(
+    logits: torch.Tensor, targets: torch.Tensor, gains: torch.Tensor, pair_groups: torch.Tensor
+) -> torch.Tensor:
+    """Softmax cross-entropy over the products of a prefix: each should have its share of the gain of all of them.
+
+    ListNet's loss (Cao et al. 2007), which RankT5 (Zhuang et al. 2022, arXiv 2210.10634) found best for rerankers. The
+    value of a product is the logarithm of its expected gain, so that calibrated scores have the least loss. A prefix
+    whose products have no gain adds nothing.
+
+    Args:
+        logits: of the labels, shape (pairs, labels).
+        targets: each pair's distribution over the labels times its weight, shape (pairs, labels).
+        gains: of the labels, in [0, 1], shape (labels,).
+        pair_groups: number of each pair's prefix, shape (pairs,), int64.
+
+    Returns:
+        Each pair's part of the loss, times the weight of the pairs of its prefix; shape (pairs,).
+
+    >>> relevant_first, same = torch.tensor([[-9.0, 9.0], [9.0, -9.0]]), torch.zeros(2, 2)
+    >>> targets, gains, groups = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0.0, 1.0]), torch.tensor([0, 0])
+    >>> [round(ranking_losses(each, targets, gains, groups).sum().item(), 2) for each in (relevant_first, same)]
+    [0.0, 1.39]
+    """
+    if not len(targets):
+        return targets.new_zeros(0)
+    num_groups = int(pair_groups.max()) + 1
+
+    def of_group(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(num_groups).index_add(0, pair_groups, values)[pair_groups]
+
+    least = torch.finfo(targets.dtype).tiny
+    log_gains = gains.clamp(min=least).log()
+    values = (logits.log_softmax(-1) + log_gains).logsumexp(-1)
+    log_shares = values - of_group(values.exp()).clamp(min=least).log()
+    wanted = targets @ gains
+    shares = wanted / of_group(wanted).clamp(min=least)
+    return -shares * log_shares * of_group(targets.sum(-1))
+
+
+def _pair_groups(group_index: torch.Tensor, last_index: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Number of the group of each pair, shape (pairs,), from the places of the groups' tokens."""
+    is_token = group_index >= 0
+    group_of_token = last_index.new_zeros(num_tokens)
+    group_of_token[group_index[is_token]] = is_token.nonzero()[:, 0]
+    return group_of_token[last_index]
 
 
 def task_totals(targets: torch.Tensor, translation_index: torch.Tensor) -> torch.Tensor:

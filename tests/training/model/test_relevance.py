@@ -15,7 +15,7 @@ from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.data.packs import collate, translation_packs
-from csrm.training.model.relevance import PackedRelevanceModel, torch_pack_scorer
+from csrm.training.model.relevance import PackedRelevanceModel, ranking_losses, torch_pack_scorer
 
 TOLERANCE = 1e-5
 
@@ -216,3 +216,41 @@ def test_a_model_with_sliding_layers_scores_packs_as_single_prompts(
     expected = one_at_a_time(model, groups)
     assert (expected[:, -1] - expected[:, 0]).std() >= 1
     assert np.abs(packed(model, groups, 1000) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+GAINS = torch.tensor([label.gain for label in ESCI_LABELS])
+
+
+def test_the_ranking_loss_by_hand() -> None:
+    # Of the first prefix, expected gains of 0.5 and 0.25, where E and S are right: shares 2/3 and 1/3, wanted 1/1.1 and
+    # 0.1/1.1. The second has no gain at all; the third one has a single product, whose share is right whatever it is.
+    scores = torch.tensor([0.5, 0.25, 0.5, 0.7, 0.2])
+    logits = torch.stack([1 - scores, torch.zeros(5), torch.zeros(5), scores], dim=1).log()
+    targets = torch.eye(4)[[3, 2, 0, 0, 3]] * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5])[:, None]
+    losses = ranking_losses(logits, targets, GAINS, torch.tensor([0, 0, 1, 1, 2]))
+    expected = [-2 / 1.1 * np.log(2 / 3), -2 * 0.1 / 1.1 * np.log(1 / 3), 0, 0, 0]
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_that_are_the_gains_have_the_least_ranking_loss() -> None:
+    targets = torch.tensor([[0.1, 0.1, 0.2, 0.6], [0.7, 0.1, 0.1, 0.1], [0.2, 0.5, 0.3, 0.0]])
+    logits = targets.clamp(min=1e-30).log().requires_grad_()
+    ranking_losses(logits, targets, GAINS, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("size", [0.0, 50.0, 1e4])
+def test_the_ranking_loss_of_a_sure_model_is_a_number(size: float) -> None:
+    logits = torch.tensor([[1.0, 0, 0, -1], [-1.0, 0, 0, 1], [1.0, 0, 0, -1]]).mul(size).requires_grad_()
+    targets = torch.eye(4)[[3, 0, 0]]
+    losses = ranking_losses(logits, targets, GAINS, torch.tensor([0, 0, 1]))
+    losses.sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(logits.grad).all()
+    assert losses.sum() > 0
+
+
+def test_a_pack_without_pairs_has_no_ranking_loss() -> None:
+    assert not len(ranking_losses(torch.empty(0, 4), torch.empty(0, 4), GAINS, torch.empty(0, dtype=torch.int64)))
