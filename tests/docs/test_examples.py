@@ -61,6 +61,32 @@ def test_score_pairs_prints_the_best_products_of_each_query_first(run_example: C
     assert titles["Stainless Steel Skillet"] == pytest.approx(0.424, abs=0.0011)
 
 
+@pytest.mark.slow
+def test_the_notebook_of_an_own_market_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    notebook = nbformat.read(ROOT / "docs/examples/own_market.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
+
+    client = nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+
+    outputs = "\n".join(
+        output.get("text") or output["data"].get("text/plain", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    (ndcg, of_random) = re.findall(r"nDCG@10 +(0\.\d+) \[.*?\] +(0\.\d+) ", outputs)[0]
+    assert float(ndcg) > float(of_random) + 0.2
+    assert "calibrated_error" in outputs
+    assert "share_kept" in outputs
+
+
 @pytest.mark.spark
 @pytest.mark.slow
 @pytest.mark.usefixtures("spark")
