@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from tests.docs.pages import ROOT, python_blocks, read_page
@@ -39,6 +41,17 @@ def test_the_readme_prints_what_it_says(capsys: pytest.CaptureFixture[str], monk
     assert len(printed) == len(shown.split())
     for word, expected in zip(printed, shown.split(), strict=True):
         assert word == expected or float(word) == pytest.approx(float(expected), abs=0.0011)
+
+
+def test_what_a_score_means_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(0).uniform(0.01, 0.99, 2000)
+    queries = np.arange(2000) // 10
+    judged = pd.DataFrame({"market": "us", "query_id": queries.astype(str), "relevance_score": scores})
+    judged["grade"] = np.where(scores**2 > np.random.default_rng(1).random(2000), "E", "I")
+    names = {"judged": judged}
+    exec(python_blocks("docs/read-scores.md")["Which score is good enough?"], names)
+    assert names["curves"]["error"].item() > 0.1 > 0.05 > names["curves"]["calibrated_error"].item()
+    assert names["thresholds"]["precision"].is_monotonic_increasing
 
 
 def test_the_parts_of_a_pair_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ RUN = {
     "README.md": ["Quick start", "Use the scores"],
     "docs/read-scores.md": [
         *("Reading scores", "PySpark", "deltalake", "pandas", "DuckDB", "Polars"),
+        "Which score is good enough?",
         *("Why does a product have its score?", "With Spark", "Without Spark", "Score in your own Spark program"),
     ],
     "docs/tutorial.md": ["4. Change a product, and score again"],
