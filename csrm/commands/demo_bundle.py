@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tuning.learning_rate": config.learning_rate,
         "tuning.random_negatives": 0.5,
         "tuning.drop_all_titles": 0.3,
+        "tuning.ranking_weight": 1.0,
         "distillation": None,
         "model_dir": work / "model",
     }
