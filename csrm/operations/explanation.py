@@ -16,7 +16,7 @@ from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
 from csrm.errors import ConfigError, InputError
 from csrm.night.published import require_unique_pairs
 from csrm.night.runs import PUBLISHED
-from csrm.operations.history import spec_at
+from csrm.operations.texts import spec_at
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import (
     CATALOG,

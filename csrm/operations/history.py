@@ -1,8 +1,7 @@
 """What one scoring run found and changed, read back from its tables as the small frames that its report shows."""
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -18,18 +17,15 @@ from csrm.night.publish import newest_scores
 from csrm.night.published import commits_since
 from csrm.night.runs import PUBLISHED, in_utc
 from csrm.operations.findings import (
-    MOST_CHARACTERS,
     NUM_PLOT_BINS,
     SMALLEST_MOVE,
     Comparison,
     Key,
     RunFindings,
-    Text,
-    Texts,
 )
-from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS, Table
+from csrm.operations.texts import TextSource, read_texts
+from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.commits import Commit
-from csrm.spark.inputs import read_rows
 from csrm.spark.tables import read_table, spark_schema, table_exists, table_id, table_path
 
 _KEY = list(PAIR_KEY)
@@ -47,16 +43,6 @@ class Limits:
     """Queries, and products, whose scores moved most."""
     num_samples: int
     """Rejected pairs of each reason."""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where the texts of queries or products are."""
-
-    table: Table
-    spec: InputSpec
-    id_column: str
-    text_column: str
 
 
 def read_findings(
@@ -452,88 +438,6 @@ def _published_before(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
         if base is not None and run["published_version"] is not None and run["published_version"] <= base:
             return run
     return None
-
-
-def read_texts(
-    spark: SparkSession,
-    source: TextSource,
-    keys: Collection[Key],
-    run: Mapping[str, Any],
-    before: Mapping[str, Any] | None,
-) -> tuple[Texts, list[str]]:
-    """The texts that a run read, and those that an earlier one had read, from the places that their rows name.
-
-    A report must come also where inputs are faulty, or gone: what cannot be read is left out.
-
-    Args:
-        spark: the session.
-        source: where texts are now, for a run whose place cannot be read; its format and columns hold everywhere.
-        keys: the queries or products.
-        run: its row of scoring_runs.
-        before: that of the earlier run, or None.
-
-    Returns:
-        The texts; sentences that say what they lack.
-    """
-    if not keys:
-        return Texts(), []
-    name = source.table.name
-    place = run["inputs"].get(name, source.spec.path)
-    earlier_place = place if before is None else before["inputs"].get(name, place)
-    present, problem = _try_texts(spark, source, keys, place)
-    earlier, _ = _try_texts(spark, source, keys, earlier_place) if earlier_place != place else ({}, None)
-    if problem is None:
-        return Texts(present, earlier), []
-    present, problem_now = _try_texts(spark, source, keys, source.spec.path)
-    if problem_now is None:
-        note = f"Texts of {name} are those of {source.spec.path} as it is now: what the run read, {place}, is gone."
-    else:
-        note = f"Texts of {name} cannot be read, neither from {place} nor from {source.spec.path}: {problem_now}"
-    return Texts(present, earlier), [note]
-
-
-def _try_texts(
-    spark: SparkSession, source: TextSource, keys: Collection[Key], place: str
-) -> tuple[dict[Key, Text], str | None]:
-    """The texts at a place; why there are none, if so."""
-    try:
-        return _texts_at(spark, source, keys, place), None
-    except (InputError, PySparkException, Py4JJavaError) as error:
-        return {}, str(error).strip().splitlines()[0]
-
-
-def _texts_at(spark: SparkSession, source: TextSource, keys: Collection[Key], place: str) -> dict[Key, Text]:
-    """Texts from a path, or from a path with @v and the version of a Delta table."""
-    names = ("market", source.id_column, source.text_column)
-    columns = {name: there for name, there in source.spec.columns.items() if name in names}
-    spec, version = spec_at(source.spec.model_copy(update={"columns": columns}), place)
-    wanted = tuple(replace(column, required=True) for column in source.table.columns if column.name in names)
-    source_df = read_rows(spark, replace(source.table, columns=wanted), spec, version)
-    keys_df = spark.createDataFrame(sorted(keys), f"market string, {source.id_column} string")
-    text = F.min(source.text_column)
-    texts_df = (
-        source_df.join(F.broadcast(keys_df), on=["market", source.id_column], how="inner")
-        .groupBy("market", source.id_column)
-        .agg(F.substring(text, 1, MOST_CHARACTERS).alias("beginning"), F.length(text).alias("num_characters"))
-        .where("beginning IS NOT NULL")
-    )
-    return {(row[0], row[1]): Text(row[2], row[3]) for row in texts_df.collect()}
-
-
-def spec_at(spec: InputSpec, place: str) -> tuple[InputSpec, int | None]:
-    """An input as a run read it.
-
-    Args:
-        spec: where it is now, and how.
-        place: what scoring_runs says of it: a path, for a Delta table with @v and its version.
-
-    Returns:
-        The same input at that path; the version, None where the place has none.
-    """
-    versioned = re.fullmatch(r"(.*)@v(\d+)", place, re.DOTALL)
-    if versioned is None:
-        return spec.model_copy(update={"path": place}), None
-    return spec.model_copy(update={"path": versioned[1], "format": "delta"}), int(versioned[2])
 
 
 def _frame(small_df: DataFrame) -> pd.DataFrame:
