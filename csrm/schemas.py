@@ -144,6 +144,19 @@ JUDGMENTS = Table(
     partition_by=("market",),
 )
 
+COMPARED_SCORES = Table(
+    name="compared_scores",
+    comment="Scores of another ranker, bundle or night, to measure beside the published ones",
+    columns=(
+        MARKET,
+        QUERY_ID,
+        PRODUCT_ID,
+        Column("score", "double", "Any number; a higher one is better, null is no score", required=False),
+        Column("grade", "string", "Grade that the ranker gives the pair", required=False),
+    ),
+    key=PAIR_KEY,
+)
+
 PARALLEL_TEXT = Table(
     name="parallel_text",
     comment="Texts with their translations; each is learnt in both directions",

@@ -1,13 +1,15 @@
-"""Measure the published relevance scores against human grades, beside BM25 and a random order."""
+"""Measure the published relevance scores against human grades, beside BM25, a random order and scores of your own."""
 
 import argparse
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from csrm.cli import job_parser, job_settings
 from csrm.config import make_folder
-from csrm.evaluation.report import format_evaluation, plot_evaluation, write_metrics
+from csrm.evaluation.report import format_evaluation, write_metrics
 from csrm.extras import import_eval
 from csrm.operations.evaluation import EvaluationConfig, evaluate_published
+from csrm.operations.evaluation_page import evaluation_html
 from csrm.spark.session import build_session
 
 
@@ -18,12 +20,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, EvaluationConfig)
-    for module in ("ir_measures", "sklearn", "matplotlib"):
+    for module in ("ir_measures", "sklearn", "matplotlib", "jinja2"):
         import_eval(module)  # before the work, not after it
     output = make_folder(config.output)
     measured = evaluate_published(build_session("csrm-evaluate"), config)
+    page = output / "evaluation.html"
+    page.write_text(evaluation_html(measured, config.markets, datetime.now(UTC)), encoding="utf-8")
     write_metrics(measured.evaluation, measured.provenance, output / "metrics.json")
-    plot_evaluation(measured.evaluation, measured.judged, list(config.gains), output / "metrics.png")
+    measured.queries.to_parquet(output / "queries.parquet", index=False)
     print(format_evaluation(measured.evaluation))
-    print(f"\nwritten: {output / 'metrics.json'}, {output / 'metrics.png'}")
+    print(f"\nwritten: {page}, {output / 'metrics.json'}, {output / 'queries.parquet'}")
     return 0

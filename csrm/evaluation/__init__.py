@@ -1,6 +1,7 @@
 """How well scores rank products, against human grades.
 
-Read metrics (the numbers and their intervals), calibration (what a score means), then report (text, plot and JSON).
+Read metrics (the numbers and their intervals), then calibration (what a score means), report (text and JSON) and
+examples (queries and pairs to look at).
 The rooms night, operations, training and export may import it. It imports ground files only.
 """
 

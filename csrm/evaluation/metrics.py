@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,8 @@ DEPTH = 10
 QUERY_METRICS = (f"nDCG@{DEPTH}", f"MRR@{DEPTH}", f"defect rate@{DEPTH}")
 PAIR_METRICS = ("ROC-AUC", "average precision")
 METRICS = QUERY_METRICS + PAIR_METRICS
+QUERY_COLUMNS = (f"ndcg_at_{DEPTH}", f"mrr_at_{DEPTH}", f"defect_rate_at_{DEPTH}")
+"""QUERY_METRICS as columns of a table."""
 OVERALL = "all markets"
 RANDOM = "random"
 _KEY = list(PAIR_KEY)
@@ -50,6 +52,11 @@ class Evaluation:
     metrics: pd.DataFrame
     """One row for each market, ranking and metric: market, ranking, metric, value, low, high (95% interval) and
     num_queries, the queries that the value is about. Where there are several markets, "all markets" is the last."""
+    differences: pd.DataFrame
+    """One row for each market, metric and ranking but the first and the random order: market, ranking, metric,
+    difference (the first ranking's value less this one's), low and high (95% interval of the difference)."""
+    queries: pd.DataFrame
+    """One row for each query and ranking: market, query_id, ranking, num_pairs, num_relevant and QUERY_COLUMNS."""
     counts: pd.DataFrame
     """One row a market: market, num_judged and num_pairs (judged pairs, those of them with scores), num_judged_queries
     and num_queries (the same for queries)."""
@@ -73,8 +80,8 @@ def evaluate_scores(
     Defect rate@10 is the share of irrelevant products among the first ten, or among all where fewer were judged. These
     are means over queries; ROC-AUC and average precision are over the pairs of all queries together, relevant ones
     against the rest. Intervals are 95% percentile bootstrap intervals over queries: a resample draws whole queries with
-    replacement, the same ones for every ranking. Equal scores are ranked by a seeded hash of the pair's key, so neither
-    file order nor the order of ids decides.
+    replacement, the same ones for every ranking. Differences are therefore paired: each is taken within a resample.
+    Equal scores are ranked by a seeded hash of the pair's key, so neither file order nor the order of ids decides.
 
     What is undefined is NaN with a note: nDCG of a query without gain and MRR of one without a relevant product (left
     out of the mean), ROC-AUC and average precision where all or no pairs are relevant, intervals of a single query.
@@ -115,17 +122,18 @@ def evaluate_scores(
         raise InputError(
             f"judged pairs: none of {len(judged):,} has a score. Are the ids and markets those of the scores?"
         )
+    scores = {name: pairs[name].to_numpy(dtype=np.float64) for name in score_columns}
     pairs["query_index"] = pairs.groupby(["market", "query_id"], sort=False).ngroup()
     pairs["tie_breaker"] = _hash_uniform(pairs, f"tie {seed}")
     pairs["gain"] = pairs["grade"].map(integer_gains)
     pairs["is_relevant"] = pairs["grade"].isin(set(relevant_grades))
     pairs["is_irrelevant"] = pairs["grade"].isin(set(irrelevant_grades))
 
-    scores = {name: pairs[name].to_numpy(dtype=np.float64) for name in score_columns}
     scores[RANDOM] = _hash_uniform(pairs, f"random {seed}")
     query_values = {name: _query_metrics(pairs, values) for name, values in scores.items()}
 
     rows: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
     notes: list[str] = []
     pair_markets = pairs["market"].to_numpy()
     markets = pairs["market"].unique().tolist()
@@ -134,25 +142,30 @@ def evaluate_scores(
         query_indices, query_of_pair = np.unique(pairs["query_index"].to_numpy()[in_market], return_inverse=True)
         weights = resample_weights(len(query_indices), num_resamples, seed)
         relevant = pairs["is_relevant"].to_numpy()[in_market]
+        first: _Resampled | None = None
         for name, values in scores.items():
             of_queries = query_values[name][query_indices]
-            estimates = [_mean_with_interval(column, weights) for column in of_queries.T]
-            estimates += _pooled_with_interval(relevant, values[in_market], query_of_pair, weights)
+            own = _resampled(of_queries, relevant, values[in_market], query_of_pair, weights)
+            first = first or own
             num_used = [int(np.isfinite(column).sum()) for column in of_queries.T] + [len(query_indices)] * 2
-            rows += [
-                {
-                    "market": market,
-                    "ranking": name,
-                    "metric": metric,
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "num_queries": used,
-                }
-                for metric, (value, low, high), used in zip(METRICS, estimates, num_used, strict=True)
-            ]
+            place = {"market": market, "ranking": name}
+            for index, (metric, used) in enumerate(zip(METRICS, num_used, strict=True)):
+                low, high = _interval(own.resamples[:, index], used)
+                estimate = {"value": own.values[index], "low": low, "high": high, "num_queries": used}
+                rows.append({**place, "metric": metric, **estimate})
+                if own is not first and name != RANDOM:
+                    low, high = _interval(first.resamples[:, index] - own.resamples[:, index], used)
+                    difference = {"difference": first.values[index] - own.values[index], "low": low, "high": high}
+                    differences.append({**place, "metric": metric, **difference})
         notes += _notes(market, query_values[RANDOM][query_indices], relevant)
-    return Evaluation(pd.DataFrame(rows), _counts(judged, pairs), tuple(notes))
+    columns = ["market", "ranking", "metric", "difference", "low", "high"]
+    return Evaluation(
+        metrics=pd.DataFrame(rows),
+        differences=pd.DataFrame(differences, columns=columns),
+        queries=_by_query(pairs, query_values),
+        counts=_counts(judged, pairs),
+        notes=tuple(notes),
+    )
 
 
 def _integer_gains(gains: Mapping[str, float]) -> dict[str, int]:
@@ -235,30 +248,32 @@ def resample_weights(num_queries: int, num_resamples: int, seed: int) -> np.ndar
     )
 
 
-def _mean_with_interval(values: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
-    defined = np.isfinite(values)
-    if not defined.any():
-        return (np.nan, np.nan, np.nan)
-    num_drawn = weights[:, defined].sum(axis=1)
-    means = weights[:, defined] @ values[defined] / np.where(num_drawn > 0, num_drawn, np.nan)
-    return (float(values[defined].mean()), *_interval(means, int(defined.sum())))
+class _Resampled(NamedTuple):
+    """METRICS of one ranking, NaN where undefined."""
+
+    values: np.ndarray
+    """Shape (5,)."""
+    resamples: np.ndarray
+    """Of each resample, shape (num_resamples, 5)."""
 
 
-def _pooled_with_interval(
-    relevant: np.ndarray, scores: np.ndarray, query_of_pair: np.ndarray, weights: np.ndarray
-) -> list[tuple[float, float, float]]:
-    """PAIR_METRICS with their intervals."""
-    if relevant.all() or not relevant.any():
-        return [(np.nan, np.nan, np.nan)] * len(PAIR_METRICS)
-    sklearn_metrics = import_eval("sklearn.metrics")
-    points = [
-        sklearn_metrics.roc_auc_score(relevant, scores),
-        sklearn_metrics.average_precision_score(relevant, scores),
-    ]
-    resampled = resampled_pair_metrics(relevant, scores, query_of_pair, weights)
-    return [
-        (float(point), *_interval(values, weights.shape[1])) for point, values in zip(points, resampled.T, strict=True)
-    ]
+def _resampled(
+    of_queries: np.ndarray, relevant: np.ndarray, scores: np.ndarray, query_of_pair: np.ndarray, weights: np.ndarray
+) -> _Resampled:
+    values = np.full(len(METRICS), np.nan)
+    resamples = np.full((len(weights), len(METRICS)), np.nan)
+    for index, column in enumerate(of_queries.T):
+        defined = np.isfinite(column)
+        if defined.any():
+            num_drawn = weights[:, defined].sum(axis=1)
+            values[index] = column[defined].mean()
+            resamples[:, index] = weights[:, defined] @ column[defined] / np.where(num_drawn > 0, num_drawn, np.nan)
+    if relevant.any() and not relevant.all():
+        sklearn_metrics = import_eval("sklearn.metrics")
+        values[-2] = sklearn_metrics.roc_auc_score(relevant, scores)
+        values[-1] = sklearn_metrics.average_precision_score(relevant, scores)
+        resamples[:, -2:] = resampled_pair_metrics(relevant, scores, query_of_pair, weights)
+    return _Resampled(values, resamples)
 
 
 def resampled_pair_metrics(
@@ -315,6 +330,18 @@ def _notes(market: str, query_values: np.ndarray, relevant: np.ndarray) -> list[
     if num_queries < 2:
         notes.append(f"{market}: one query gives no interval.")
     return notes
+
+
+def _by_query(pairs: pd.DataFrame, query_values: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    grouped = pairs.groupby("query_index")
+    queries = grouped[["market", "query_id"]].first()
+    queries["num_pairs"], queries["num_relevant"] = grouped.size(), grouped["is_relevant"].sum()
+    frames = []
+    for name, values in query_values.items():
+        own = queries.assign(**dict(zip(QUERY_COLUMNS, values.T, strict=True)))
+        own.insert(2, "ranking", name)
+        frames.append(own)
+    return pd.concat(frames, ignore_index=True)
 
 
 def _counts(judged: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,15 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from csrm.errors import InputError, MissingDependencyError
-from csrm.evaluation.metrics import METRICS, OVERALL, RANDOM, Evaluation, evaluate_scores, resampled_pair_metrics
+from csrm.evaluation.metrics import (
+    METRICS,
+    OVERALL,
+    QUERY_COLUMNS,
+    RANDOM,
+    Evaluation,
+    evaluate_scores,
+    resampled_pair_metrics,
+)
 from csrm.evaluation.report import format_evaluation
 
 ESCI_GAINS = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
@@ -256,3 +264,48 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "ir_measures", None)
     with pytest.raises(MissingDependencyError, match=r"csrm\[eval\]"):
         evaluate(many_pairs())
+
+
+def test_differences_are_paired_within_each_resample() -> None:
+    judged = many_pairs(num_queries=40)
+    judged["shifted"] = judged["model"] * 3 + 7  # the same order, so no resample tells them apart
+    judged["worse"] = -judged["model"]
+    evaluation = evaluate(judged, ("model", "shifted", "worse"))
+    assert set(evaluation.differences["ranking"]) == {"shifted", "worse"}
+    same = evaluation.differences.query("ranking == 'shifted'")
+    assert same["metric"].tolist() == list(METRICS)
+    assert (same[["difference", "low", "high"]] == 0).all(axis=None)
+    worse = evaluation.differences.query("ranking == 'worse'").set_index("metric")
+    for metric in METRICS:
+        expected = value(evaluation, metric) - value(evaluation, metric, ranking="worse")
+        assert worse.loc[metric, "difference"] == pytest.approx(expected)
+        assert worse.loc[metric, "low"] < expected < worse.loc[metric, "high"]
+    text = format_evaluation(evaluation)
+    assert "  model less\n                    shifted" in text
+    assert "  nDCG@10           +0.000 [+0.000, +0.000]" in text
+
+
+def test_the_interval_of_a_difference_is_narrower_than_that_of_two_values_apart() -> None:
+    judged = many_pairs(num_queries=200)
+    judged["alike"] = judged["model"] + np.random.default_rng(0).normal(0, 0.1, len(judged))
+    evaluation = evaluate(judged, ("model", "alike"))
+    apart = evaluation.metrics.query("ranking == 'model'").set_index("metric").loc["nDCG@10"]
+    paired = evaluation.differences.set_index("metric").loc["nDCG@10"]
+    assert paired["high"] - paired["low"] < (apart["high"] - apart["low"]) / 2
+
+
+def test_each_query_has_its_values_whose_means_are_the_metrics() -> None:
+    evaluation = evaluate(many_pairs())
+    own = evaluation.queries[evaluation.queries["ranking"] == "model"]
+    assert own[["num_pairs", "num_relevant"]].sum().tolist() == [
+        len(many_pairs()),
+        int((many_pairs()["grade"] == "E").sum()),
+    ]
+    for metric, column in zip(METRICS, QUERY_COLUMNS, strict=False):
+        assert own[column].mean() == pytest.approx(value(evaluation, metric))
+
+
+def test_a_score_may_be_called_as_a_column_of_the_evaluation_itself() -> None:
+    judged = many_pairs().assign(gain=lambda pairs: pairs["model"])
+    evaluation = evaluate(judged, ("model", "gain"))
+    assert value(evaluation, "ROC-AUC", ranking="gain") == value(evaluation, "ROC-AUC")

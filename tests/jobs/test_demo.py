@@ -26,7 +26,7 @@ def test_the_demo_publishes_evaluates_and_scores_the_next_nights_changes_only(
     assert "published run" in printed
     assert printed.count("  best  ") == 9
     assert set(first.to_pandas()["market"]) == {"kr", "tw", "us"}
-    assert (tmp_path / "evaluation" / "metrics.png").stat().st_size > 10_000
+    assert (tmp_path / "evaluation" / "evaluation.html").stat().st_size > 10_000
 
     catalog, renamed = (
         pd.read_parquet(tmp_path / "inputs" / f"{name}.parquet") for name in ("catalog", "catalog_next_night")

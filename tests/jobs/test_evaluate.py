@@ -1,7 +1,9 @@
 """The evaluation job on real Delta and Parquet tables; expected values are worked by hand."""
 
 import json
+import re
 from datetime import UTC, datetime
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ JUDGMENTS = [
     ("tw", "q1", "x", "E", "test"),
     ("tw", "q1", "y", "I", "test"),
 ]
+KEY_AND_SCORE = ["market", "query_id", "product_id", "score"]
 SCORES = [
     ("kr", "q1", "a", 0.9),
     ("kr", "q1", "b", 0.5),
@@ -95,7 +98,95 @@ def test_scores_are_measured_beside_bm25_and_a_random_order(folder: Path, capsys
     printed = capsys.readouterr().out
     assert "kr: 1 of 2 judged queries, 3 of 4 judged pairs have a score" in printed
     assert "note: kr: 1 judged pairs name a product_id that catalog does not have, such as gone." in printed
-    assert (folder / "output" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "output" / "evaluation.html").read_text(encoding="utf-8")
+    assert "relevance_scores: <span" in page
+
+
+def test_each_query_has_its_metrics_in_a_table(folder: Path) -> None:
+    evaluate(folder, "splits=[test]")
+    queries = pd.read_parquet(folder / "output" / "queries.parquet")
+    own = queries[queries["ranking"] == "relevance_score"].set_index(["market", "query_id"])
+    assert own.index.tolist() == [("kr", "q1"), ("tw", "q1")]
+    assert own["query"].tolist() == ["빨간 신발", "雨傘"]
+    assert own["num_pairs"].tolist() == [3, 2]
+    assert own["num_relevant"].tolist() == [1, 1]
+    assert own["mrr_at_10"].tolist() == [1.0, 0.5]
+    assert own["defect_rate_at_10"].tolist() == pytest.approx([1 / 3, 1 / 2])
+    assert own["ndcg_at_10"].tolist() == pytest.approx([1.0, 1 / log2(3)])
+    assert set(queries["ranking"]) == {"relevance_score", "bm25", "random"}
+
+
+def test_other_scores_are_measured_on_the_same_pairs_with_paired_differences(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # it orders the two of tw rightly, those of kr the wrong way round, and does not know kr q2
+    rows = [
+        ("kr", "q1", "a", 1),
+        ("kr", "q1", "b", 2),
+        ("kr", "q1", "c", 30),
+        ("tw", "q1", "x", 5),
+        ("tw", "q1", "y", 4),
+    ]
+    pd.DataFrame(rows, columns=["shop", "query_id", "product_id", "points"]).to_parquet(folder / "engine.parquet")
+    result = evaluate(
+        folder,
+        "baseline_bm25=false",
+        f"inputs.compare.engine={{path: '{folder}/engine.parquet', format: parquet, "
+        "columns: {market: shop, score: points}}",
+        f"inputs.compare.last_night={{path: '{folder}/tables/relevance_scores', columns: {{score: relevance_score}}}}",
+    )
+    assert value(result, "kr", "engine", "MRR@10") == pytest.approx(1 / 3)
+    assert value(result, "tw", "engine", "MRR@10") == 1.0
+    differences = {(row["market"], row["ranking"], row["metric"]): row for row in result["differences"]}
+    assert differences[("kr", "engine", "MRR@10")]["difference"] == pytest.approx(2 / 3)
+    assert differences[("tw", "engine", "MRR@10")]["difference"] == -0.5
+    overall = differences[("all markets", "engine", "MRR@10")]
+    assert overall["difference"] == pytest.approx((2 / 3 - 1 / 2) / 2)
+    assert (overall["low"], overall["high"]) == pytest.approx((-1 / 2, 2 / 3))  # a resample may draw one query twice
+    same = differences[("all markets", "last_night", "ROC-AUC")]
+    assert (same["difference"], same["low"], same["high"]) == (0.0, 0.0, 0.0)
+    assert result["inputs"]["compare.last_night"]["version"] == 1
+    printed = capsys.readouterr().out
+    assert "note: engine has no score for 1 of 6 judged pairs; they are left out of all rankings." in printed
+    assert "relevance_score less" in printed
+    assert "+0.083 [-0.500, +0.667]" in printed
+
+
+def test_the_page_names_the_worst_queries_false_friends_and_missing_products(folder: Path) -> None:
+    pd.DataFrame([("tw", "q1", "x", 1.0), ("tw", "q1", "y", 0.0)], columns=KEY_AND_SCORE).to_parquet(
+        folder / "e5.parquet"
+    )
+    evaluate(
+        folder,
+        "baseline_bm25=false",
+        "markets={kr: ko, tw: zh-TW}",
+        f"inputs.compare.e5={{path: '{folder}/e5.parquet', format: parquet}}",
+    )
+    page = (folder / "output" / "evaluation.html").read_text(encoding="utf-8")
+    text = " ".join(re.sub(r"<svg.*?</svg>|<style.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL).split())
+    assert "By nDCG@10, relevance_score is neither better nor worse beyond chance than e5: -0.369." in text
+    # the query of tw shows y first, which is irrelevant; x, the best, is second
+    assert "tw 雨傘 q1 0.631 0.500 0.500 2 1 I 手套 y E 雨傘 x 2" in text
+    assert "tw 雨傘 q1 -0.369 0.631 1.000 2 I 手套 y E 雨傘 x 2" in text
+    # irrelevant products, highest score first in each market, with their places among published and judged products
+    assert "kr 장갑 q2 운동화 a I 0.3000 1 of 2 1 – kr 빨간 신발 q1 빨간 우산 c I 0.1000 3 of 3 3 –" in text
+    assert "tw 雨傘 q1 手套 y I 0.6000 1 of 2 1 2" in text
+    # the only relevant product that is not among the first ten
+    assert "kr no_product the catalog does not have the product 1" in text
+    assert "kr no_product 장갑 q2 gone E – – – –" in text
+
+
+@pytest.mark.parametrize("name", ["bm25", "grade", "a b", "1st"])
+def test_a_name_of_a_ranking_that_would_be_unclear_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"inputs\.compare\..*such as search_engine"):
+        load_config(CONF, EvaluationConfig, [f"inputs.compare={{'{name}': {{path: x}}}}"])
+
+
+def test_other_scores_of_none_of_the_pairs_are_an_error(folder: Path) -> None:
+    pd.DataFrame([("kr", "Q1", "a", 1.0)], columns=KEY_AND_SCORE).to_parquet(folder / "none.parquet")
+    expected = r"input compare\.other at .*it has none of the 6 that are published\. Are its markets and ids"
+    with pytest.raises(InputError, match=expected):
+        evaluate(folder, f"inputs.compare.other={{path: '{folder}/none.parquet', format: parquet}}")
 
 
 def test_the_result_says_what_it_was_made_from(folder: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from csrm.operations.launch_report import launch_report_html
 from csrm.operations.report import night_report_html
 from tests.browser import Browser, Visit, open_browser
+from tests.operations.test_evaluation_page import hostile_evaluation
 from tests.operations.test_launch_report import hostile_launch
 from tests.operations.test_report import MADE_AT, full_night, hostile_night
 
@@ -134,3 +135,23 @@ def test_a_launch_report_asks_for_nothing_and_is_no_wider_than_the_window(
     assert page.value("document.querySelectorAll('section').length") == 6
     assert page.requests == []
     assert page.complaints == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_an_evaluation_asks_for_nothing_and_is_no_wider_than_the_window(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    page = visit(browser, tmp_path, hostile_evaluation())
+    page.resize(width)
+    assert page.value("document.documentElement.scrollWidth") == width
+    assert page.value("document.querySelectorAll('section').length") == 7
+    assert page.requests == []
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_evaluation_can_be_read_in_light_and_in_dark(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    page = visit(browser, tmp_path, hostile_evaluation())
+    page.emulate(scheme)
+    for selector in ("h1 .verdict", "td.bad", ".note", "svg text"):
+        assert contrast(page, selector) >= 4.5, selector
