@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from csrm.cli import job_parser, job_settings
 from csrm.config import make_folder
-from csrm.evaluation.report import format_evaluation, write_metrics
+from csrm.evaluation.report import format_calibration, format_evaluation, write_metrics
 from csrm.extras import import_eval
 from csrm.operations.evaluation import EvaluationConfig, evaluate_published
 from csrm.operations.evaluation_page import evaluation_html
@@ -26,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = evaluate_published(build_session("csrm-evaluate"), config)
     page = output / "evaluation.html"
     page.write_text(evaluation_html(measured, config.markets, datetime.now(UTC)), encoding="utf-8")
-    write_metrics(measured.evaluation, measured.provenance, output / "metrics.json")
+    write_metrics(
+        measured.evaluation, measured.curves, measured.thresholds, measured.provenance, output / "metrics.json"
+    )
     measured.queries.to_parquet(output / "queries.parquet", index=False)
     print(format_evaluation(measured.evaluation))
+    print(f"\n{format_calibration(measured.curves)}")
     print(f"\nwritten: {page}, {output / 'metrics.json'}, {output / 'queries.parquet'}")
     return 0

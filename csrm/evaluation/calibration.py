@@ -53,7 +53,7 @@ def calibration(
     [{'market': 'us', 'share_relevant': 0.25, 'error': 0.25}]
     """
     rows = []
-    for market, scores, relevant, queries in _markets(judged, score_column, relevant_grades):
+    for market, scores, relevant, queries in scored_markets(judged, score_column, relevant_grades):
         curve = _curve(scores, relevant)
         unseen = _of_unseen_queries(scores, relevant, queries, seed)
         rows.append(
@@ -129,7 +129,7 @@ def threshold_metrics(
     [[0.5, 0.5]]
     """
     rows = []
-    for market, scores, relevant, queries in _markets(judged, score_column, relevant_grades):
+    for market, scores, relevant, queries in scored_markets(judged, score_column, relevant_grades):
         _, query_of_pair = np.unique(queries, return_inverse=True)
         num_queries = int(query_of_pair.max()) + 1
         weights = np.vstack([np.ones(num_queries), resample_weights(num_queries, num_resamples, seed)])
@@ -153,24 +153,28 @@ def threshold_metrics(
     return pd.DataFrame(rows)
 
 
-def _with_interval(name: str, part: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """A share and its interval, from that of all queries and of each resample."""
-    shares = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
-    resampled = shares[1:][np.isfinite(shares[1:])]
-    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
-    return {name: float(shares[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
-def _markets(
+def scored_markets(
     judged: pd.DataFrame, score_column: str, relevant_grades: Collection[str]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Name, scores, relevance and queries of each market, then of all."""
+    """Name, scores, relevance and queries of each market, then of "all markets" where there are several.
+
+    Args:
+        judged, score_column, relevant_grades: see calibration.
+    """
     pairs = judged.dropna(subset=[score_column]).sort_values(["market", "query_id"], kind="stable")
     groups = [(str(market), rows) for market, rows in pairs.groupby("market")]
     for market, rows in [*groups, (OVERALL, pairs)] if len(groups) > 1 else groups:
         queries = (rows["market"].astype(str) + "\n" + rows["query_id"].astype(str)).to_numpy()
         relevant = rows["grade"].isin(set(relevant_grades)).to_numpy()
         yield market, rows[score_column].to_numpy(dtype=np.float64), relevant, queries
+
+
+def _with_interval(name: str, part: np.ndarray, whole: np.ndarray) -> dict[str, float]:
+    """A share and its interval, from that of all queries and of each resample."""
+    shares = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    resampled = shares[1:][np.isfinite(shares[1:])]
+    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
+    return {name: float(shares[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _log_odds(scores: np.ndarray) -> np.ndarray:
@@ -180,11 +184,18 @@ def _log_odds(scores: np.ndarray) -> np.ndarray:
 
 
 def _curve(scores: np.ndarray, relevant: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept; NaN where all or no pairs are relevant."""
-    if relevant.all() or not relevant.any():
+    """Slope and intercept, by Platt's targets: finite also where scores tell all apart; NaN where all are alike."""
+    num_relevant = int(relevant.sum())
+    num_rest = len(relevant) - num_relevant
+    if not num_relevant or not num_rest:
         return np.nan, np.nan
+    targets = np.where(relevant, (num_relevant + 1) / (num_relevant + 2), 1 / (num_rest + 2))
     regression = import_eval("sklearn.linear_model").LogisticRegression(C=np.inf)
-    fitted = regression.fit(_log_odds(scores)[:, None], relevant)
+    fitted = regression.fit(
+        np.tile(_log_odds(scores), 2)[:, None],
+        np.repeat([True, False], len(targets)),
+        sample_weight=np.concatenate([targets, 1 - targets]),
+    )
     return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
 
 

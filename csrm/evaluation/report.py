@@ -76,12 +76,43 @@ def format_estimate(value: float, low: float, high: float, *, sign: str = "") ->
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def write_metrics(evaluation: Evaluation, provenance: dict[str, Any], path: Path) -> None:
+def format_calibration(curves: pd.DataFrame) -> str:
+    """One line for each market: how far its scores are from the share of relevant pairs, see calibration.
+
+    >>> curves = pd.DataFrame(
+    ...     [("us", 0.05, 0.8, -0.1, 0.01), ("kr", 0.2, np.nan, np.nan, np.nan)],
+    ...     columns=["market", "error", "slope", "intercept", "calibrated_error"],
+    ... )
+    >>> print(format_calibration(curves))
+    us: calibration error 0.050; 0.010 with slope 0.800 and intercept -0.100 over the log-odds
+    kr: calibration error 0.200; no curve, the judged pairs are too few or all alike
+    """
+    return "\n".join(
+        f"{row['market']}: calibration error {row['error']:.3f}; "
+        + (
+            "no curve, the judged pairs are too few or all alike"
+            if np.isnan(row["calibrated_error"])
+            else f"{row['calibrated_error']:.3f} with slope {row['slope']:.3f} and intercept {row['intercept']:.3f} "
+            "over the log-odds"
+        )
+        for row in curves.to_dict("records")
+    )
+
+
+def write_metrics(
+    evaluation: Evaluation, curves: pd.DataFrame, thresholds: pd.DataFrame, provenance: dict[str, Any], path: Path
+) -> None:
     """The result and where it comes from, as JSON; what is undefined is null."""
+
+    def records(frame: pd.DataFrame) -> Any:
+        return json.loads(frame.to_json(orient="records", double_precision=15))
+
     content = {
-        "metrics": json.loads(evaluation.metrics.to_json(orient="records", double_precision=15)),
-        "differences": json.loads(evaluation.differences.to_json(orient="records", double_precision=15)),
-        "counts": json.loads(evaluation.counts.to_json(orient="records")),
+        "metrics": records(evaluation.metrics),
+        "differences": records(evaluation.differences),
+        "calibration": records(curves),
+        "thresholds": records(thresholds),
+        "counts": records(evaluation.counts),
         "notes": list(evaluation.notes),
         **provenance,
     }

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 import csrm
 from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
 from csrm.errors import InputError
+from csrm.evaluation.calibration import calibration, threshold_metrics
 from csrm.evaluation.examples import (
     false_friends,
     first_and_best,
@@ -96,6 +97,10 @@ class PublishedEvaluation:
     """Evaluation.queries with the query's text."""
     judged: pd.DataFrame
     """The judged pairs with their scores; see collect_judged."""
+    curves: pd.DataFrame
+    """What the published score means in each market; see calibration."""
+    thresholds: pd.DataFrame
+    """What stays at a threshold; see threshold_metrics."""
     worst: pd.DataFrame
     """See worst_queries and first_and_best."""
     moved: Mapping[str, pd.DataFrame]
@@ -158,6 +163,8 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
         evaluation=evaluation,
         queries=queries.merge(judged.drop_duplicates(_QUERY)[[*_QUERY, "query"]], on=_QUERY, how="left"),
         judged=judged,
+        curves=calibration(judged, SCORE, config.relevant_grades, config.seed),
+        thresholds=threshold_metrics(judged, SCORE, config.relevant_grades, config.num_resamples, config.seed),
         worst=worst,
         moved=moved,
         false_friends=friends,

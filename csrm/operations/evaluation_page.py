@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from csrm.evaluation.calibration import calibrated_probability, reliability, scored_markets
 from csrm.evaluation.metrics import METRICS, OVERALL, QUERY_COLUMNS, RANDOM
 from csrm.evaluation.report import SCORE, format_estimate
 from csrm.operations.evaluation import PublishedEvaluation
@@ -53,6 +54,7 @@ def evaluation_html(measured: PublishedEvaluation, languages: Mapping[str, str],
         metrics=METRICS,
         score=SCORE,
         grades=_grades(measured),
+        meanings=_meanings(measured),
         worst=rows(measured.worst),
         query_columns=QUERY_COLUMNS,
         moved={name: rows(frame) for name, frame in measured.moved.items()},
@@ -155,6 +157,45 @@ def _plot(
         figure,
         f"Market {index + 1} of {num_markets}: the five metrics of {len(rankings)} rankings with 95 % intervals; "
         f"{METRICS[0]} of {rankings[0]} is {first:.3f}",
+    )
+
+
+def _meanings(measured: PublishedEvaluation) -> list[dict[Any, Any]]:
+    """What a score means in each market: its curve, its plot, and what stays at each threshold."""
+    thresholds = {str(market): rows(frame) for market, frame in measured.thresholds.groupby("market")}
+    relevant_grades = measured.provenance["config"]["relevant_grades"]
+    markets = scored_markets(measured.judged, SCORE, relevant_grades)
+    return [
+        {
+            **curve,
+            "is_overall": curve["market"] == OVERALL,
+            "thresholds": thresholds[market],
+            "plot": _reliability_plot(scores, relevant, curve, index, len(measured.curves)),
+        }
+        for index, (curve, (market, scores, relevant, _)) in enumerate(zip(rows(measured.curves), markets, strict=True))
+    ]
+
+
+def _reliability_plot(
+    scores: np.ndarray, relevant: np.ndarray, curve: Mapping[Any, Any], index: int, num_markets: int
+) -> "Markup":
+    """Share of relevant pairs of ten bins of the score, and of the probability that the curve makes of it."""
+    figure, axes = new_figure("mean score or probability", "share relevant", 3.4, 3.0)
+    kinds = {SCORE: scores}
+    if is_known(curve["slope"]):
+        kinds["probability by the curve"] = calibrated_probability(scores, curve["slope"], curve["intercept"])
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
+    for place, (name, values) in enumerate(kinds.items()):
+        means, shares, _ = zip(*reliability(values, relevant), strict=True)
+        axes.plot(means, shares, marker="o", ms=4, color=COLOURS[place], label=name)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.tick_params(labelsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    return svg(
+        figure,
+        f"Market {index + 1} of {num_markets}: share of relevant pairs by score, in ten bins; the calibration error is "
+        f"{curve['error']:.3f}",
     )
 
 

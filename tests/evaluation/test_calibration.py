@@ -73,6 +73,14 @@ def test_a_market_of_one_kind_has_no_curve(grades: str) -> None:
     assert 0 < row["error"] < 1
 
 
+def test_scores_that_tell_all_pairs_apart_have_a_finite_curve() -> None:
+    judged = drawn("us", 1.0, 0.0, num_queries=20)
+    judged["grade"] = np.where(judged["score"] > 0.5, "E", "I")
+    (row,) = calibration(judged, "score", ["E"]).to_dict("records")
+    assert 5 < row["slope"] < 100
+    assert row["calibrated_error"] < 0.05
+
+
 def test_few_queries_have_a_curve_but_no_error_of_it() -> None:
     (row,) = calibration(drawn("us", 1.0, 0.0, num_queries=4), "score", ["E"]).to_dict("records")
     assert row["slope"] > 0

@@ -95,7 +95,14 @@ def test_scores_are_measured_beside_bm25_and_a_random_order(folder: Path, capsys
     assert value(result, "all markets", "relevance_score", "defect rate@10") == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert {row["ranking"] for row in result["metrics"]} == {"relevance_score", "bm25", "random"}
 
+    curves = {row["market"]: row for row in result["calibration"]}
+    assert list(curves) == ["kr", "tw", "all markets"]
+    assert curves["kr"]["share_relevant"] == pytest.approx(1 / 3)
+    at_half = {row["market"]: row["recall"] for row in result["thresholds"] if row["threshold"] == 0.5}
+    assert at_half == {"kr": 1.0, "tw": 0.0, "all markets": 0.5}
+
     printed = capsys.readouterr().out
+    assert f"kr: calibration error {curves['kr']['error']:.3f}; no curve" in printed
     assert "kr: 1 of 2 judged queries, 3 of 4 judged pairs have a score" in printed
     assert "note: kr: 1 judged pairs name a product_id that catalog does not have, such as gone." in printed
     page = (folder / "output" / "evaluation.html").read_text(encoding="utf-8")

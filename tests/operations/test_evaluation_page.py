@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from csrm.evaluation.calibration import calibration, threshold_metrics
 from csrm.evaluation.examples import false_friends, first_and_best, missing_products, moved_queries, worst_queries
 from csrm.evaluation.metrics import evaluate_scores
 from csrm.operations.evaluation import PublishedEvaluation
@@ -40,6 +41,8 @@ def measured(market: str = "kr", text: str = "text", *, swap: bool = False) -> P
         evaluation=evaluation,
         queries=evaluation.queries,
         judged=judged,
+        curves=calibration(judged, "relevance_score", ["E"]),
+        thresholds=threshold_metrics(judged, "relevance_score", ["E"]),
         worst=first_and_best(judged, worst_queries(evaluation.queries, "relevance_score", 5), GAINS),
         moved={
             "engine": first_and_best(judged, moved_queries(evaluation.queries, "relevance_score", "engine", 5), GAINS)
@@ -51,7 +54,7 @@ def measured(market: str = "kr", text: str = "text", *, swap: bool = False) -> P
             "inputs": {"judgments": {"path": text, "version": 3}},
             "bundle_digests": [text],
             "versions": {"csrm": text},
-            "config": {"gains": GAINS, "splits": [text]},
+            "config": {"gains": GAINS, "splits": [text], "relevant_grades": ["E"]},
         },
     )
 
@@ -77,7 +80,8 @@ def test_the_page_says_first_whether_another_ranking_is_better() -> None:
 
 def test_a_plot_shows_all_five_metrics_of_each_ranking() -> None:
     html = evaluation_html(measured(), {"kr": "ko"}, MADE_AT)
-    (plot,) = [part.split("</svg>")[0] for part in html.split("<svg")[1:]]
+    plot, reliability = [part.split("</svg>")[0] for part in html.split("<svg")[1:]]
+    assert "share of relevant pairs by score" in reliability
     for word in ("nDCG@10", "MRR@10", "defect rate@10", "ROC-AUC", "average precision", "engine", "random"):
         assert word in plot
     assert "the five metrics of 3 rankings with 95 % intervals; nDCG@10 of relevance_score is 1.000" in plot
