@@ -47,8 +47,12 @@ LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
 """Folder of the machine on which the job was started."""
 
 
-def make_folder(path: str) -> Path:
+def make_folder(path: str, setting: str = "output") -> Path:
     """A folder for what a job writes on this machine; called before the work.
+
+    Args:
+        path: of the folder.
+        setting: that named it, for messages.
 
     Raises:
         ConfigError: it cannot be made or written.
@@ -58,12 +62,31 @@ def make_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output {path!r}: cannot be made ({error.strerror}: {error.filename}). Name another folder, such as "
-            "--set output=/tmp/csrm."
+            f"{setting} {path!r}: cannot be made ({error.strerror}: {error.filename}). Name another folder, such as "
+            f"--set {setting}=/tmp/csrm."
         ) from error
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"output {path!r}: cannot be written. Name another folder, such as --set output=/tmp/csrm.")
+        raise ConfigError(
+            f"{setting} {path!r}: cannot be written. Name another folder, such as --set {setting}=/tmp/csrm."
+        )
     return folder
+
+
+def require_file_place(path: str, setting: str) -> Path:
+    """A file that a job replaces on this machine; its folder is made. Called before the work.
+
+    Args:
+        path: of the file.
+        setting: that named it, for messages.
+
+    Raises:
+        ConfigError: it is a folder, or its folder cannot be made or written.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{setting} {path!r}: expected a file, got a folder. Name a file in it.")
+    make_folder(str(file.parent), setting)
+    return file
 
 
 _KNOWN_FORMATS = ("delta", "parquet", "csv", "json", "orc", "table")

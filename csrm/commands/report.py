@@ -9,10 +9,11 @@ from urllib.parse import quote
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir, make_folder
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir, make_folder, require_file_place
 from csrm.extras import import_eval
 from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
+from csrm.operations.run_metrics import write_run_metrics
 from csrm.spark.session import build_session
 
 
@@ -33,6 +34,9 @@ class ReportConfig(Settings):
     """Folder of the tables that CSRM writes."""
     output: LocalPath
     """Local folder for the pages; the page of run R is R.html."""
+    metrics_file: LocalPath | None = None
+    """File that gets the run's row as metrics for Prometheus, such as csrm.prom in the folder of node_exporter's
+    textfile collector; replaced as a whole. Without it, none is written."""
     num_runs: Annotated[int, Field(ge=1)] = 30
     """Runs in the history."""
     num_moved: Annotated[int, Field(ge=1)] = 10
@@ -50,9 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, ReportConfig)
-    for module in ("jinja2", "matplotlib"):
+    for module in ("jinja2", "matplotlib", *(["prometheus_client"] if config.metrics_file else [])):
         import_eval(module)  # before the work, not after it
     folder = make_folder(config.output)
+    metrics_file = None if config.metrics_file is None else require_file_place(config.metrics_file, "metrics_file")
     limits = Limits(config.num_runs, config.num_moved, config.num_samples)
     inputs = config.inputs
     findings = read_findings(
@@ -60,5 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     page = folder / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
     page.write_text(night_report_html(findings, datetime.now(UTC)), encoding="utf-8")
+    if metrics_file is not None:
+        write_run_metrics(findings.runs, metrics_file)
     print(f"report of run {findings.runs[0]['run_id']}: {page}")
     return 0

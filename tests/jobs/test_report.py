@@ -106,3 +106,31 @@ def test_a_scheduler_can_parse_its_command_line(words: list[str], run_id: str | 
     args: Any = build_parser().parse_args(words)
     assert args.run_id == run_id
     assert args.config == "conf/report.yaml"
+
+
+def test_the_row_of_a_run_is_written_as_metrics(folder: Path, tmp_path: Path) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    file = tmp_path / "new" / "csrm.prom"
+    for _ in range(2):  # the second replaces the first
+        assert main(arguments(folder, "--set", f"metrics_file={file}")) == 0
+    families = list(parser.text_string_to_metric_families(file.read_text(encoding="utf-8")))
+    values = {(sample.name, *sample.labels.values()): sample.value for each in families for sample in each.samples}
+    labels = {sample.name: sample.labels for each in families for sample in each.samples}
+
+    assert labels["csrm_run_info"]["verdict"] == "rejected"
+    assert labels["csrm_run_info"]["bundle_digest"] == DIGEST
+    assert labels["csrm_run_info"]["run_id"].startswith("../<script>")
+    assert values["csrm_run_is_published",] == 0
+    assert values["csrm_run_rejected", SHOWN] == 1
+    assert values["csrm_run_audit_value", "deleted", "kr"] == 0.6
+    assert values["csrm_run_audit_failed", "deleted", "kr", "error"] == 1
+    assert values["csrm_last_published_timestamp_seconds",] < values["csrm_run_started_timestamp_seconds",]
+    assert [path.name for path in file.parent.iterdir()] == ["csrm.prom"]
+
+
+def test_a_folder_is_no_file_for_metrics(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metrics_file '.*': expected a file, got a folder\. Name a file in it\."):
+        main(arguments(folder, "--set", f"metrics_file={tmp_path}"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"metrics_file '.*/file': cannot be made .* --set metrics_file=/tmp/csrm\."):
+        main(arguments(folder, "--set", f"metrics_file={tmp_path}/file/csrm.prom"))
