@@ -104,6 +104,8 @@ class InputSpec(Settings):
     columns: dict[str, str | None] = {}
     """CSRM's column name to the name used there; columns of the same name need no entry. null leaves an optional column
     out, whatever is there."""
+    market: str | None = Field(default=None, min_length=1)
+    """Market of all rows, of a table that has no column for it."""
     options: dict[str, str] = {}
     """Options of the data source, such as header and sep for csv. `binaryAsString: "true"` of parquet reads bytes that
     nothing marks as text as text. `versionAsOf: "41"` of delta reads that version."""
@@ -113,6 +115,10 @@ class InputSpec(Settings):
     def _known_format(cls, name: str) -> str:
         """Spark takes Delta and DELTA for delta too; only by one name its versions and types are looked at."""
         return name.lower() if name.lower() in _KNOWN_FORMATS else name
+
+    def name_there(self, column: str) -> str | None:
+        """What a column of CSRM's is called in the table; None where it is not read there."""
+        return None if column == "market" and self.market is not None else self.columns.get(column, column)
 
 
 class SharedInputs(Settings):

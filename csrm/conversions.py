@@ -200,10 +200,12 @@ def problems_of_columns(
         _problem_of_map(table, name, there, present) for name, there in spec.columns.items() if name not in known
     ]
     is_missing = False
+    if spec.market is not None:
+        problems += _problems_of_market(table, spec, present)
     for column in table.columns:
-        name = spec.columns.get(column.name, column.name)
+        name = spec.name_there(column.name)
         if name is None:
-            if column.required:
+            if column.required and not (column.name == "market" and spec.market is not None):
                 problems.append(f"'columns' leaves {column.name} out, which is required")
             continue
         leave_out = "" if column.required else f", or leave the column out: columns: {{{column.name}: null}}"
@@ -233,6 +235,19 @@ def problems_of_columns(
     if is_missing and (hint := _hint(present, spec.format)):
         problems.append(hint)
     return problems
+
+
+def _problems_of_market(table: Table, spec: InputSpec, present: Sequence[str]) -> list[str]:
+    """Why a market cannot be that of all rows."""
+    if "market" not in table.column_names:
+        return [f"'market' is {spec.market!r}, but {table.name} has no column market. Leave it out"]
+    there = spec.columns.get("market", "market")
+    if "market" in spec.columns or there in present:
+        return [
+            f"'market' says that all rows are of {spec.market!r}, and column {there!r} says it of each row. Leave the "
+            "setting out, or the column"
+        ]
+    return []
 
 
 def _problem_of_map(table: Table, name: str, there: str | None, present: Sequence[str]) -> str:

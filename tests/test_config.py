@@ -165,6 +165,7 @@ def test_resolved_settings_say_where_each_comes_from(tmp_path: Path) -> None:
         ("inputs.catalog.path", '"x"', str(path)),
         ("inputs.catalog.format", '"csv"', "--set"),
         ("inputs.catalog.columns.title", '"name"', str(path)),
+        ("inputs.catalog.market", "null", "default"),
         ("inputs.catalog.options", "{}", "default"),
     ]
 

@@ -222,12 +222,12 @@ def _open_rows(
     problems += _problems_of_columns(table, spec, sources)
     if problems:
         raise InputError(_message(where, problems))
-    rows_dfs = [_converted_rows(table, names, source) for source in sources]
+    rows_dfs = [_converted_rows(table, names, source, spec.market) for source in sources]
     return reduce(DataFrame.unionByName, rows_dfs), version
 
 
 def _source_names(table: Table, spec: InputSpec) -> dict[str, str | None]:
-    return {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
+    return {column.name: spec.name_there(column.name) for column in table.columns}
 
 
 def _problems_of_columns(table: Table, spec: InputSpec, sources: list[Source]) -> list[str]:
@@ -235,13 +235,16 @@ def _problems_of_columns(table: Table, spec: InputSpec, sources: list[Source]) -
     return problems_of_columns(table, spec, present, [source.columns for source in sources])
 
 
-def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source) -> DataFrame:
+def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source, market: str | None) -> DataFrame:
+    """The columns, and `_failed_<name>`; the market, where it is that of all rows."""
     values, failures = [], []
     for column in table.columns:
         name = names[column.name]
         found = None if name is None else source.columns.get(name)
         failed: Column = F.lit(None).cast("string")
-        if name is None or found is None or found.kind == Kind.NOTHING:
+        if column.name == "market" and market is not None:
+            value = F.lit(market)
+        elif name is None or found is None or found.kind == Kind.NOTHING:
             value = F.lit(None).cast(column.type)
         else:
             there = source.value(name)

@@ -47,6 +47,25 @@ def test_columns_are_mapped_and_absent_optional_ones_become_null(spark: SparkSes
     assert read.df.schema["attributes"].dataType.simpleString() == "map<string,string>"
 
 
+def test_a_table_without_a_market_is_of_the_one_that_the_settings_name(spark: SparkSession, tmp_path: Path) -> None:
+    folder = str(tmp_path / "catalog")
+    spark.sql("SELECT '1' AS product_id, 'tent' AS title").write.parquet(folder)
+    spec = InputSpec(path=folder, format="parquet", market="o'us")
+    assert read_input(spark, CATALOG, spec, ["o'us", "kr"]).df.select("market", "title").collect() == [("o'us", "tent")]
+    assert read_input(spark, CATALOG, spec, ["kr"]).df.isEmpty()
+
+
+def test_a_market_of_all_rows_and_one_of_each_row_are_refused(spark: SparkSession, tmp_path: Path) -> None:
+    path = write_text(tmp_path / "queries.csv", "market,query_id,query\nkr,1,tent\n")
+    spec = csv_spec(path).model_copy(update={"market": "us"})
+    with pytest.raises(InputError, match="all rows are of 'us', and column 'market' says it of each row"):
+        read_input(spark, QUERIES, spec)
+    path = write_text(tmp_path / "texts.csv", "source_language,target_language\nko,en\n")
+    spec = csv_spec(path).model_copy(update={"market": "us"})
+    with pytest.raises(InputError, match="'market' is 'us', but parallel_text has no column market"):
+        read_input(spark, PARALLEL_TEXT, spec)
+
+
 def test_a_delta_input_is_pinned_to_its_version(spark: SparkSession, tmp_path: Path) -> None:
     path = str(tmp_path / "queries")
     spark.sql("SELECT 'kr' AS market, 'q1' AS query_id, 'a' AS query").write.format("delta").save(path)

@@ -79,7 +79,7 @@ def add_table(
             repeated keys; all problems of the table are in one message.
     """
     where = f"{table.name} {spec.path!r}"
-    names = {column.name: spec.columns.get(column.name, column.name) for column in table.columns}
+    names = {column.name: spec.name_there(column.name) for column in table.columns}
     market = names.get("market")
     sources = open_sources(database, spec, [name for name in names.values() if name is not None], market, where)
     problems = [problem for source in sources for problem in source.problems]
@@ -87,7 +87,7 @@ def add_table(
     problems += problems_of_columns(table, spec, present, [source.columns for source in sources])
     if problems:
         raise InputError(problem_list(where, problems))
-    rows = " UNION ALL ".join(_converted_rows(table, names, source) for source in sources)
+    rows = " UNION ALL ".join(_converted_rows(table, names, source, spec.market) for source in sources)
     columns = ", ".join(table.column_names)
     listed = ", ".join(map(literal, markets or {}))
     kept = f"market IS NULL OR market IN ({listed})" if markets and "market" in table.column_names else "true"
@@ -104,13 +104,19 @@ def add_table(
         raise InputError(problem_list(where, problems))
 
 
-def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source) -> str:
-    """SQL of the columns, and of `_failed_<name>` with the source's text where a value did not convert."""
+def _converted_rows(table: Table, names: Mapping[str, str | None], source: Source, market_of_all: str | None) -> str:
+    """SQL of the columns, and of `_failed_<name>` with the source's text where a value did not convert.
+
+    Args:
+        market_of_all: market of all rows; None: a column says it.
+    """
     values, failures = [], []
     for column in table.columns:
         name, failed = names[column.name], "NULL::VARCHAR"
         found = None if name is None else source.columns.get(name)
-        if name is None or found is None:
+        if column.name == "market" and market_of_all is not None:
+            values.append(f"{literal(market_of_all)} AS market")
+        elif name is None or found is None:
             values.append(f"NULL::{sql_type(column.type)} AS {column.name}")
         elif column.name == "market" and found.kind == Kind.TEXT:
             values.append(f"{source.sql[name]} AS market")  # as it is, so that files are found by it

@@ -248,3 +248,16 @@ def test_a_blank_split_is_refused_since_no_split_would_have_its_rows(tmp_path: P
 
     with pytest.raises(InputError, match=r"column 'when' is blank in 1 of 3 rows.*Write null where a row is to be in"):
         rows(JUDGMENTS, spec.model_copy(update={"columns": {"split": "when"}}), "*")
+
+
+def test_a_table_without_a_market_is_of_the_one_that_the_settings_name(tmp_path: Path) -> None:
+    spec = parquet(tmp_path / "catalog", product_id=["1"], title=["tent"]).model_copy(update={"market": "o'us"})
+    assert rows(CATALOG, spec, "market, title", {"o'us": "en"}) == [("o'us", "tent")]
+    assert rows(CATALOG, spec, "market, title", {"kr": "ko"}) == []
+
+
+def test_a_market_of_all_rows_and_one_of_each_row_are_refused(tmp_path: Path) -> None:
+    spec = parquet(tmp_path / "catalog", market=["kr"], product_id=["1"], title=["tent"])
+    spec = spec.model_copy(update={"market": "us"})
+    with pytest.raises(InputError, match="all rows are of 'us', and column 'market' says it of each row"):
+        catalog_rows(spec)
