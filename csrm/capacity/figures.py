@@ -4,9 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.dataset as ds
+
 from csrm.bundle.loading import Bundle, default_tokens_per_call
 from csrm.capacity.formula import PHASES, TABLE_BYTES, Figures, Machines, PhaseCost
-from csrm.errors import InputError, MissingDependencyError
+from csrm.errors import InputError
+from csrm.extras import open_delta
 from csrm.night.settings import BYTES_PER_TITLE
 from csrm.scoring.scorer import pair_texts
 
@@ -104,23 +108,18 @@ def read_run(tables: str, run_id: str) -> Run:
         InputError: no such tables or run, or it scored nothing.
         MissingDependencyError: deltalake is not installed.
     """
+    where = f"--tables {tables!r}"
     try:
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-        from deltalake import DeltaTable
-        from deltalake.exceptions import DeltaError
-    except ImportError as error:
-        raise MissingDependencyError("--run-id reads Delta without Spark: pip install 'csrm[eval]'.") from error
-    try:
-        opened = {name: DeltaTable(f"{tables.rstrip('/')}/{name}") for name in ("scoring_runs", *TABLE_BYTES)}
-        runs = opened["scoring_runs"].to_pyarrow_dataset().to_table(filter=ds.field("run_id") == run_id).to_pylist()
-    except (DeltaError, OSError) as error:
-        raise InputError(f"--tables {tables!r}: cannot be read: {error}") from error
+        opened = {name: open_delta(f"{tables.rstrip('/')}/{name}", where) for name in ("scoring_runs", *TABLE_BYTES)}
+        _, recorded = opened["scoring_runs"]
+        runs = recorded.to_table(filter=ds.field("run_id") == run_id).to_pylist()
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error}") from error
     row = runs[0] if runs else {}
     if not row.get("num_scored") or row.get("finished_at") is None:
         found = "it scored nothing, or has not finished" if runs else "there is none of this name"
         raise InputError(f"--run-id {run_id!r}: expected a finished run that scored pairs in {tables!r}; {found}.")
-    planned = opened["run_pairs"].to_pyarrow_dataset()
+    _, planned = opened["run_pairs"]
     scored = planned.scanner(
         columns=["market", "query_id"], filter=(ds.field("run_id") == run_id) & (ds.field("state") == "to_score")
     )
@@ -130,7 +129,7 @@ def read_run(tables: str, run_id: str) -> Run:
         query_ids.update(zip(*(column.to_pylist() for column in distinct.columns), strict=True))
     table_bytes = {}
     for name in TABLE_BYTES:
-        size, num_rows = _size(opened[name], run_id)
+        size, num_rows = _size(opened[name][0], run_id)
         if num_rows:
             table_bytes[name] = size / num_rows
     return Run(

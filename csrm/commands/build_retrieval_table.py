@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 
 from csrm.cli import job_parser, job_settings
 from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.errors import InputError
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.semantic import SemanticSettings, semantic_scores
 from csrm.retrieval.titles import behaviour_titles, fused_titles, lexical_titles, split_judged, translated_titles
@@ -119,9 +120,27 @@ def titles_from_behaviour(spark: SparkSession, config: RetrievalConfig, inputs: 
     catalog_df, queries_df = inputs["catalog"].df, inputs["queries"].df
     behaviour_df = inputs["behaviour"].df
     if "judgments" in inputs:
+        _require_judged_queries(inputs)
         behaviour_df, judged_df = split_judged(behaviour_df, queries_df, inputs["judgments"].df)
         print(f"Behaviour rows of judged pairs, left out: {judged_df.count():,}")
     return behaviour_titles(behaviour_df, queries_df, catalog_df, config.num_titles, config.min_count)
+
+
+def _require_judged_queries(inputs: Mapping[str, Input]) -> None:
+    """Refuse judgments that join nothing: titles would be chosen because of labels, without a word.
+
+    Raises:
+        InputError: there are judgments, and none is of a query that is there.
+    """
+    judged_df = inputs["judgments"].df.select("market", "query_id")
+    example = judged_df.head()
+    if example is not None and judged_df.join(inputs["queries"].df, ["market", "query_id"], "left_semi").isEmpty():
+        judgments, queries = inputs["judgments"].path, inputs["queries"].path
+        raise InputError(
+            f"judgments {judgments!r}: expected query ids of queries {queries!r}, got none, for example "
+            f"{example['query_id']!r} of market {example['market']!r}. Nothing was written. Name the right column "
+            "under columns: {query_id: ...}, or leave judgments out: behaviour of judged pairs is then kept."
+        )
 
 
 def print_summary(queries_df: DataFrame, retrieval_df: DataFrame, markets: Iterable[str]) -> None:

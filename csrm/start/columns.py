@@ -12,8 +12,10 @@ from csrm.start.tables import FoundTable
 
 ALIASES = {
     "market": "locale country storefront marketplace site region product_locale market_id country_code",
-    "product_id": "id sku asin item_id product_code article_id listing_id item product",
-    "query_id": "id qid search_id keyword_id",
+    "catalog.product_id": "id",
+    "product_id": "sku asin item_id product_code article_id listing_id item product",
+    "queries.query_id": "id",
+    "query_id": "qid search_id keyword_id",
     "catalog.title": "product_title name product_name item_name product_name_local",
     "catalog.brand": "product_brand brand_name manufacturer vendor",
     "catalog.category": "product_category category_name category_path product_type categories",

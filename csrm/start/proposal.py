@@ -10,6 +10,7 @@ from csrm.errors import InputError
 from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
 from csrm.start.columns import ColumnProposal, propose_columns
 from csrm.start.grades import Grades, propose_grades
+from csrm.start.joins import check_references
 from csrm.start.languages import propose_languages
 from csrm.start.recipes import Recipe, choose_recipe
 from csrm.start.tables import FoundTable, open_found
@@ -68,6 +69,7 @@ def propose(given: Given) -> Proposal:
     if problems:
         raise InputError("columns:\n" + "\n".join(f"  - {problem}" for problem in problems))
     named = {name: _Named(table, columns[name]) for name, table in found.items()}
+    references = check_references({name: (table.found, table.columns.there) for name, table in named.items()})
     languages = _languages(named, given)
     grades, splits, judged = None, {}, set()
     if "judgments" in named:
@@ -81,7 +83,7 @@ def propose(given: Given) -> Proposal:
         for name, table in found.items()
     }
     recipe = choose_recipe(list(languages), judged, has_parallel_text="parallel_text" in found)
-    return Proposal(inputs, languages, grades, splits, recipe, tuple(_notes(named, languages, recipe, splits)))
+    return Proposal(inputs, languages, grades, splits, recipe, (*references, *_notes(named, languages, recipe, splits)))
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.fs as pa_fs
 
+from csrm.conversions import NotConvertibleError, converted, found_in_python
 from csrm.errors import InputError
-from csrm.extras import import_eval
+from csrm.extras import open_delta
 
 NUM_SAMPLED = 300
 """Values of each market that are looked at."""
@@ -59,7 +60,7 @@ class FoundTable:
         for batch in self.batches([column]):
             for row in batch.column(0).value_counts().to_pylist():
                 if row["values"] is not None:
-                    counts[as_text(row["values"])] += row["counts"]
+                    counts[self._text(column, row["values"])] += row["counts"]
         return counts
 
     def sample(self, market: str, column: str, num_values: int = NUM_SAMPLED) -> dict[str, list[str]]:
@@ -78,12 +79,46 @@ class FoundTable:
                     continue
                 values = found.setdefault(as_text(of_market), [])
                 if len(values) < num_values:
-                    values.append(as_text(value))
+                    values.append(self._text(column, value))
                 else:
                     wanted.discard(as_text(of_market))
             if not wanted:
                 break
         return found
+
+    def present(self, market: str, column: str, ids: Set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Those of some ids that are in a column.
+
+        Args:
+            market: name of the market's column.
+            column: name of the column.
+            ids: market and id of each.
+        """
+        wanted = pa.array(sorted({id_ for _, id_ in ids}), pa.string())
+        found: set[tuple[str, str]] = set()
+        for batch in self.batches(list(dict.fromkeys([market, column]))):
+            rows = batch.filter(pc.is_in(_arrow_texts(batch[column]), value_set=wanted))
+            pairs = zip(rows[market].to_pylist(), rows[column].to_pylist(), strict=True)
+            found |= {
+                (as_text(of_market), self._text(column, id_)) for of_market, id_ in pairs if of_market is not None
+            }
+            if len(found & ids) == len(ids):
+                break
+        return found & ids
+
+    def _text(self, column: str, value: Any) -> str:
+        """A value of a column as text.
+
+        Raises:
+            InputError: jobs would refuse it.
+        """
+        try:
+            return as_text(value)
+        except NotConvertibleError as error:
+            raise InputError(
+                f"{self.path!r}: column {column!r} is read as text, and {value!r} does not become any: {error}. Cast "
+                "the column to text where it is written, or name another one: --column TABLE.NAME=THERE."
+            ) from error
 
     def is_json_objects(self, column: str) -> bool:
         """Whether the first values of a column of text are objects in JSON; where there is none, nothing says so."""
@@ -99,12 +134,22 @@ def as_text(value: Any) -> str:
 
     >>> as_text(7.0), as_text("7"), as_text(b"us")
     ('7', '7', 'us')
+
+    Raises:
+        NotConvertibleError: jobs would refuse it, as they do 0.5 or true.
     """
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, Decimal):
-        return str(int(value)) if value == int(value) else str(value)
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(converted(value, found_in_python(value), "string"))
+
+
+def _arrow_texts(values: pa.Array) -> pa.Array:
+    """A column as text, as `as_text` makes it of whole numbers; what else it makes of others finds nothing."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        values = values.cast(pa.int64(), safe=False)
+    return values.cast(pa.string())
 
 
 def open_found(path: str, name: str) -> FoundTable:
@@ -122,7 +167,7 @@ def open_found(path: str, name: str) -> FoundTable:
     try:
         files = _files(place)
         if any("_delta_log" in PurePosixPath(file).parts for file in files):
-            return FoundTable(path, "delta", _delta_dataset(place, f"{name} {path!r}"))
+            return FoundTable(path, "delta", open_delta(place, f"{name} {path!r}")[1])
         endings = sorted({_ending(file) for file in files})
         kinds = {_KINDS[ending] for ending in endings if ending in _KINDS}
         if len(kinds) != 1:
@@ -161,22 +206,6 @@ def _csv(delimiter: str) -> pa_dataset.CsvFileFormat:
         parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(null_values=[""], strings_can_be_null=True),
     )
-
-
-def _delta_dataset(path: str, where: str) -> Any:
-    """pyarrow's dataset of a Delta table.
-
-    Raises:
-        InputError: it is damaged, or has features that deltalake does not support.
-    """
-    delta_table, delta_error = import_eval("deltalake").DeltaTable, import_eval("deltalake.exceptions").DeltaError
-    try:
-        return delta_table(path).to_pyarrow_dataset()
-    except delta_error as error:
-        raise InputError(
-            f"{where}: cannot be read as Delta: {error}. Where it names features that deltalake does not support, such "
-            "as deletion vectors or column mapping, write the table as Parquet with Spark and name that."
-        ) from error
 
 
 def _files(path: str) -> list[str]:

@@ -108,3 +108,16 @@ def test_markets_without_rows_are_an_error_and_the_table_stays(
         main(arguments(inputs, tmp_path, 'markets={"us": "en"}', f"inputs.catalog.path={no_rows}"))
     assert before
     assert sorted(map(tuple, read_table(spark, RETRIEVAL_TABLE, path).collect())) == before
+
+
+def test_judgments_that_join_no_query_are_an_error(spark: SparkSession, inputs: Path, tmp_path: Path) -> None:
+    """Their behaviour would be kept, and titles be chosen because of labels, without a word."""
+    judged = tmp_path / "judged.parquet"
+    spark.createDataFrame(
+        [("us", "17", "p1", "E")], "market string, query_id string, product_id string, grade string"
+    ).write.parquet(str(judged))
+    with pytest.raises(
+        InputError, match=r"expected query ids of queries .*, got none, for example '17' of market 'us'"
+    ):
+        main(arguments(inputs, tmp_path, f"inputs.judgments.path={judged}"))
+    assert not (tmp_path / RETRIEVAL_TABLE.name).exists()

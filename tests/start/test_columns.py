@@ -41,6 +41,14 @@ def test_a_column_stands_for_one_of_csrms_only(tmp_path: Path) -> None:
     assert proposal.columns == {"market": "locale", "product_id": "id", "title": "name"}
 
 
+def test_the_number_of_a_pairs_row_is_no_id_of_its_query_or_product(tmp_path: Path) -> None:
+    columns = {"market": ["us"], "id": [1], "query_id": [1], "asin": ["p"], "grade": ["E"]}
+    assert proposed(tmp_path, JUDGMENTS, columns).columns == {"product_id": "asin"}
+    del columns["query_id"]
+    (problem,) = proposed(tmp_path, JUDGMENTS, columns).problems
+    assert "no column stands for query_id" in problem
+
+
 def test_types_tell_what_a_column_cannot_be(tmp_path: Path) -> None:
     keys: dict[str, list[object]] = {"market": ["us"], "product_id": ["p"], "title": ["t"]}
     assert proposed(tmp_path, CATALOG, {**keys, "attributes": ["red, blue"]}).columns == {"attributes": None}

@@ -44,6 +44,18 @@ def test_numbers_count_as_the_text_that_csrm_reads(tmp_path: Path) -> None:
     assert open_found(str(tmp_path / "rows.parquet"), "judgments").counts("grade") == {"0": 1, "1": 1, "10": 1}
 
 
+@pytest.mark.parametrize(
+    ("grades", "example"),
+    [([0.0, 0.5, 1.0], "0.5"), ([True, False, True], "True"), ([1.0, float("nan"), 1.0], "nan")],
+)
+def test_values_that_jobs_refuse_are_refused_at_once(tmp_path: Path, grades: list[object], example: str) -> None:
+    """A configuration that was proposed for them would be refused by training, after hours of other jobs."""
+    pq.write_table(ROWS.slice(0, 3).append_column("grade", pa.array(grades)), tmp_path / "rows.parquet")
+    message = rf"rows.parquet': column 'grade' is read as text, and {example} does not become any: .* Cast the column"
+    with pytest.raises(InputError, match=message):
+        open_found(str(tmp_path / "rows.parquet"), "judgments").counts("grade")
+
+
 def test_values_of_csv_are_the_text_that_jobs_read(tmp_path: Path) -> None:
     rows = "market,grade,split,n\n01,1.0,dev,3\n01,0.0,,\n"
     (tmp_path / "rows.csv").write_text(rows)
@@ -101,8 +113,10 @@ def test_a_delta_table_of_other_features_or_a_damaged_one_is_named(tmp_path: Pat
     (log / "00000000000000000001.json").write_text(
         f'{{"protocol": {{"minReaderVersion": 3, "minWriterVersion": 7, {features}}}}}\n'
     )
-    with pytest.raises(InputError, match=r"catalog '.*': cannot be read as Delta: .* write the table as Parquet"):
+    with pytest.raises(
+        InputError, match=r"catalog '.*': cannot be read as Delta without Spark: .* write the table as Parquet"
+    ):
         open_found(str(tmp_path / "delta"), "catalog")
     (log / "00000000000000000000.json").write_text("x")
-    with pytest.raises(InputError, match=r"catalog '.*': cannot be read as Delta: "):
+    with pytest.raises(InputError, match=r"catalog '.*': cannot be read as Delta without Spark: "):
         open_found(str(tmp_path / "delta"), "catalog")

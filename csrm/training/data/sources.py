@@ -13,7 +13,8 @@ import pyarrow.fs as pa_fs
 
 from csrm.config import InputSpec
 from csrm.conversions import JSON, TEXT, Found, Kind, found_in_arrow, problem_of_records
-from csrm.errors import InputError, MissingDependencyError
+from csrm.errors import InputError
+from csrm.extras import open_delta
 from csrm.training.data.conversions import as_bytes
 
 _LINE_BYTES = 16 * 2**20
@@ -70,7 +71,8 @@ def open_sources(
         if spec.format == "json":
             return [_json_source(database, _files(spec.path, _LINE_FORMAT), needed, market, prefix, where)]
         if spec.format == "delta":
-            dataset, partitions = _delta_table(spec.path, where)
+            table, dataset = open_delta(spec.path, where)
+            partitions = list(table.metadata().partition_columns)
             schemas = dict.fromkeys(dataset.get_fragments(), dataset.schema)
         else:
             dataset, partitions = _files(spec.path, pa_dataset.ParquetFileFormat())
@@ -112,23 +114,6 @@ def as_text(type_: pa.DataType) -> pa.DataType:
         return pa.struct([part.with_type(as_text(part.type)) for part in type_])
     is_bytes = types.is_binary(type_) or types.is_large_binary(type_) or types.is_binary_view(type_)
     return pa.string() if is_bytes else type_
-
-
-def _delta_table(path: str, where: str) -> tuple[pa_dataset.FileSystemDataset, list[str]]:
-    """A Delta table, and its columns that name folders."""
-    try:
-        from deltalake import DeltaTable
-        from deltalake.exceptions import DeltaError
-    except ImportError as error:
-        raise MissingDependencyError("reading Delta without Spark needs deltalake: pip install csrm[train]") from error
-    try:
-        table = DeltaTable(path)
-        return table.to_pyarrow_dataset(), list(table.metadata().partition_columns)
-    except DeltaError as error:
-        raise InputError(
-            f"{where}: cannot be read as Delta: {error}. Where it names features that deltalake does not support, such "
-            "as deletion vectors or column mapping, write the table as Parquet with Spark and name that."
-        ) from error
 
 
 def _files(path: str, format_: pa_dataset.FileFormat) -> tuple[pa_dataset.FileSystemDataset, list[str]]:
