@@ -11,7 +11,7 @@ from csrm.errors import LeaseError
 from csrm.night.leases import Lease
 from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
-from csrm.spark.tables import table_path, table_version
+from csrm.spark.tables import require_as_made, table_path, table_version
 
 _SCORED = ("scored_at", "relevance_score", "predicted_grade", "bundle_digest")
 
@@ -114,9 +114,11 @@ def publish_changes(
         metadata: what the commits carry in the table's history, beside their market.
 
     Raises:
+        InputError: a person took the change feed or a constraint from the table; nothing was published.
         LeaseError: another run took over a market; the message names the markets that were published before.
     """
     path = table_path(tables_dir, RELEVANCE_SCORES)
+    require_as_made(spark, RELEVANCE_SCORES, path)
     version = None
     published: list[str] = []
     for market in sorted(num_changes):

@@ -52,7 +52,7 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
     require_one_place(spark, path)
     if table_exists(spark, path):
         _check_columns(spark, table, path)
-        _check_properties(spark, table, path)
+        require_as_made(spark, table, path)
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
@@ -253,8 +253,17 @@ def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
     )
 
 
-def _check_properties(spark: SparkSession, table: Table, path: str) -> None:
-    """Check that what readers rely on is still there: a feed that is off loses changes without a word."""
+def require_as_made(spark: SparkSession, table: Table, path: str) -> None:
+    """Check that what readers rely on is still there: a feed that is off loses changes without a word.
+
+    Args:
+        spark: the session.
+        table: the declaration.
+        path: the table's folder; the table is there.
+
+    Raises:
+        InputError: its change feed is off, or a constraint is gone; the message says how to bring them back.
+    """
     if not table.change_feed:
         return
     properties = {name.lower(): value for name, value in _properties(spark, path).items()}

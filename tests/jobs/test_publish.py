@@ -14,13 +14,13 @@ from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
 from csrm.commands import publish as publish_job
-from csrm.errors import AuditError, ConfigError, LeaseError
+from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.runs import create_output_tables, read_newest, record_run, require_run, write_run_rows
 from csrm.operations import review as review_room
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS
 from csrm.spark.commits import delete_rows
-from csrm.spark.tables import spark_schema, table_path
+from csrm.spark.tables import spark_schema, sql_path, table_path, table_version
 from tests.consumers.publishing import publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -52,6 +52,17 @@ def tables_dir(rejected_run: str, tmp_path: Path) -> str:
 
 def review(tables_dir: str, *arguments: str) -> int:
     return publish_job.main(["--run-id", "second", *arguments, *setting_arguments(tables=tables_dir)])
+
+
+def test_nothing_is_published_into_a_table_that_lost_a_constraint(spark: SparkSession, tables_dir: str) -> None:
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    spark.sql(f"ALTER TABLE {sql_path(path)} DROP CONSTRAINT {RELEVANCE_SCORES.checks[0][0]}")
+    before = table_version(spark, path)
+
+    with pytest.raises(InputError, match=r"1 of them were taken away since. Nothing was written.*ADD CONSTRAINT"):
+        review(tables_dir, *ACCEPT)
+    assert table_version(spark, path) == before
+    assert require_run(spark, tables_dir, "second")["verdict"] == "rejected"
 
 
 def test_a_run_whose_plan_was_cleaned_up_is_not_published(spark: SparkSession, tables_dir: str) -> None:

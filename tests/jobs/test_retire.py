@@ -11,7 +11,7 @@ from csrm.commands import retire, rollback
 from csrm.errors import ConfigError, InputError
 from csrm.night.published import published_markets
 from csrm.schemas import RELEVANCE_SCORES
-from csrm.spark.tables import read_table, table_id, table_path
+from csrm.spark.tables import read_table, sql_path, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -61,3 +61,24 @@ def test_a_market_with_a_pair_that_something_else_wrote_twice_is_neither_rolled_
     with pytest.raises(InputError, match=refused):
         retire.main([*arguments, "--reason", "closed"])
     assert read_table(spark, RELEVANCE_SCORES, path).count() == 3
+
+
+def test_a_market_is_neither_rolled_back_nor_retired_where_the_change_feed_was_taken_away(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """Readers of the feed would never learn of it."""
+    tables = str(tmp_path)
+    path = table_path(tables, RELEVANCE_SCORES)
+    version = publish(spark, tables, "r1", {"kr": {("q1", "p1"): 0.5}}, day=1)
+    record(spark, tables, "r1", ["kr"], "published", 1, published_version=version, table_id=table_id(spark, path))
+    publish(spark, tables, "r2", {"kr": {("q1", "p1"): 0.6}}, day=2)
+    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('delta.enableChangeDataFeed' = 'false')")
+    before = table_version(spark, path)
+    arguments = ["--market", "kr", *setting_arguments(tables=tables)]
+
+    refused = r"1 of them were taken away since. Nothing was written. Put them back with Spark: ALTER TABLE"
+    with pytest.raises(InputError, match=refused):
+        rollback.main([*arguments, "--to-run", "r1"])
+    with pytest.raises(InputError, match=refused):
+        retire.main([*arguments, "--reason", "closed"])
+    assert table_version(spark, path) == before
