@@ -86,9 +86,11 @@ def propose_columns(table: Table, found: FoundTable, chosen: Mapping[str, str]) 
                 there[column.name] = fitting[0]
     for column in table.columns:
         if is_needed(table, column) and column.name not in there:
+            of_all = ", or of which market all rows are, with its language: --language MARKET=CODE, once"
             problems.append(
                 f"{table.name} at {found.path!r}: no column stands for {column.name} ({column.comment}); it has "
                 f"{sorted(types)}. Say which one: --column {table.name}.{column.name}=NAME"
+                f"{of_all if column.name == 'market' else ''}"
             )
     renamed: dict[str, str | None] = {name: column for name, column in there.items() if name != column}
     return ColumnProposal(there, renamed | dict.fromkeys(sorted(left_out)), tuple(problems))

@@ -136,7 +136,13 @@ def _inside(folder: Path, name: str) -> str:
 
 def _spec(spec: InputSpec) -> dict[str, Any]:
     """An input without what is the default."""
-    values = {"path": spec.path, "format": spec.format, "columns": spec.columns, "options": spec.options}
+    values = {
+        "path": spec.path,
+        "format": spec.format,
+        "columns": spec.columns,
+        "market": spec.market,
+        "options": spec.options,
+    }
     return {name: value for name, value in values.items() if value and (name, value) != ("format", "delta")}
 
 

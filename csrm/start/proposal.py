@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES
+from csrm.schemas import BEHAVIOUR, CANDIDATES, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, Table
 from csrm.start.columns import ColumnProposal, propose_columns
 from csrm.start.grades import Grades, propose_grades
 from csrm.start.joins import check_references
@@ -61,7 +61,7 @@ def propose(given: Given) -> Proposal:
         InputError: a table cannot be read, or lacks columns; all problems in one message.
         ConfigError: a language or a grade cannot be told; the message names the option that says it.
     """
-    found = {name: open_found(path, name) for name, path in given.paths.items()}
+    found = {name: _of_one_market(TABLES[name], open_found(path, name), given) for name, path in given.paths.items()}
     columns = {name: propose_columns(TABLES[name], table, given.columns.get(name, {})) for name, table in found.items()}
     problems = [problem for proposal in columns.values() for problem in proposal.problems]
     if unknown := sorted(set(given.columns) - set(found)):
@@ -78,12 +78,24 @@ def propose(given: Given) -> Proposal:
         judged = set(named["judgments"].counts("market"))
     inputs = {
         name: InputSpec(
-            path=table.path, format=table.format, columns=dict(columns[name].columns), options=dict(table.options)
+            path=table.path,
+            format=table.format,
+            columns=dict(columns[name].columns),
+            market=table.market,
+            options=dict(table.options),
         )
         for name, table in found.items()
     }
     recipe = choose_recipe(list(languages), judged, has_parallel_text="parallel_text" in found)
     return Proposal(inputs, languages, grades, splits, recipe, (*references, *_notes(named, languages, recipe, splits)))
+
+
+def _of_one_market(table: Table, found: FoundTable, given: Given) -> FoundTable:
+    """The table, all of the only market whose language is given where no column stands for the market."""
+    if "market" not in table.column_names or len(given.languages) != 1:
+        return found
+    has_column = "market" in propose_columns(table, found, given.columns.get(table.name, {})).there
+    return found if has_column else replace(found, market=next(iter(given.languages)))
 
 
 @dataclass(frozen=True)

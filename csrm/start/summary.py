@@ -36,6 +36,7 @@ def _columns(spec: InputSpec) -> str:
     columns: Mapping[str, str | None] = spec.columns
     named = [f"{name} is {there}" for name, there in columns.items() if there is not None]
     left_out = [name for name, there in columns.items() if there is None]
+    named += [f"market is {spec.market!r} in each row"] if spec.market is not None else []
     text = f": {', '.join(named)}" if named else ""
     return text + (f"; left out, since of another type: {', '.join(left_out)}" if left_out else "")
 

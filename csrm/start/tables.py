@@ -20,6 +20,7 @@ from csrm.extras import open_delta
 
 NUM_SAMPLED = 300
 """Values of each market that are looked at."""
+_MARKET = "market"
 _TRIED = 2_000
 """Rows whose values say whether text is JSON."""
 
@@ -37,11 +38,14 @@ class FoundTable:
     """Options of the format, as an input names them."""
     numbers: Mapping[str, pa.DataType] = field(default_factory=dict)
     """Types of the columns of CSV that hold numbers; their values stay the text that they are, as jobs read them."""
+    market: str | None = None
+    """Market of all rows, of a table that has no column for it: it is as if column `market` had it in each."""
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Type of each column."""
-        return {**dict(zip(self.dataset.schema.names, self.dataset.schema.types, strict=True)), **self.numbers}
+        types = {**dict(zip(self.dataset.schema.names, self.dataset.schema.types, strict=True)), **self.numbers}
+        return types if self.market is None else {**types, _MARKET: pa.string()}
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows of some columns.
@@ -49,8 +53,12 @@ class FoundTable:
         Raises:
             InputError: a file is damaged, or its columns are not those of the others.
         """
+        there = [name for name in columns if self.market is None or name != _MARKET]
         try:
-            yield from self.dataset.scanner(columns=list(columns), batch_size=16_384).to_batches()
+            for batch in self.dataset.scanner(columns=there, batch_size=16_384).to_batches():
+                if len(there) < len(columns):
+                    batch = batch.append_column(_MARKET, pa.repeat(pa.scalar(self.market), batch.num_rows))
+                yield batch.select(list(columns))
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path!r}: cannot be read: {error}. Are its files complete?") from error
 

@@ -142,6 +142,23 @@ def test_labels_elsewhere_are_learnt_with_translation_and_title_pairs(
     )
 
 
+def test_tables_of_one_market_need_no_column_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = {name: {key: values for key, values in TABLES[name].items() if key != "locale"} for name in TABLES}
+    words = init_words(tmp_path, "catalog", "queries", "judgments", **tables)
+    assert run_job(init.main, words) == 2  # of which of the two languages' markets is not said
+    words = [word for word in words if word not in LANGUAGES]
+    assert "or of which market all rows are, with its language: --language MARKET=CODE, once" in capsys.readouterr().err
+    assert run_job(init.main, [*words, "--language", "us=en"]) == 0
+    night = loaded(tmp_path / "mine")["score_catalog"]
+    assert isinstance(night, ScoringConfig)
+    assert night.markets == {"us": "en"}
+    assert (night.inputs.catalog.market, night.inputs.queries.market) == ("us", "us")
+    assert "market" not in night.inputs.catalog.columns
+    printed = capsys.readouterr().out
+    assert "market is 'us' in each row" in printed
+    assert "recipe own-labels: every market has judgments" in printed
+
+
 def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judged = TABLES["judgments"] | {"locale": ["kr", "tw"]}
     words = init_words(tmp_path, "catalog", "queries", "judgments", judgments=judged)
