@@ -61,7 +61,8 @@ def test_a_needed_column_without_a_candidate_is_named_with_the_way_out(tmp_path:
     proposal = proposed(tmp_path, QUERIES, {"query_id": [1], "words": ["q"]})
     assert [problem.partition(":")[2] for problem in proposal.problems] == [
         " no column stands for market (Storefront, for example tw); it has ['query_id', 'words']. Say which one: "
-        "--column queries.market=NAME, or of which market all rows are, with its language: --language MARKET=CODE, once",
+        "--column queries.market=NAME, or of which market all rows are, with its language: --language MARKET=CODE, "
+        "once",
         " no column stands for query (Query text as typed); it has ['query_id', 'words']. Say which one: "
         "--column queries.query=NAME",
     ]
