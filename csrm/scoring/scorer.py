@@ -132,8 +132,8 @@ class PairScorer:
         >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "wireless mouse", "title": titles})
         >>> scorer.score(pairs).round(2)
            relevance_score predicted_grade
-        0             0.46               S
-        1             0.02               I
+        0             0.43               S
+        1             0.00               I
         """
         scores, grades = self._graded(self.logits(pairs))
         return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)

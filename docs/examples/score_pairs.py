@@ -13,14 +13,14 @@ import pandas as pd
 import csrm
 
 SEARCHES = {
-    ("us", "en", "frying pan"): ["White Nonstick Frying Pan", "Stainless Steel Skillet", "Wireless Mouse"],
+    ("us", "en", "white frying pan"): ["Black Nonstick Frying Pan", "White Nonstick Skillet, 11-Inch", "Wireless Mouse"],
     ("kr", "ko", "프라이팬"): ["무선 마우스", "블랙 후라이팬 28cm", "스테인리스 뒤집개"],
     ("tw", "zh-TW", "平底鍋"): ["無線滑鼠", "不沾煎鍋", "白色不沾平底鍋"],
 }
 """Market, language and query, each with the titles of the products that a search has found."""
 
 CLICKED = {
-    "frying pan": ["Cast Iron Frying Pan, 11-Inch", "Black Nonstick Skillet"],
+    "white frying pan": ["Cast Iron Frying Pan, 11-Inch", "Black Nonstick Skillet"],
     "프라이팬": ["무쇠 프라이팬 28cm", "블랙 코팅 후라이팬"],
     "平底鍋": ["鑄鐵平底鍋 28cm", "黑色不沾煎鍋"],
 }
