@@ -22,7 +22,7 @@ _LEAST = 1e-6
 
 
 def calibration(
-    judged: pd.DataFrame, score_column: str, relevant_grades: Collection[str], seed: int = 0
+    judged: pd.DataFrame, score_column: str, *, relevant_grades: Collection[str], seed: int = 0
 ) -> pd.DataFrame:
     """The curve from a score to the probability of relevance, for each market, and how far both are off.
 
@@ -49,7 +49,8 @@ def calibration(
     >>> scores = np.tile([0.2, 0.8], 50)
     >>> judged = pd.DataFrame({"market": "us", "query_id": np.repeat(range(10), 10).astype(str), "score": scores})
     >>> judged["grade"] = np.where(np.arange(100) % 4 == 1, "E", "I")  # half of those with 0.8, none of those with 0.2
-    >>> calibration(judged, "score", ["E"])[["market", "share_relevant", "error"]].round(3).to_dict("records")
+    >>> curves = calibration(judged, "score", relevant_grades=["E"])
+    >>> curves[["market", "share_relevant", "error"]].round(3).to_dict("records")
     [{'market': 'us', 'share_relevant': 0.25, 'error': 0.25}]
     """
     rows = []
@@ -70,7 +71,7 @@ def calibration(
     return pd.DataFrame(rows)
 
 
-def calibrated_probability(scores: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+def calibrated_probability(scores: np.ndarray, *, slope: float, intercept: float) -> np.ndarray:
     """Probability of relevance of scores in [0, 1], by the curve of a market; same shape.
 
     >>> calibrated_probability(np.array([0.5, 0.8]), slope=1.0, intercept=0.0).round(3).tolist()
@@ -106,6 +107,7 @@ def reliability(probabilities: np.ndarray, relevant: np.ndarray) -> list[tuple[f
 def threshold_metrics(
     judged: pd.DataFrame,
     score_column: str,
+    *,
     relevant_grades: Collection[str],
     num_resamples: int = 1000,
     seed: int = 0,
@@ -125,8 +127,9 @@ def threshold_metrics(
 
     >>> rows = [("us", "a", "E", 0.9), ("us", "a", "E", 0.4), ("us", "b", "I", 0.6)]
     >>> judged = pd.DataFrame(rows, columns=["market", "query_id", "grade", "score"])
-    >>> threshold_metrics(judged, "score", ["E"]).query("threshold == 0.5")[["precision", "recall"]].values.tolist()
-    [[0.5, 0.5]]
+    >>> thresholds = threshold_metrics(judged, "score", relevant_grades=["E"]).set_index("threshold")
+    >>> thresholds.loc[0.5, ["precision", "recall"]].tolist()
+    [0.5, 0.5]
     """
     rows = []
     for market, scores, relevant, queries in scored_markets(judged, score_column, relevant_grades):
@@ -211,5 +214,5 @@ def _of_unseen_queries(scores: np.ndarray, relevant: np.ndarray, queries: np.nda
         slope, intercept = _curve(scores[~unseen], relevant[~unseen])
         if np.isnan(slope):
             return None
-        probabilities[unseen] = calibrated_probability(scores[unseen], slope, intercept)
+        probabilities[unseen] = calibrated_probability(scores[unseen], slope=slope, intercept=intercept)
     return probabilities

@@ -183,7 +183,9 @@ def _reliability_plot(
     figure, axes = new_figure("mean score or probability", "share relevant", 3.4, 3.0)
     kinds = {SCORE: scores}
     if is_known(curve["slope"]):
-        kinds["probability by the curve"] = calibrated_probability(scores, curve["slope"], curve["intercept"])
+        kinds["probability by the curve"] = calibrated_probability(
+            scores, slope=curve["slope"], intercept=curve["intercept"]
+        )
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
     for place, (name, values) in enumerate(kinds.items()):
         means, shares, _ = zip(*reliability(values, relevant), strict=True)

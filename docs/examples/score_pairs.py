@@ -13,7 +13,11 @@ import pandas as pd
 import csrm
 
 SEARCHES = {
-    ("us", "en", "white frying pan"): ["Black Nonstick Frying Pan", "White Nonstick Skillet, 11-Inch", "Wireless Mouse"],
+    ("us", "en", "white frying pan"): [
+        "Black Nonstick Frying Pan",
+        "White Nonstick Skillet, 11-Inch",
+        "Wireless Mouse",
+    ],
     ("kr", "ko", "프라이팬"): ["무선 마우스", "블랙 후라이팬 28cm", "스테인리스 뒤집개"],
     ("tw", "zh-TW", "平底鍋"): ["無線滑鼠", "不沾煎鍋", "白色不沾平底鍋"],
 }

@@ -65,7 +65,11 @@ def test_score_pairs_prints_the_best_products_of_each_query_first(run_example: C
     lines = run_example("score_pairs.py")
 
     titles = {line.rpartition("  ")[2]: float(line.split()[0]) for line in lines if line.startswith("  ")}
-    assert [line for line in lines if not line.startswith("  ")] == ["us: white frying pan", "kr: 프라이팬", "tw: 平底鍋"]
+    assert [line for line in lines if not line.startswith("  ")] == [
+        "us: white frying pan",
+        "kr: 프라이팬",
+        "tw: 平底鍋",
+    ]
     assert list(titles)[2] == "Wireless Mouse"
     assert list(titles)[3] == "블랙 후라이팬 28cm"
     assert list(titles)[8] == "無線滑鼠"

@@ -14,7 +14,7 @@ def drawn(market: str, slope: float, intercept: float, num_queries: int = 400, s
     """Judged pairs, ten a query, whose probability of E is the given curve of their score."""
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0.02, 0.98, 10 * num_queries)
-    probabilities = calibrated_probability(scores, slope, intercept)
+    probabilities = calibrated_probability(scores, slope=slope, intercept=intercept)
     return pd.DataFrame(
         {
             "market": market,
@@ -27,7 +27,7 @@ def drawn(market: str, slope: float, intercept: float, num_queries: int = 400, s
 
 def test_the_curve_that_made_the_grades_is_found_for_each_market() -> None:
     judged = pd.concat([drawn("kr", 2.0, -1.0), drawn("us", 0.5, 0.5, seed=1)])
-    curves = calibration(judged, "score", ["E"]).set_index("market")
+    curves = calibration(judged, "score", relevant_grades=["E"]).set_index("market")
     assert list(curves.index) == ["kr", "us", "all markets"]
     assert curves.loc["kr", "slope"] == pytest.approx(2.0, abs=0.2)
     assert curves.loc["kr", "intercept"] == pytest.approx(-1.0, abs=0.2)
@@ -38,7 +38,7 @@ def test_the_curve_that_made_the_grades_is_found_for_each_market() -> None:
 
 
 def test_scores_that_are_probabilities_need_no_curve() -> None:
-    (row,) = calibration(drawn("us", 1.0, 0.0), "score", ["E"]).to_dict("records")
+    (row,) = calibration(drawn("us", 1.0, 0.0), "score", relevant_grades=["E"]).to_dict("records")
     assert row["slope"] == pytest.approx(1.0, abs=0.1)
     assert row["intercept"] == pytest.approx(0.0, abs=0.1)
     assert row["error"] < 0.03
@@ -49,7 +49,7 @@ def test_the_error_of_the_curve_is_of_queries_that_it_has_not_seen() -> None:
     judged = drawn("us", 1.0, 0.0, num_queries=10).assign(
         grade=lambda pairs: np.where(pairs.query_id < "q0005", "E", "I")
     )
-    (row,) = calibration(judged, "score", ["E"]).to_dict("records")
+    (row,) = calibration(judged, "score", relevant_grades=["E"]).to_dict("records")
     assert row["calibrated_error"] > 0.1
 
 
@@ -58,7 +58,7 @@ def test_thresholds_by_hand() -> None:
         [("a", 0.95, "E"), ("a", 0.5, "S"), ("b", 0.5, "E"), ("b", 0.45, "E"), ("b", np.nan, "E")],
         columns=["query_id", "score", "grade"],
     ).assign(market="us")
-    table = threshold_metrics(judged, "score", ["E"]).set_index("threshold")
+    table = threshold_metrics(judged, "score", relevant_grades=["E"]).set_index("threshold")
     assert table.loc[0.5, ["share_kept", "precision", "recall"]].tolist() == pytest.approx([3 / 4, 2 / 3, 2 / 3])
     assert table.loc[0.9, ["share_kept", "precision", "recall"]].tolist() == pytest.approx([1 / 4, 1, 1 / 3])
     # Two queries: a resample has a twice, b twice, or both.
@@ -68,7 +68,9 @@ def test_thresholds_by_hand() -> None:
 
 @pytest.mark.parametrize("grades", ["E", "I"])
 def test_a_market_of_one_kind_has_no_curve(grades: str) -> None:
-    (row,) = calibration(drawn("us", 1.0, 0.0, num_queries=6).assign(grade=grades), "score", ["E"]).to_dict("records")
+    (row,) = calibration(
+        drawn("us", 1.0, 0.0, num_queries=6).assign(grade=grades), "score", relevant_grades=["E"]
+    ).to_dict("records")
     assert np.isnan([row["slope"], row["intercept"], row["calibrated_error"]]).all()
     assert 0 < row["error"] < 1
 
@@ -76,13 +78,13 @@ def test_a_market_of_one_kind_has_no_curve(grades: str) -> None:
 def test_scores_that_tell_all_pairs_apart_have_a_finite_curve() -> None:
     judged = drawn("us", 1.0, 0.0, num_queries=20)
     judged["grade"] = np.where(judged["score"] > 0.5, "E", "I")
-    (row,) = calibration(judged, "score", ["E"]).to_dict("records")
+    (row,) = calibration(judged, "score", relevant_grades=["E"]).to_dict("records")
     assert 5 < row["slope"] < 100
     assert row["calibrated_error"] < 0.05
 
 
 def test_few_queries_have_a_curve_but_no_error_of_it() -> None:
-    (row,) = calibration(drawn("us", 1.0, 0.0, num_queries=4), "score", ["E"]).to_dict("records")
+    (row,) = calibration(drawn("us", 1.0, 0.0, num_queries=4), "score", relevant_grades=["E"]).to_dict("records")
     assert row["slope"] > 0
     assert np.isnan(row["calibrated_error"])
 
@@ -90,14 +92,14 @@ def test_few_queries_have_a_curve_but_no_error_of_it() -> None:
 def test_scores_of_0_and_1_have_finite_curves() -> None:
     judged = drawn("us", 1.0, 0.0, num_queries=20)
     judged["score"] = (judged["score"] > 0.5).astype(float)
-    (row,) = calibration(judged, "score", ["E"]).to_dict("records")
+    (row,) = calibration(judged, "score", relevant_grades=["E"]).to_dict("records")
     assert np.isfinite([row["slope"], row["intercept"], row["calibrated_error"]]).all()
 
 
 def test_no_pair_with_a_score_gives_no_row() -> None:
     judged = drawn("us", 1.0, 0.0, num_queries=2).assign(score=np.nan)
-    assert calibration(judged, "score", ["E"]).empty
-    assert threshold_metrics(judged, "score", ["E"]).empty
+    assert calibration(judged, "score", relevant_grades=["E"]).empty
+    assert threshold_metrics(judged, "score", relevant_grades=["E"]).empty
 
 
 def test_equal_scores_are_in_one_bin_in_any_order() -> None:

@@ -41,8 +41,8 @@ def measured(market: str = "kr", text: str = "text", *, swap: bool = False) -> P
         evaluation=evaluation,
         queries=evaluation.queries,
         judged=judged,
-        curves=calibration(judged, "relevance_score", ["E"]),
-        thresholds=threshold_metrics(judged, "relevance_score", ["E"]),
+        curves=calibration(judged, "relevance_score", relevant_grades=["E"]),
+        thresholds=threshold_metrics(judged, "relevance_score", relevant_grades=["E"]),
         worst=first_and_best(judged, worst_queries(evaluation.queries, "relevance_score", 5), GAINS),
         moved={
             "engine": first_and_best(judged, moved_queries(evaluation.queries, "relevance_score", "engine", 5), GAINS)
