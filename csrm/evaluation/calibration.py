@@ -128,7 +128,7 @@ def threshold_metrics(
     >>> rows = [("us", "a", "E", 0.9), ("us", "a", "E", 0.4), ("us", "b", "I", 0.6)]
     >>> judged = pd.DataFrame(rows, columns=["market", "query_id", "grade", "score"])
     >>> thresholds = threshold_metrics(judged, "score", relevant_grades=["E"]).set_index("threshold")
-    >>> thresholds.loc[0.5, ["precision", "recall"]].tolist()
+    >>> thresholds[["precision", "recall"]].loc[0.5].tolist()
     [0.5, 0.5]
     """
     rows = []
