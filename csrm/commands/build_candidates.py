@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Annotated
 
 from pydantic import Field
@@ -13,10 +14,12 @@ from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.retrieval.candidates import (
     best_pairs,
     coverage_by_language,
+    strongest_pairs,
     uncovered_products,
     with_given_pairs,
     with_pairs_of,
 )
+from csrm.retrieval.expansion import TITLES_OF_WORDS
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.semantic import SemanticSettings, semantic_scores
 from csrm.retrieval.translations import translated_products, translated_scores
@@ -78,9 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         translated_products(catalog_df, queries_df, parallel_df, config.markets) as translated,
         persisted(query_terms(queries_df)) as terms_df,
     ):
-        with persisted(product_terms(catalog_df)) as products_df:
-            scores_df = bm25_scores(products_df, terms_df, config.max_term_share).withColumnRenamed("bm25", "strength")
-            pairs_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
+        with ExitStack() as kept, persisted(product_terms(catalog_df)) as products_df:
+            words_df = bm25_scores(products_df, terms_df, config.max_term_share).withColumnRenamed("bm25", "strength")
+            if config.semantic is not None:  # which reads them too
+                count = max(config.products_per_query, TITLES_OF_WORDS)
+                few_df = strongest_pairs(words_df, count, queries_per_product=config.queries_per_product)
+                words_df = kept.enter_context(persisted(few_df))
+            pairs_df = best_pairs(words_df, config.products_per_query, config.queries_per_product)
             if translated is not None:
                 scores_df = translated_scores(translated, config.max_term_share).withColumnRenamed("bm25", "strength")
                 translated_df = best_pairs(scores_df, config.products_per_query, config.queries_per_product)
@@ -88,7 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.semantic is not None:
                 vectors_path = table_path(config.tables, TEXT_VECTORS)
                 near_df = semantic_scores(
-                    spark, catalog_df, queries_df, vectors_path, config.semantic, config.queries_per_product
+                    spark,
+                    catalog_df,
+                    queries_df,
+                    words_df,
+                    vectors_path=vectors_path,
+                    settings=config.semantic,
+                    queries_per_product=config.queries_per_product,
                 ).withColumnRenamed("similarity", "strength")
                 semantic_df = best_pairs(near_df, config.semantic.k, config.queries_per_product)
                 pairs_df = with_pairs_of(pairs_df, semantic_df, "semantic")

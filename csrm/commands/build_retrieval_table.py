@@ -16,9 +16,17 @@ from pyspark.sql import functions as F
 from csrm.cli import job_parser, job_settings
 from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.errors import InputError
+from csrm.retrieval.candidates import strongest_pairs
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.semantic import SemanticSettings, semantic_scores
-from csrm.retrieval.titles import behaviour_titles, fused_titles, lexical_titles, split_judged, translated_titles
+from csrm.retrieval.titles import (
+    FUSED_PLACES,
+    behaviour_titles,
+    fused_titles,
+    lexical_titles,
+    split_judged,
+    translated_titles,
+)
 from csrm.retrieval.translations import translated_products, translated_scores
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, RETRIEVAL_TABLE, TEXT_VECTORS
 from csrm.spark.inputs import Input, read_inputs, require_markets
@@ -84,14 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         products_df = kept.enter_context(persisted(product_terms(catalog_df)))
         parallel_df = inputs["parallel_text"].df if "parallel_text" in inputs else None
         if config.semantic is not None:
-            scores_df = bm25_scores(products_df, terms_df, config.max_term_share)
-            sources = {"lexical": scores_df.withColumnRenamed("bm25", "strength")}
+            scores_df = bm25_scores(products_df, terms_df, config.max_term_share).withColumnRenamed("bm25", "strength")
+            words_df = kept.enter_context(persisted(strongest_pairs(scores_df, FUSED_PLACES)))
+            sources = {"lexical": words_df}
             index = translated_products(catalog_df, rest_df, parallel_df, config.markets)
             if (translated := kept.enter_context(index)) is not None:
                 scores_df = translated_scores(translated, config.max_term_share)
                 sources["translated"] = scores_df.withColumnRenamed("bm25", "strength")
             vectors_path = table_path(config.tables, TEXT_VECTORS)
-            near_df = semantic_scores(spark, catalog_df, rest_df, vectors_path, config.semantic)
+            near_df = semantic_scores(
+                spark, catalog_df, rest_df, words_df, vectors_path=vectors_path, settings=config.semantic
+            )
             sources["semantic"] = near_df.withColumnRenamed("similarity", "strength")
             titles_df = behaviour_df.unionByName(fused_titles(sources, catalog_df, config.num_titles))
         else:

@@ -24,16 +24,27 @@ def best_pairs(strengths_df: DataFrame, products_per_query: int, queries_per_pro
     Returns:
         Columns of `schemas.CANDIDATES`; source is "query" for the first kind, "product" for what only the second adds.
     """
-    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("strength"), F.asc("product_id"))
-    of_product = Window.partitionBy("market", "product_id").orderBy(F.desc("strength"), F.asc("query_id"))
     is_best_product = F.col("product_rank") <= products_per_query
     return (
-        strengths_df.withColumn("query_rank", F.row_number().over(of_product))
-        .withColumn("product_rank", F.row_number().over(of_query))
-        .where(is_best_product | (F.col("query_rank") <= queries_per_product))
+        _ranked(strengths_df, products_per_query, queries_per_product)
         .withColumn("source", F.when(is_best_product, "query").otherwise("product"))
         .select(*CANDIDATES.column_names)
     )
+
+
+def strongest_pairs(strengths_df: DataFrame, products_per_query: int, *, queries_per_product: int = 0) -> DataFrame:
+    """The pairs of best_pairs with their strengths: where these are read more than once, few rows need to be kept."""
+    return _ranked(strengths_df, products_per_query, queries_per_product).select(*PAIR_KEY, "strength")
+
+
+def _ranked(strengths_df: DataFrame, products_per_query: int, queries_per_product: int) -> DataFrame:
+    of_query = Window.partitionBy("market", "query_id").orderBy(F.desc("strength"), F.asc("product_id"))
+    is_kept = F.col("product_rank") <= products_per_query
+    if queries_per_product:
+        of_product = Window.partitionBy("market", "product_id").orderBy(F.desc("strength"), F.asc("query_id"))
+        strengths_df = strengths_df.withColumn("query_rank", F.row_number().over(of_product))
+        is_kept |= F.col("query_rank") <= queries_per_product
+    return strengths_df.withColumn("product_rank", F.row_number().over(of_query)).where(is_kept)
 
 
 def with_pairs_of(pairs_df: DataFrame, others_df: DataFrame, source: str) -> DataFrame:

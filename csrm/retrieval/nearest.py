@@ -154,7 +154,7 @@ def search_batches(
                 ways = (products_per_query, queries_per_product, min_similarity)
                 nearest = NearestPairs(matrix, *ways, blocks=blocks_on(device, matrix))
             ids += batch.column(1).slice(start, end - start).to_pylist()
-            nearest.add(_matrix(vectors.slice(start, end - start)))
+            nearest.add(vectors_matrix(vectors.slice(start, end - start)))
     if nearest is not None:
         yield from _rows(market, queries[market].ids, ids, nearest)
 
@@ -284,17 +284,17 @@ def _by_market(table: pa.Table) -> dict[str, Vectors]:
     found = {}
     for market in table.column("market").unique().to_pylist():
         part = table.filter(pa.compute.equal(table.column("market"), market)).combine_chunks()
-        matrix, has_length = unit_vectors(_matrix(part.column("vector")))
+        matrix, has_length = unit_vectors(vectors_matrix(part.column("vector")))
         ids = [id_ for id_, is_kept in zip(part.column("query_id").to_pylist(), has_length, strict=True) if is_kept]
         if ids:
             found[market] = Vectors(ids, matrix)
     return found
 
 
-def _matrix(vectors: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Lists of one length as rows."""
+def vectors_matrix(vectors: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Lists of one length as rows, float32."""
     if isinstance(vectors, pa.ChunkedArray):
-        return np.concatenate([_matrix(chunk) for chunk in vectors.chunks])
+        return np.concatenate([vectors_matrix(chunk) for chunk in vectors.chunks])
     return np.asarray(vectors.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(vectors), -1)
 
 

@@ -8,8 +8,10 @@ from pyspark.sql import functions as F
 
 from csrm.config import Settings
 from csrm.embedding.contents import TextKind
+from csrm.retrieval.expansion import compared_vectors
 from csrm.retrieval.nearest import near_pairs
 from csrm.retrieval.vectors import embed_catalog_and_queries, read_vectors, text_digest
+from csrm.spark.session import persisted
 from csrm.spark.text import is_blank
 
 
@@ -21,7 +23,7 @@ class SemanticSettings(Settings):
     k: Annotated[int, Field(ge=1)] = 50
     """Nearest products of each query."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.0
-    """Smallest cosine at which a product counts as near; what is usual depends on the encoder."""
+    """Smallest cosine at which a product counts as near, seen from the market's centre: 0 is as near as any product."""
     device: str = "cpu"
     """Device that embeds: cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>. With
     cuda, tasks also compare vectors on the GPU where their Python has torch."""
@@ -31,16 +33,21 @@ def semantic_scores(
     spark: SparkSession,
     catalog_df: DataFrame,
     queries_df: DataFrame,
+    words_df: DataFrame,
+    *,
     vectors_path: str,
     settings: SemanticSettings,
     queries_per_product: int = 0,
 ) -> DataFrame:
     """Cosines of the products and queries of each market that are nearest to each other; new texts are embedded first.
 
+    What is compared are the vectors of expansion.compared_vectors.
+
     Args:
         spark: the session.
         catalog_df: columns of `schemas.CATALOG`; products without a title are never near.
         queries_df: columns of `schemas.QUERIES`.
+        words_df: market, query_id, product_id, strength of what queries find by their words; two of a query are used.
         vectors_path: folder of the table `text_vectors`.
         settings: the encoder, and how many products a query gets.
         queries_per_product: nearest queries of each product, >= 0.
@@ -66,11 +73,13 @@ def semantic_scores(
         .drop("text", "text_sha256")
         for kind in kinds
     )
-    return near_pairs(
-        products_df,
-        asked_df,
-        products_per_query=settings.k,
-        queries_per_product=queries_per_product,
-        min_similarity=settings.min_similarity,
-        device=settings.device,
-    )
+    products_df, moved_df = compared_vectors(products_df, asked_df, words_df)
+    with persisted(moved_df) as asked_df:  # while near_pairs collects them
+        return near_pairs(
+            products_df,
+            asked_df,
+            products_per_query=settings.k,
+            queries_per_product=queries_per_product,
+            min_similarity=settings.min_similarity,
+            device=settings.device,
+        )

@@ -10,8 +10,9 @@ holds chorus_icecat and esci_us, or one of them: English queries, products with 
 are relevant, those that nobody judged are not.
 
 `words` is BM25. `translated` is BM25 by the translations of the words, from the parallel text of split train, which
-has no category or value of the other splits. With an encoder, `meaning` is the cosine of query and title. `fused` is
-reciprocal rank fusion of the first hundred of each, as of build_retrieval_table. `united K` is the first K of each, as
+has no category or value of the other splits. With an encoder, `meaning` is what the jobs search by: the cosine of
+vectors seen from the market's centre, queries moved to the titles that their words find. `fused` is reciprocal rank
+fusion of the first hundred of each, as of build_retrieval_table. `united K` is the first K of each, as
 build_candidates unites them, each product where its best source has it; its recall is that of all of them.
 
 precision@3 and recall@100 are means over the queries that have a relevant product in the language, among its products
@@ -32,9 +33,12 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from csrm.embedding import Encoder, load_encoder
+from csrm.embedding.contents import TextKind
 from csrm.market.categories import Storefront, category_markets
 from csrm.market.files import arrow_table
 from csrm.market.taxonomy import read_taxonomy_tables
+from csrm.retrieval.candidates import strongest_pairs
+from csrm.retrieval.expansion import TITLES_OF_WORDS, compared_vectors
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.nearest import near_pairs
 from csrm.retrieval.translations import translated_products, translated_scores
@@ -141,6 +145,9 @@ def ranked_products(spark: SparkSession, market: Judged, encoder: Encoder | None
     with persisted(product_terms(catalog_df)) as products_df, persisted(query_terms(queries_df)) as terms_df:
         scores_df = bm25_scores(products_df, terms_df, MAX_TERM_SHARE).withColumnRenamed("bm25", "strength")
         found = [firsts(scores_df, catalog_df).assign(source="words")]
+        if encoder is not None:
+            near = [firsts(near_df, catalog_df) for near_df in near_in_languages(spark, market, encoder, scores_df)]
+            meaning = pd.concat(near).assign(source="meaning")
     if market.parallel_text is not None:
         parallel_df = spark.createDataFrame(arrow_table(market.parallel_text, PARALLEL_TEXT))
         of_market = {market.catalog["market"].iloc[0]: market.language}
@@ -149,26 +156,34 @@ def ranked_products(spark: SparkSession, market: Judged, encoder: Encoder | None
             scores_df = translated_scores(translated, MAX_TERM_SHARE).withColumnRenamed("bm25", "strength")
             found.append(firsts(scores_df, catalog_df).assign(source="translated"))
     if encoder is not None:
-        near = [firsts(near_df, catalog_df) for near_df in near_in_languages(spark, market, encoder)]
-        found.append(pd.concat(near).assign(source="meaning"))
+        found.append(meaning)
     if len(found) > 1:
         of_one_source = pd.concat(found)
         found += [fused(of_one_source), *(united(of_one_source, first) for first in UNITED)]
     return pd.concat(found)
 
 
-def near_in_languages(spark: SparkSession, market: Judged, encoder: Encoder) -> Iterator[DataFrame]:
-    """Cosines of the queries' nearest products among those of each language."""
-    asked = market.queries[["market", "query_id"]].assign(
-        vector=list(encoder.embed(market.queries["query"].tolist(), "query"))
+def near_in_languages(
+    spark: SparkSession, market: Judged, encoder: Encoder, words_df: DataFrame
+) -> Iterator[DataFrame]:
+    """Similarities of the queries' nearest products among those of each language, as of semantic_scores."""
+
+    def embedded(frame: pd.DataFrame, key: str, text: str, kind: TextKind) -> DataFrame:
+        vectors = list(encoder.embed(frame[text].fillna("").tolist(), kind))
+        found = frame[["market", key]].assign(vector=vectors)
+        return spark.createDataFrame(pa.Table.from_pandas(found, preserve_index=False))
+
+    compared_df, moved_df = compared_vectors(
+        embedded(market.catalog, "product_id", "title", "passage"),
+        embedded(market.queries, "query_id", "query", "query"),
+        strongest_pairs(words_df, TITLES_OF_WORDS),
     )
-    queries_df = spark.createDataFrame(pa.Table.from_pandas(asked, preserve_index=False))
-    for _, products in market.catalog.groupby("language"):
-        vectors = list(encoder.embed(products["title"].fillna("").tolist()))
-        embedded = products[["market", "product_id"]].assign(vector=vectors)
-        products_df = spark.createDataFrame(pa.Table.from_pandas(embedded, preserve_index=False))
-        near_df = near_pairs(products_df, queries_df, products_per_query=NUM_FIRST, queries_per_product=1)
-        yield near_df.withColumnRenamed("similarity", "strength")
+    with persisted(compared_df) as products_df, persisted(moved_df) as queries_df:
+        for _, products in market.catalog.groupby("language"):
+            ids_df = spark.createDataFrame(products[["product_id"]])
+            of_language_df = products_df.join(ids_df, "product_id", "left_semi")
+            near_df = near_pairs(of_language_df, queries_df, products_per_query=NUM_FIRST, queries_per_product=1)
+            yield near_df.withColumnRenamed("similarity", "strength")
 
 
 def fused(ranked: pd.DataFrame) -> pd.DataFrame:
