@@ -9,13 +9,17 @@ from csrm.bundle.contents import BUNDLE_KIND, Estimate, PrecisionReport, made_wi
 from csrm.bundle.loading import Bundle, load_bundle
 from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME
+from csrm.scoring.template import BUILT_IN_TEMPLATE
 
 
 def bundle_card(bundle: Bundle) -> str:
     """What a bundle is, how good, how big, how fast, and for which device; plain text."""
     settings, origin, parity = bundle.settings, bundle.settings.origin, bundle.settings.parity
     labels = ", ".join(f"{label.name} {label.gain:g} ({label.token!r})" for label in settings.labels)
-    trained = f", trained model {origin.trained_model[:12]}" if origin.trained_model else ""
+    trained = f", trained model {origin.trained_model[:12]}" if origin.trained_model else ", as it is"
+    template = f"template {settings.template_version}"
+    if settings.template != BUILT_IN_TEMPLATE:
+        template = f"own template, cue {settings.template.cue!r}"
     lines = [
         f"bundle      {bundle.folder}",
         f"digest      {bundle.digest}",
@@ -23,7 +27,7 @@ def bundle_card(bundle: Bundle) -> str:
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
         *([f"speed       of a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
         f"labels      {labels}",
-        f"prompt      template {settings.template_version}; at most {settings.budgets.prefix} tokens of a query and "
+        f"prompt      {template}; at most {settings.budgets.prefix} tokens of a query and "
         f"{settings.budgets.suffix} of a product",
         f"parity      fp32 within {parity.largest_score_difference:.1e} of the trained model on {parity.num_pairs} "
         f"pairs, allowed {parity.tolerance:.0e}; margin std {parity.logit_margin_std:.2f}",

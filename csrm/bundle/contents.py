@@ -1,13 +1,14 @@
 """What `manifest.json` of a bundle says under `about`, and the names of the bundle's files."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from csrm.config import Settings
 from csrm.scoring.labels import Label
 from csrm.scoring.prompts import TEMPLATE_VERSION
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
 
 BUNDLE_KIND = "bundle"
@@ -95,9 +96,9 @@ class Origin(Settings):
     base_model_files: dict[str, str]
     """File to digest."""
     adapter: str | None = None
-    """Digest of the adapters that were merged into it; None where all weights were trained."""
+    """Digest of the adapters that were merged into it; None where all weights were trained, or none."""
     trained_model: str | None = None
-    """Digest of the trained folder."""
+    """Digest of the trained folder; None where the base model was exported as it is."""
     training_run: str | None = None
     """Digest of all that the training follows from: packs, start and tuning."""
 
@@ -107,6 +108,8 @@ class BundleSettings(Settings):
 
     format_version: int = FORMAT_VERSION
     template_version: int = TEMPLATE_VERSION
+    template: PromptTemplate = BUILT_IN_TEMPLATE
+    """Of its prompts; not written where it is the built-in one."""
     labels: tuple[Label, ...] = Field(min_length=2)
     budgets: Budgets
     precision: Precision
@@ -128,6 +131,13 @@ class BundleSettings(Settings):
     """Of the CPU that their speed was measured on, see csrm.scoring.runtime; empty where it is not known."""
     versions: dict[str, str]
     """Package to version that made the bundle."""
+
+    @model_serializer(mode="wrap")
+    def _without_built_in_template(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = as_usual(self)
+        if self.template == BUILT_IN_TEMPLATE:
+            del values["template"]
+        return values
 
     @property
     def report(self) -> PrecisionReport:

@@ -51,10 +51,12 @@ class Bundle:
         """Tokenizer of its prompts.
 
         Raises:
-            BundleError: its labels are not one token each.
+            BundleError: its labels are not one token each, or its template is another model's.
         """
         try:
-            tokenizer = PromptTokenizer.from_file(self.folder / TOKENIZER_NAME, self.settings.budgets)
+            tokenizer = PromptTokenizer.from_file(
+                self.folder / TOKENIZER_NAME, self.settings.budgets, template=self.settings.template
+            )
             tokenizer.label_ids(self.settings.labels)
         except Exception as error:  # tokenizers raises Exception itself
             raise BundleError(f"bundle {str(self.folder)!r}: {TOKENIZER_NAME}: {error}") from error

@@ -1,4 +1,4 @@
-"""Export a trained model to a bundle for ONNX Runtime, after proof that it scores as the model does.
+"""Export a trained model, or a reranker as it is, to a bundle for ONNX Runtime, after proof that it scores alike.
 
 python export/export_bundle.py --config conf/export_bundle.yaml --precision auto --device cpu
 """
@@ -10,9 +10,8 @@ from pathlib import Path
 from csrm.bundle.card import bundle_card
 from csrm.cli import job_parser, job_settings
 from csrm.export.bundle import export_bundle
+from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
-from csrm.export.trials import QUALITY_PAIRS, whole_queries
-from csrm.training.data.judged import JudgedPairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,15 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [f"{name}={getattr(args, name)}" for name in ("precision", "device") if getattr(args, name)]
     config = job_settings(args, ExportConfig, [*args.overrides, *named])
     start = time.monotonic()
-    with JudgedPairs(config.inputs, config.markets) as pairs:
-        sample = pairs.read(num_pairs=config.parity_pairs)
-        judged = pairs.read(split=config.quality_split)
-    if config.precision != "fp32" or len(judged):
-        judged = whole_queries(judged, QUALITY_PAIRS)
+    pairs, judged = proof_pairs(config)
     bundle = export_bundle(
-        config.model_dir,
+        config.model,
         Path(config.bundle_dir),
-        sample,
+        pairs,
         judged,
         config.precision,
         config.device,

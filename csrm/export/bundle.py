@@ -1,6 +1,5 @@
 """Export a trained model to a bundle, after proof that both give the same scores."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,35 +9,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 
 from csrm.bundle.contents import (
     BUNDLE_KIND,
     MODEL_NAME,
     TOKENIZER_NAME,
     BundleSettings,
-    Origin,
     Parity,
     TensorSpec,
 )
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle
-from csrm.errors import BundleError
 from csrm.export.graph_files import check_locations
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
+from csrm.export.source import ExportSource, Reranker, open_source
 from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
-from csrm.export.weights import TrainedWeights
-from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest
+from csrm.export.weights import ModelWeights
+from csrm.manifest import check_replaceable, replace_folder
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.training.model.base import BaseModel, model_title
-from csrm.training.model.families import check_model, check_tokens, check_weights
 from csrm.training.model.relevance import torch_pack_scorer
-from csrm.training.trained import MODEL_KIND, ModelCard, read_card
 
 _MERGE_PAIRS = 32
 _TORCH_TOKENS = 4_096
@@ -47,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_bundle(
-    model_dir: str | Path,
+    model: str | Path | Reranker,
     bundle_dir: Path,
     pairs: pd.DataFrame,
     judged: pd.DataFrame | None = None,
@@ -55,9 +49,10 @@ def export_bundle(
     device: str = "cpu",
     grade_labels: Mapping[str, str] | None = None,
 ) -> Bundle:
-    """Write the bundle of a trained folder.
+    """Write the bundle of a trained folder, or of a reranker as it is.
 
     Args:
+        model: the folder, or the reranker.
         pairs: real pairs (csrm.scoring.PAIR_COLUMNS) over which the scores of torch and the graph must agree.
         judged: pairs of whole queries with market, query_id and grade, which no precision may rank worse than fp32.
         precision: fp32, fp16, bf16, int8, int4, or auto.
@@ -70,50 +65,46 @@ def export_bundle(
         ConfigError: the model is not supported, or the precision cannot be proven; said before any work.
         DeviceError: the device is not there.
     """
-    model_dir = Path(model_dir)
     check_replaceable(bundle_dir, BUNDLE_KIND)
     require_device(device)
-    model_digest = verify_manifest(model_dir, MODEL_KIND)
-    _check_source(model_dir)
     has_labels = judged is not None and len(judged) > 0
     precisions = wanted_precisions(precision, device, has_labels)
+    source = open_source(model)
+    tokenizer, labels = source.prompt_tokenizer(), source.labels
     unfinished = bundle_dir.with_name(bundle_dir.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     folder = unfinished / "bundle"
     folder.mkdir(parents=True)
     try:
-        shutil.copyfile(model_dir / "tokenizer.json", folder / TOKENIZER_NAME)
-        card = read_card(model_dir)
-        weights = TrainedWeights(model_dir, card)
-        tokenizer = _matching_tokenizer(folder / TOKENIZER_NAME, card, weights)
-        model = weights.merged_model(tokenizer.label_ids(card.labels))
-        in_torch = torch_scorer(model, tokenizer, card.labels, "torch")
-        if weights.has_adapters:
+        (folder / TOKENIZER_NAME).write_text(source.tokenizer_json, encoding="utf-8")
+        in_torch_model = source.weights.merged_model(tokenizer.label_ids(labels))
+        in_torch = torch_scorer(in_torch_model, tokenizer, labels, "torch")
+        if source.weights.has_adapters:
             with logged_step("adapters in the weights, against adapters beside them"):
-                check_merge(weights, tokenizer, in_torch, pairs.iloc[:_MERGE_PAIRS])
+                check_merge(source.weights, tokenizer, in_torch, pairs.iloc[:_MERGE_PAIRS])
         with logged_step(f"scores of {len(pairs)} pairs in torch"):
             torch_logits = in_torch.logits(pairs)
-        scores = expected_gain(torch_logits, np.array([label.gain for label in card.labels]))
+        scores = expected_gain(torch_logits, np.array([label.gain for label in labels]))
         golden = choose_golden_pairs(pairs, scores, tokenizer, f"torch {torch.__version__}")
         golden.require_different(SCORE_TOLERANCE)
         with logged_step("fp32 graph"):
             graph_path = unfinished / "fp32" / MODEL_NAME
             graph_path.parent.mkdir()
-            export_packed_graph(model, graph_path)
+            export_packed_graph(in_torch_model, graph_path)
             check_locations(graph_path)
         with logged_step(f"scores of {len(pairs)} pairs in the graph on {device}"):
             pack_scorer, provider = load_pack_scorer(graph_path, device)
             onnx_scorer = PairScorer(
                 tokenizer,
-                card.labels,
+                labels,
                 pack_scorer=pack_scorer,
                 tokens_per_call=default_tokens_per_call(device),
                 provider=provider,
             )
             parity = compare_logits(
-                pairs, torch_logits, onnx_scorer.logits(pairs), card.labels, ("torch", provider), SCORE_TOLERANCE
+                pairs, torch_logits, onnx_scorer.logits(pairs), labels, ("torch", provider), SCORE_TOLERANCE
             )
-        settings = _settings(card, parity, golden, model_dir, model_digest, graph_path, device)
+        settings = _settings(source, parity, golden, graph_path, device)
         write_best_precision(
             graph_path,
             pack_scorer,
@@ -132,21 +123,7 @@ def export_bundle(
     return load_bundle(bundle_dir)
 
 
-def _check_source(model_dir: Path) -> None:
-    """Refuse what is not supported before any weight is read."""
-    check_weights(model_dir / "weights")
-    try:
-        card = json.loads((model_dir / "model.json").read_text(encoding="utf-8"))
-        method, prompt_tokens = card["tuning"]["method"], card["budgets"]["prefix"] + card["budgets"]["suffix"]
-        base_model = BaseModel(**card["base_model"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BundleError(
-            f"model {str(model_dir)!r}: model.json cannot be read ({error!r}). Train it again."
-        ) from error
-    check_model(BaseModel(folder=str(model_dir / "weights")) if method == "full" else base_model, prompt_tokens)
-
-
-def check_merge(weights: TrainedWeights, tokenizer: PromptTokenizer, merged: PairScorer, pairs: pd.DataFrame) -> None:
+def check_merge(weights: ModelWeights, tokenizer: PromptTokenizer, merged: PairScorer, pairs: pd.DataFrame) -> None:
     """Adapters inside of the weights must score as adapters beside them.
 
     Args:
@@ -176,44 +153,21 @@ def torch_scorer(
     )
 
 
-def _matching_tokenizer(path: Path, card: ModelCard, weights: TrainedWeights) -> PromptTokenizer:
-    """The tokenizer of a trained model, after a check that the model knows all its tokens.
-
-    Raises:
-        ConfigError: the tokenizer knows tokens that the model has no embedding for.
-    """
-    check_tokens(Tokenizer.from_file(str(path)), weights.config.vocab_size, BaseModel(**card.base_model).name)
-    return PromptTokenizer.from_file(path, card.budgets)
-
-
 def _settings(
-    card: ModelCard,
-    parity: Parity,
-    golden: GoldenPairs,
-    model_dir: Path,
-    model_digest: str,
-    graph_path: Path,
-    device: str,
+    source: ExportSource, parity: Parity, golden: GoldenPairs, graph_path: Path, device: str
 ) -> BundleSettings:
-    base_files = card.base_model_files.items()
-    adapter = model_dir / "weights" / "adapter_model.safetensors"
     inputs, outputs = graph_tensors(graph_path)
     packages = ["csrm", "torch", "transformers", "peft", "optimum", "optimum-onnx", "onnx", "onnx-ir", "tokenizers"]
     return BundleSettings(
-        labels=card.labels,
-        budgets=card.budgets,
+        template=source.template,
+        labels=source.labels,
+        budgets=source.budgets,
         precision="fp32",
         device=device,
         pack_tolerance=0.0,
         golden_tolerance=0.0,
         golden_source=golden.source,
-        origin=Origin(
-            base_model=model_title(BaseModel(**card.base_model)),
-            base_model_files={name: sha256 for name, sha256 in base_files if name.endswith((".gguf", ".safetensors"))},
-            adapter=file_digest(adapter) if adapter.exists() else None,
-            trained_model=model_digest,
-            training_run=card.fingerprint,
-        ),
+        origin=source.origin,
         inputs={name: TensorSpec(type=type_, shape=shape) for name, (type_, shape) in inputs.items()},
         outputs={name: TensorSpec(type=type_, shape=shape) for name, (type_, shape) in outputs.items()},
         parity=parity,

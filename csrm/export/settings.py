@@ -2,22 +2,45 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from csrm.config import Markets, Settings
-from csrm.training.data.judged import JudgedInputs
+from csrm.config import InputSpec, Markets, Settings
+from csrm.export.source import Reranker
+
+
+class ExportInputs(Settings):
+    """Tables whose pairs prove a bundle."""
+
+    catalog: InputSpec
+    queries: InputSpec
+    judgments: InputSpec | None = None
+    """Labelled pairs, which the quality gate ranks too."""
+    candidates: InputSpec | None = None
+    """Pairs that prove the bundle where there are no judgments."""
+    retrieval_table: InputSpec | None = None
+    """Titles that augment the queries; without it, queries are not augmented."""
+    labels_from_behaviour: bool = False
+    """Grades were made of clicks or purchases; see csrm.training.data.judged.JudgedInputs."""
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> "ExportInputs":
+        if self.judgments is None and self.candidates is None:
+            raise ValueError("name judgments, or candidates where there are none: the proof takes their pairs")
+        return self
 
 
 class ExportConfig(Settings):
     """Settings of the export."""
 
-    model_dir: str
+    model_dir: str | None = None
     """Folder that jobs/train.py wrote."""
+    reranker: Reranker | None = None
+    """A model that others trained to judge relevance, exported as it is; in place of model_dir."""
     bundle_dir: str
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
     markets: Markets
     """Market to language: whose pairs the proof runs over."""
-    inputs: JudgedInputs
+    inputs: ExportInputs
     """Real prompts for the proof, and labelled pairs for the quality gate."""
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
     """auto: the fastest that passes the quality gate on the device. fp16 and bf16 are for GPUs only."""
@@ -29,3 +52,16 @@ class ExportConfig(Settings):
     """Split whose pairs the quality gate ranks; it should not be one that the model was trained on."""
     grade_labels: dict[str, str] | None = None
     """Grade of a judgment to the name of its label; None where both have the same names."""
+
+    @model_validator(mode="after")
+    def _has_one_model(self) -> "ExportConfig":
+        if (self.model_dir is None) == (self.reranker is None):
+            raise ValueError("name either model_dir, a trained folder, or reranker, a model as it is")
+        return self
+
+    @property
+    def model(self) -> str | Reranker:
+        """What is exported."""
+        model = self.model_dir if self.reranker is None else self.reranker
+        assert model is not None
+        return model

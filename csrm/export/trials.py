@@ -84,7 +84,7 @@ def write_best_precision(
     Raises:
         ParityError: none passed.
     """
-    tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_NAME, settings.budgets)
+    tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_NAME, settings.budgets, template=settings.template)
     gains = None if judged is None or judged.empty else _grade_gains(judged, settings.labels, grade_labels)
     trials = _Trials(settings, tokenizer, pairs.iloc[:SPREAD_PAIRS], judged if gains is not None else None, gains)
     with logged_step("fp32: speed, packs, quality"):

@@ -135,25 +135,22 @@ class _AdaptedWeights(Weights):
         return self._adapters.tensors[stored.removesuffix(".weight") if is_length else stored]
 
 
-class TrainedWeights:
-    """What an export reads of a trained folder.
+class ModelWeights:
+    """What an export reads of a model.
 
     Args:
-        folder: that training wrote; its digests were checked.
-        card: of the folder.
+        base: the model.
+        adapters: folder of the adapters that are merged into it; None: there are none.
 
     Raises:
-        BundleError: a file of the base model of its adapters changed, or its adapters are those of another model.
-        ConfigError: the base model is not where it was, or its files are not those of its configuration.
+        BundleError: the adapters are those of another model.
+        ConfigError: the base model's files are not those of its configuration.
     """
 
-    def __init__(self, folder: Path, card: ModelCard) -> None:
-        check_base(folder, card)
-        is_full = card.tuning["method"] == "full"
-        base = BaseModel(folder=str(folder / "weights")) if is_full else BaseModel(**card.base_model)
+    def __init__(self, base: BaseModel, adapters: Path | None = None) -> None:
         self.config: Any = language_config(base)
         self._base = _base_weights(base)
-        self._adapters = None if is_full else Adapters(folder / "weights")
+        self._adapters = None if adapters is None else Adapters(adapters)
         language_model = empty_language_model(self.config)
         check_shapes({name: weight.shape for name, weight in language_model.named_parameters()}, self._base, base.name)
         if self._adapters is not None:
@@ -177,6 +174,27 @@ class TrainedWeights:
 
     def _rows(self, label_ids: Sequence[int]) -> torch.Tensor:
         return self._base[_EMBEDDINGS if self.config.tie_word_embeddings else _HEAD][list(label_ids)].clone()
+
+
+class TrainedWeights(ModelWeights):
+    """What an export reads of a trained folder.
+
+    Args:
+        folder: that training wrote; its digests were checked.
+        card: of the folder.
+
+    Raises:
+        BundleError: a file of the base model of its adapters changed, or its adapters are those of another model.
+        ConfigError: the base model is not where it was, or its files are not those of its configuration.
+    """
+
+    def __init__(self, folder: Path, card: ModelCard) -> None:
+        check_base(folder, card)
+        weights = folder / "weights"
+        if card.tuning["method"] == "full":
+            super().__init__(BaseModel(folder=str(weights)))
+        else:
+            super().__init__(BaseModel(**card.base_model), weights)
 
 
 def check_shapes(expected: Mapping[str, torch.Size], weights: Weights, name: str) -> None:

@@ -22,7 +22,8 @@ The same model learns to translate before it learns to judge:
     Translation: <target text>, learnt with the line break after it
 
 Fields are foreign text: `neutralize` takes from them whatever could read as structure. Optional fields that are empty
-leave no line. Changing a character here changes every score: raise TEMPLATE_VERSION with it.
+leave no line. This is the built-in template of `csrm.scoring.template`; a model may be configured with another one.
+Changing a character of it changes every score: raise TEMPLATE_VERSION with it.
 """
 
 from collections.abc import Mapping
@@ -30,11 +31,12 @@ from typing import NamedTuple
 
 import regex
 
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.text import has_text, normalized
 
 TEMPLATE_VERSION = 1
-ANSWER_CUE = "\nRelevant:"
-_FIRST_LINE = "Task: relevance\nMarket:"
+"""Of the built-in template, and of how fields are written into any."""
+ANSWER_CUE = BUILT_IN_TEMPLATE.cue
 MOST_CHARACTERS = 32_768
 """Of a text that is longer, the prompt knows so many characters from its start: a hostile title has a megabyte."""
 _LINE_NAMES = "task|market|language|query|retrieved|product|brand|category|attributes|relevant"
@@ -52,11 +54,12 @@ class Line(NamedTuple):
     """One line of a prompt: template text, then the text of a field. The two are tokenised apart."""
 
     start: str
-    """Template text; never cut."""
+    """Text of the template; never cut."""
     field: str
     """Name of the field, which is the name of its budget."""
     text: str
-    """The field's neutral text with a leading space; empty where there is none. May be cut."""
+    """The field's neutral text, with a space before it unless a line break stands there; empty where there is none. May
+    be cut."""
 
 
 class Query(NamedTuple):
@@ -131,25 +134,32 @@ def is_shown(text: str | None) -> bool:
     return has_text(text and text[:MOST_CHARACTERS])
 
 
-def prefix_lines(query: Query) -> list[Line]:
+def prefix_lines(query: Query, template: PromptTemplate = BUILT_IN_TEMPLATE) -> list[Line]:
     """The prefix of a query, in order; the lines after the query's own are optional."""
-    titles = [text for title in query.retrieved_titles if (text := _field_text(title))]
-    return [
-        Line(_FIRST_LINE, "market", _field_text(query.market)),
-        Line("\nLanguage:", "language", _field_text(query.language)),
-        Line("\nQuery:", "query", _field_text(query.query)),
-        *(Line("\n-" if rank else "\nRetrieved:\n-", "retrieved_title", title) for rank, title in enumerate(titles)),
-    ]
+    fields = (
+        ("market", template.market, query.market),
+        ("language", template.language, query.language),
+        ("query", template.query, query.query),
+    )
+    lines = [Line(start, name, _field_text(text, start)) for name, start, text in fields if start is not None]
+    lines[0] = lines[0]._replace(start=template.opening + lines[0].start)
+    if (start := template.retrieved_title) is not None:
+        titles = [text for title in query.retrieved_titles if (text := _field_text(title, start))]
+        starts = [template.retrieved + start, *[start] * len(titles)]
+        lines += [Line(own, "retrieved_title", title) for own, title in zip(starts, titles, strict=False)]
+    return lines
 
 
-def suffix_lines(product: Product) -> list[Line]:
-    """The suffix of a product, in order; the lines after the title's are optional. ANSWER_CUE follows."""
-    optional = [
-        Line("\nBrand:", "brand", _field_text(product.brand)),
-        Line("\nCategory:", "category", _field_text(product.category)),
-        Line("\nAttributes:", "attributes", _field_text(_attribute_text(product.attributes))),
-    ]
-    return [Line("\nProduct:", "title", _field_text(product.title)), *(line for line in optional if line.text)]
+def suffix_lines(product: Product, template: PromptTemplate = BUILT_IN_TEMPLATE) -> list[Line]:
+    """The suffix of a product, in order; the lines after the title's are optional. The template's cue follows."""
+    lines = [Line(template.title, "title", _field_text(product.title, template.title))]
+    fields = (
+        ("brand", template.brand, product.brand),
+        ("category", template.category, product.category),
+        ("attributes", template.attributes, None if template.attributes is None else _attribute_text(product)),
+    )
+    lines += [Line(start, name, _field_text(text, start)) for name, start, text in fields if start is not None]
+    return [lines[0], *(line for line in lines[1:] if line.text)]
 
 
 def translation_parts(text: Translation) -> list[str]:
@@ -160,22 +170,23 @@ def translation_parts(text: Translation) -> list[str]:
     ]
 
 
-def prompt_text(query: Query, product: Product) -> str:
+def prompt_text(query: Query, product: Product, template: PromptTemplate = BUILT_IN_TEMPLATE) -> str:
     """The whole prompt before any field is cut."""
-    lines = prefix_lines(query) + suffix_lines(product)
-    return "".join(line.start + line.text for line in lines) + ANSWER_CUE
+    lines = prefix_lines(query, template) + suffix_lines(product, template)
+    return "".join(line.start + line.text for line in lines) + template.cue
 
 
-def _field_text(text: str | None) -> str:
+def _field_text(text: str | None, start: str = "") -> str:
+    """Neutral text of a field, as it stands after a text of the template."""
     clean = neutralize(text)
-    return f" {clean}" if clean else ""
+    return f" {clean}" if clean and not start.endswith("\n") else clean
 
 
-def _attribute_text(attributes: Mapping[str, str | None] | None) -> str:
+def _attribute_text(product: Product) -> str:
     """`name = value; ...`, sorted by name: maps have no order of their own."""
-    if not attributes:
+    if not product.attributes:
         return ""
-    entries = ((_entry_text(name), _entry_text(value)) for name, value in sorted(attributes.items()))
+    entries = ((_entry_text(name), _entry_text(value)) for name, value in sorted(product.attributes.items()))
     return "; ".join(f"{name} = {value}" for name, value in entries if value)
 
 

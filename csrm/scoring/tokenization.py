@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from csrm.errors import ConfigError
 from csrm.scoring.labels import Label
 from csrm.scoring.prompts import (
-    ANSWER_CUE,
     Line,
     Product,
     Query,
@@ -25,8 +24,10 @@ from csrm.scoring.prompts import (
     suffix_lines,
     translation_parts,
 )
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 
 _MARK_CHARACTER = regex.compile(r"[\p{ASCII}&&[^\p{L}\p{N}\s.,&+'\-]]", flags=regex.V1)
+_CHAT_TOKEN = regex.compile(r"<\|[^<>|\s]+\|>")
 CHARACTERS_PER_TOKEN = 64
 """A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
 
@@ -94,22 +95,29 @@ class PromptTokenizer:
     ['product:', 'mouse', 'pad', 'xl', 'relevant:']
     """
 
-    def __init__(self, tokenizer: Tokenizer, budgets: Budgets) -> None:
+    def __init__(self, tokenizer: Tokenizer, budgets: Budgets, *, template: PromptTemplate = BUILT_IN_TEMPLATE) -> None:
         """Make one of a model's tokenizer.
 
         Args:
             tokenizer: of the model; its own truncation and padding are switched off.
             budgets: must leave room for the query in the prefix and for the title in the suffix.
+            template: of the prompts.
 
         Raises:
-            ConfigError: a budget is too small for the template with its required fields.
+            ConfigError: a budget is too small for the template with its required fields, or the tokenizer lacks a
+                special token of the template.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = False
         # What the tokenizer puts before a text (<bos>, where the model has one).
         self._start_ids = _leading_special_ids(tokenizer)
-        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
+        self.template = template
+        """Of its prompts."""
+        # Of the template alone, special tokens become what they are.
+        self._template_ids = {text: self._encode(text) for text in _template_texts(template)}
+        tokenizer.encode_special_tokens = True
         added = tokenizer.get_added_tokens_decoder()
         marks = {id_: token for id_, token in added.items() if token.special or _is_mark(token.content)}
         self._mark_ids = frozenset(marks)
@@ -118,30 +126,34 @@ class PromptTokenizer:
         self._spelled_mark = regex.compile("|".join(map(regex.escape, spelled))) if spelled else None
         self.budgets = budgets
         self._limits = asdict(budgets)
-        self._template_ids: dict[str, list[int]] = {}
+        self._check_special_tokens()
         self._check_room()
 
     @classmethod
-    def from_file(cls, path: str | Path, budgets: Budgets) -> "PromptTokenizer":
+    def from_file(
+        cls, path: str | Path, budgets: Budgets, *, template: PromptTemplate = BUILT_IN_TEMPLATE
+    ) -> "PromptTokenizer":
         """Load a `tokenizer.json`."""
-        return cls(Tokenizer.from_file(str(path)), budgets)
+        return cls(Tokenizer.from_file(str(path)), budgets, template=template)
 
     @classmethod
-    def from_json(cls, text: str, budgets: Budgets) -> "PromptTokenizer":
+    def from_json(
+        cls, text: str, budgets: Budgets, *, template: PromptTemplate = BUILT_IN_TEMPLATE
+    ) -> "PromptTokenizer":
         """From the text of a `tokenizer.json`."""
-        return cls(Tokenizer.from_str(text), budgets)
+        return cls(Tokenizer.from_str(text), budgets, template=template)
 
     def prefix_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of each query's prefix, at most `budgets.prefix` each; the query is never lost."""
-        all_lines = [prefix_lines(query) for query in queries]
+        all_lines = [prefix_lines(query, self.template) for query in queries]
         field_ids = self._field_ids(all_lines)
         return [self._joined(self._start_ids, lines, field_ids, self.budgets.prefix, []) for lines in all_lines]
 
     def suffix_ids(self, products: Sequence[Product]) -> list[list[int]]:
         """Token ids of each product's suffix, at most `budgets.suffix` each, ending with the cue."""
-        all_lines = [suffix_lines(product) for product in products]
+        all_lines = [suffix_lines(product, self.template) for product in products]
         field_ids = self._field_ids(all_lines)
-        cue_ids = self._template(ANSWER_CUE)
+        cue_ids = self._template(self.template.cue)
         return [self._joined([], lines, field_ids, self.budgets.suffix, cue_ids) for lines in all_lines]
 
     def prompt_parts(self, query: Query, product: Product) -> list[PromptPart]:
@@ -150,10 +162,10 @@ class PromptTokenizer:
         A field that has no room at all is there with an empty text and no token.
         """
         parts = []
-        cue_ids = self._template(ANSWER_CUE)
+        cue_ids = self._template(self.template.cue)
         for lines, room in (
-            (prefix_lines(query), self.budgets.prefix - len(self._start_ids)),
-            (suffix_lines(product), self.budgets.suffix - len(cue_ids)),
+            (prefix_lines(query, self.template), self.budgets.prefix - len(self._start_ids)),
+            (suffix_lines(product, self.template), self.budgets.suffix - len(cue_ids)),
         ):
             kept = [len(ids) for _, ids in self._kept(lines, self._field_ids([lines]), room)]
             counts = [*kept, *[0] * (len(lines) - len(kept))]
@@ -267,10 +279,20 @@ class PromptTokenizer:
             end = len(text)
         return PromptPart(line.field, text[:end].strip(), text[end:], num_tokens)
 
+    def _check_special_tokens(self) -> None:
+        """A chat token of another model would be spelled letter by letter, and the model would answer at random."""
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        named = {token for text in _template_texts(self.template) for token in _CHAT_TOKEN.findall(text)}
+        if unknown := sorted(named - known):
+            raise ConfigError(
+                f"template: expected special tokens of the model's tokenizer, got {', '.join(unknown)}, which it does "
+                "not have. Take the template of this model, or the model of this template."
+            )
+
     def _check_room(self) -> None:
         required = {
-            "prefix": (len(self._start_ids), prefix_lines(Query("", "", ""))),
-            "suffix": (len(self._template(ANSWER_CUE)), suffix_lines(Product(""))),
+            "prefix": (len(self._start_ids), prefix_lines(Query("", "", ""), self.template)),
+            "suffix": (len(self._template(self.template.cue)), suffix_lines(Product(""), self.template)),
         }
         for name, (template, lines) in required.items():
             template += sum(len(self._template(line.start)) for line in lines)
@@ -281,6 +303,13 @@ class PromptTokenizer:
                     f"budgets: {name} is {self._limits[name]} tokens, but its template ({template} tokens) with "
                     f"{fields} needs {needed}. Raise {name} or lower the fields."
                 )
+
+
+def _template_texts(template: PromptTemplate) -> list[str]:
+    """All texts that prompts take from a template, as they are tokenised."""
+    query, product = Query("m", "l", "q", ("a", "b")), Product("t", "b", "c", {"n": "v"})
+    lines = [*prefix_lines(query, template), *suffix_lines(product, template)]
+    return [*(line.start for line in lines), template.cue]
 
 
 def _is_mark(token: str) -> bool:

@@ -100,13 +100,13 @@ def _checked_tokenizer(config: TrainConfig) -> PromptTokenizer:
     """The tokenizer of the base model, after checks of the base model's files and of the labels.
 
     Raises:
-        ConfigError: the model's files are broken, it could not be exported, a token has no embedding, or a label is not
-            one token.
+        ConfigError: the model's files are broken, it could not be exported, a token has no embedding, a label is not
+            one token, or the template is another model's.
     """
     tokenizer_json = start_tokenizer_json(config.base_model)
     prompt_tokens = config.budgets.prefix + config.budgets.suffix
     check_model(config.base_model, prompt_tokens, tokenizer=Tokenizer.from_str(tokenizer_json))
-    tokenizer = PromptTokenizer.from_json(tokenizer_json, config.budgets)
+    tokenizer = PromptTokenizer.from_json(tokenizer_json, config.budgets, template=config.template)
     tokenizer.label_ids(config.labels)
     return tokenizer
 

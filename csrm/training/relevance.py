@@ -63,8 +63,17 @@ class RelevanceStage:
         length = {"epochs": epochs, "max_steps": None} if epochs is not None else {}
         tuning = config.tuning.model_copy(update=length)
         packs = self.packs(soft_labels, without)
-        labels, budgets, pack_tokens = config.labels, config.budgets, config.pack_tokens
-        return train_stage(packs, self.start, tuning, labels, budgets, pack_tokens, output_dir, self.limit)
+        return train_stage(
+            packs,
+            self.start,
+            tuning,
+            config.labels,
+            config.budgets,
+            config.pack_tokens,
+            output_dir,
+            self.limit,
+            template=config.template,
+        )
 
     def train_and_load(
         self,

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from csrm.config import InputSpec, Markets, Settings
 from csrm.scoring.labels import ESCI_LABELS, Label
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
 from csrm.training.data.judged import JudgedInputs
 from csrm.training.data.title_pairs import TitlePairs
@@ -65,6 +66,8 @@ class TrainConfig(Settings):
     """Answers of the model, least relevant first."""
     grade_labels: dict[str, str] | None = None
     """Grade of a judgment to the name of its label; without it, labels are named as the grades."""
+    template: PromptTemplate = BUILT_IN_TEMPLATE
+    """Text of the prompts around their fields: that of a reranker, where one is trained on."""
     budgets: Budgets = Budgets()
     pack_tokens: int = 512
     """Most tokens of a pack, in training and scoring."""

@@ -16,6 +16,7 @@ from csrm.errors import ConfigError, InputError
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.data.packs import TrainingPack, write_packs
 from csrm.training.model.base import BaseModel
@@ -50,11 +51,13 @@ def train_stage(
     pack_tokens: int,
     output_dir: Path,
     limit: TimeLimit | None = None,
+    *,
+    template: PromptTemplate = BUILT_IN_TEMPLATE,
 ) -> PairScorer:
     """Train on packs and write the trained folder, in one piece, when all is done.
 
     A training that was stopped goes on from its last checkpoint, to the weights that it would have had. One that has
-    ended is not run again while its packs, start, tuning, labels and budgets stay the same. Under
+    ended is not run again while its packs, start, tuning, labels, budgets and template stay the same. Under
     csrm.training.processes all processes train, and this one alone writes files.
 
     The folder has history.json, a list in the order of steps: step, loss, learning_rate, and relevance_loss and
@@ -67,6 +70,7 @@ def train_stage(
         output_dir: an earlier trained folder there is replaced.
         limit: when the training must end: as many steps are planned as fit, those of `tuning` at most, and none is kept
             to go on from. None: when its steps are done.
+        template: of the packs' prompts.
 
     Returns:
         Scorer of the trained model, in torch.
@@ -81,6 +85,8 @@ def train_stage(
     work = _StageWork.begin(packs, output_dir)
     base_model, base_model_files = model_origin(start)
     prompts = [labels, budgets, pack_tokens]
+    if template != BUILT_IN_TEMPLATE:
+        prompts.append(template)
     if limit is not None:
         prompts.append({"max_minutes": limit.minutes})
     fingerprint = _fingerprint(work.pack_file, start, base_model_files, tuning, prompts)
@@ -90,7 +96,7 @@ def train_stage(
         return trained_scorer(output_dir, tuning.known_precision)
 
     tokenizer_json = start_tokenizer_json(start)
-    prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets)
+    prompt_tokenizer = PromptTokenizer.from_json(tokenizer_json, budgets, template=template)
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
     paths = work.paths(fingerprint, logs=output_dir.with_name(output_dir.name + ".logs"))
     gains = tuple(label.gain for label in labels)
@@ -107,6 +113,7 @@ def train_stage(
         loss=mean_loss(history),
         fingerprint=fingerprint,
         versions={"csrm": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
+        template=template,
     )
     finished = work.folder / "finished"
     _write_folder(finished, model, tokenizer_json, card, history)
@@ -172,7 +179,7 @@ def _write_folder(
     with quiet_libraries():
         model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    (folder / "model.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n", encoding="utf-8")
+    (folder / "model.json").write_text(card.to_json(), encoding="utf-8")
     (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
     write_manifest(folder, MODEL_KIND)
 

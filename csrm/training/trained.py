@@ -1,7 +1,7 @@
 """The trained folder: its card, its weights, its scorer."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from csrm.errors import BundleError, ConfigError
 from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
+from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
 from csrm.training.model.relevance import PackedRelevanceModel, TrainingPrecision, torch_pack_scorer
@@ -37,8 +38,17 @@ class ModelCard:
     loss: float
     """Mean training loss of the stage's steps, nats."""
     fingerprint: str
-    """Digest of all that the folder follows from: packs, start, tuning, labels and budgets."""
+    """Digest of all that the folder follows from: packs, start, tuning, labels, budgets and template."""
     versions: dict[str, str]
+    template: PromptTemplate = BUILT_IN_TEMPLATE
+    """Of its prompts; not written where it is the built-in one."""
+
+    def to_json(self) -> str:
+        """What `model.json` holds."""
+        values = asdict(self)
+        if self.template == BUILT_IN_TEMPLATE:
+            del values["template"]
+        return json.dumps(values, indent=2) + "\n"
 
 
 class TrainingLength(NamedTuple):
@@ -112,13 +122,15 @@ def has_ended(folder: Path, fingerprint: str) -> bool:
 
 def read_card(folder: Path) -> ModelCard:
     verify_manifest(folder, MODEL_KIND)
-    values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     try:
+        values = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         labels = tuple(Label(**label) for label in values.pop("labels"))
-        return ModelCard(labels=labels, budgets=Budgets(**values.pop("budgets")), **values)
-    except (KeyError, TypeError) as error:
+        budgets = Budgets(**values.pop("budgets"))
+        template = PromptTemplate(**values.pop("template")) if "template" in values else BUILT_IN_TEMPLATE
+        return ModelCard(labels=labels, budgets=budgets, template=template, **values)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise BundleError(
-            f"model {str(folder)!r}: model.json has other fields than this version reads ({error}). Train it again."
+            f"model {str(folder)!r}: model.json is not what this version reads ({error!r}). Train it again."
         ) from error
 
 
@@ -181,7 +193,7 @@ def _load(folder: Path) -> tuple[PackedRelevanceModel, PromptTokenizer, ModelCar
     else:
         base = load_base(folder, card)
         language_model = PeftModel.from_pretrained(base, str(folder / "weights")).merge_and_unload()
-    tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets)
+    tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json", card.budgets, template=card.template)
     model = PackedRelevanceModel(language_model, tokenizer.label_ids(card.labels)).eval()
     return model, tokenizer, card
 

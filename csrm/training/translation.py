@@ -42,7 +42,17 @@ def learn_translation(
     tuning = settings.tuning(config.tuning)
     if tuning.max_steps is not None:
         packs = islice(packs, tuning.max_steps * tuning.packs_per_step)  # the texts are in random order
-    train_stage(packs, config.base_model, tuning, config.labels, config.budgets, config.pack_tokens, model_dir, limit)
+    train_stage(
+        packs,
+        config.base_model,
+        tuning,
+        config.labels,
+        config.budgets,
+        config.pack_tokens,
+        model_dir,
+        limit,
+        template=config.template,
+    )
     for _ in texts:  # so that all are counted
         pass
     why_unmeasured = f"no text is of split {settings.held_out_split} alone" if not held_out else None

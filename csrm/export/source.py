@@ -1,0 +1,96 @@
+"""What an export starts from: a trained folder, or a model that others trained to judge, as it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from csrm.bundle.contents import Origin
+from csrm.config import Settings
+from csrm.export.weights import ModelWeights, TrainedWeights
+from csrm.manifest import file_digest, verify_manifest
+from csrm.scoring.labels import Label
+from csrm.scoring.template import PromptTemplate
+from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.model.base import BaseModel, model_title
+from csrm.training.model.families import check_model, check_tokens, check_weights
+from csrm.training.trained import MODEL_KIND, model_origin, read_card, start_tokenizer_json
+
+
+class Reranker(Settings):
+    """A model that others trained to judge relevance, and the prompt that it was trained on."""
+
+    base_model: BaseModel
+    template: PromptTemplate
+    """Text of its prompts around their fields, to the letter: with another one its scores are near random."""
+    labels: tuple[Label, ...] = Field(min_length=2)
+    """Its answers, least relevant first."""
+    budgets: Budgets = Budgets()
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model with all that its bundle says of it."""
+
+    weights: ModelWeights
+    tokenizer_json: str
+    labels: tuple[Label, ...]
+    budgets: Budgets
+    template: PromptTemplate
+    origin: Origin
+
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Tokenizer of its prompts."""
+        return PromptTokenizer.from_json(self.tokenizer_json, self.budgets, template=self.template)
+
+
+def open_source(model: str | Path | Reranker) -> ExportSource:
+    """Check a model before any of its weights is read.
+
+    Args:
+        model: a trained folder, or a reranker.
+
+    Raises:
+        BundleError: the trained folder is incomplete or was changed.
+        ConfigError: the model is not supported, is not where it should be, or its tokenizer does not fit its weights,
+            labels or template.
+    """
+    source = _reranker(model) if isinstance(model, Reranker) else _trained(Path(model))
+    source.prompt_tokenizer().label_ids(source.labels)
+    return source
+
+
+def _trained(model_dir: Path) -> ExportSource:
+    digest = verify_manifest(model_dir, MODEL_KIND)
+    check_weights(model_dir / "weights")
+    card = read_card(model_dir)
+    base_model = BaseModel(**card.base_model)
+    is_full = card.tuning["method"] == "full"
+    check_model(BaseModel(folder=str(model_dir / "weights")) if is_full else base_model, card.budgets.prompt)
+    weights = TrainedWeights(model_dir, card)
+    tokenizer_json = start_tokenizer_json(model_dir)
+    check_tokens(Tokenizer.from_str(tokenizer_json), weights.config.vocab_size, base_model.name)
+    adapter = model_dir / "weights" / "adapter_model.safetensors"
+    origin = Origin(
+        base_model=model_title(base_model),
+        base_model_files=_weight_files(card.base_model_files),
+        adapter=file_digest(adapter) if adapter.exists() else None,
+        trained_model=digest,
+        training_run=card.fingerprint,
+    )
+    return ExportSource(weights, tokenizer_json, card.labels, card.budgets, card.template, origin)
+
+
+def _reranker(reranker: Reranker) -> ExportSource:
+    base_model, files = model_origin(reranker.base_model)
+    tokenizer_json = start_tokenizer_json(base_model)
+    check_model(base_model, reranker.budgets.prompt, tokenizer=Tokenizer.from_str(tokenizer_json))
+    origin = Origin(base_model=model_title(base_model), base_model_files=_weight_files(files))
+    return ExportSource(
+        ModelWeights(base_model), tokenizer_json, reranker.labels, reranker.budgets, reranker.template, origin
+    )
+
+
+def _weight_files(files: dict[str, str]) -> dict[str, str]:
+    return {name: sha256 for name, sha256 in files.items() if name.endswith((".gguf", ".safetensors"))}
