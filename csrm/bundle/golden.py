@@ -174,8 +174,8 @@ def check_golden_pairs(
         if expected != got:
             raise BundleError(
                 f"golden pair {place} ({_shown(golden.pairs, place)}): expected {len(expected)} tokens "
-                f"{expected[:8]}, got {len(got)}, {got[:8]}. The tokenizer or the template is another model's, or "
-                "another version."
+                f"{expected[:8]}, got {len(got)}, {got[:8]}. The tokenizer is another model's, or another "
+                "version, or the template is."
             )
     try:
         scores = scorer.score(golden.pairs)["relevance_score"].to_numpy(dtype=np.float64)

@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--grades", default="", metavar="GRADE=GAIN,...", help="gain of each grade, 0 to 1")
     parser.add_argument(
-        "--base-model", metavar="PATH", help="model to train: a folder or a GGUF file; default: FOLDER/base_model"
+        "--base-model",
+        metavar="PATH",
+        help="model to train, or reranker: folder or GGUF file; default: FOLDER/base_model",
     )
     parser.add_argument(
         "--bundle", metavar="PATH", help="bundle to score with; default: FOLDER/bundle, which export-bundle writes"

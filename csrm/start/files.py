@@ -40,7 +40,7 @@ def configuration(
         recipes: folder of the configuration files that came with CSRM, where the recipes are.
         bundle: folder or URI of the bundle.
         tables: folder or URI of the tables that CSRM writes.
-        base_model: folder of the model to train, or a GGUF file.
+        base_model: folder of the model to train, or of the reranker, or a GGUF file.
     """
     shared = {
         "markets": proposal.markets,
@@ -61,6 +61,9 @@ def configuration(
         files["evaluate.yaml"] = _evaluate(proposal, folder)
         files["train.yaml"] = _train(proposal, folder, recipes, tables=tables, base_model=base_model)
         files["export_bundle.yaml"] = _export(proposal, folder, tables=tables, bundle=bundle)
+    else:
+        text = _export_reranker(proposal, folder, recipes, tables=tables, bundle=bundle, base_model=base_model)
+        files["export_bundle.yaml"] = text
     if recipe.unjudged:
         values = {"markets": _markets(proposal, recipe.unjudged), "output": _inside(folder, "reports")}
         files["launch_report.yaml"] = f"# What markets without judgments lack, by their scores.\n{_EXTENDS}" + _yaml(
@@ -119,15 +122,34 @@ def _export(proposal: Proposal, folder: Path, *, tables: str, bundle: str) -> st
         "markets": _markets(proposal, proposal.recipe.judged),
         "inputs": {"retrieval_table": {"path": f"{tables.rstrip('/')}/retrieval_table"}},
         "model_dir": _inside(folder, "model"),
-        "bundle_dir": _inside(folder, "bundle") if "://" in bundle else bundle,
+        "bundle_dir": _bundle_dir(folder, bundle),
     }
     if grades.grade_labels is not None:
         values["grade_labels"] = dict(grades.grade_labels)
     return f"# The trained model to a bundle, after proof that it scores alike.\n{_EXTENDS}" + _yaml(values)
 
 
+def _export_reranker(
+    proposal: Proposal, folder: Path, recipes: Path, *, tables: str, bundle: str, base_model: str
+) -> str:
+    recipe = proposal.recipe
+    settings = parse_yaml((recipes / recipe.conf).read_text(encoding="utf-8"))
+    values = {
+        "reranker": settings["reranker"] | {"base_model": base_model_setting(base_model)},
+        "inputs": {"candidates": {"path": f"{tables.rstrip('/')}/candidates"}},
+        "bundle_dir": _bundle_dir(folder, bundle),
+    }
+    head = f"# Recipe {recipe.name}: Qwen3-Reranker as it is, of conf/{recipe.conf}; see docs/recipes.md.\n"
+    return head + _EXTENDS + _yaml(values)
+
+
 def _markets(proposal: Proposal, names: tuple[str, ...]) -> dict[str, str]:
     return {market: language for market, language in proposal.markets.items() if market in names}
+
+
+def _bundle_dir(folder: Path, bundle: str) -> str:
+    """Where an export writes, which needs a folder of this machine."""
+    return _inside(folder, "bundle") if "://" in bundle else bundle
 
 
 def _inside(folder: Path, name: str) -> str:

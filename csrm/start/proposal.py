@@ -161,8 +161,10 @@ def _notes(
         )
     read_by_training = ("catalog", "queries", "judgments", "parallel_text")
     of_csv = [name for name in read_by_training if name in named and named[name].found.format == "csv"]
-    if recipe.judged and of_csv:
-        notes.append(f"{', '.join(of_csv)}: CSV. Nights read it; training reads Delta, Parquet and JSON lines only.")
+    if of_csv:
+        notes.append(
+            f"{', '.join(of_csv)}: CSV. Nights read it; training and export read Delta, Parquet and JSON lines only."
+        )
     return notes
 
 

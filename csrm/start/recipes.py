@@ -1,4 +1,4 @@
-"""Which recipe trains a market's model, by what there is to learn from."""
+"""Which recipe makes a market's model, by what there is to learn from."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class Recipe:
 
     name: str
     conf: str
-    """File under conf/ whose settings it has; empty where nothing can be trained."""
+    """File under conf/ whose settings it has."""
     why: str
     judged: tuple[str, ...]
     """Markets whose labels are learnt."""
@@ -34,9 +34,8 @@ def choose_recipe(markets: Collection[str], judged: Collection[str], *, has_para
     with_labels = tuple(market for market in markets if market in judged)
     without = tuple(market for market in markets if market not in judged)
     if not with_labels:
-        return Recipe(
-            "no-labels", "", "no market has judgments, so there is nothing to learn relevance from", (), without
-        )
+        why = "no market has judgments, so nothing is learnt: a reranker that others trained judges, as it is"
+        return Recipe("no-labels", "export_bundle_reranker.yaml", why, (), without)
     if not without:
         why = "every market has judgments of its own: they are learnt, with random products as irrelevant ones"
         return Recipe("own-labels", "train_esci_sample.yaml", why, with_labels, without)

@@ -42,11 +42,11 @@ def _columns(spec: InputSpec) -> str:
 
 
 def _next(proposal: Proposal, folder: Path, has_bundle: bool) -> list[str]:
-    if not has_bundle and not proposal.recipe.judged:
-        return [
-            "next: a bundle, which needs labels of some market. docs/recipes.md names public ones. Then",
-            f"  csrm run night --config {folder}",
-        ]
-    commands = [] if has_bundle else ["build-retrieval-table", "train", "export-bundle"]
+    commands, head = ["build-retrieval-table", "train", "export-bundle"], "next:"
+    if has_bundle:
+        commands = []
+    elif not proposal.recipe.judged:
+        commands = ["build-candidates", "export-bundle"]
+        head = "next: bring Qwen3-Reranker, or another reranker with its template in export_bundle.yaml. Then"
     made = [f"  csrm {name} --config {folder / name.replace('-', '_')}.yaml" for name in commands]
-    return ["next:", *made, f"  csrm run night --config {folder}"]
+    return [head, *made, f"  csrm run night --config {folder}"]

@@ -10,8 +10,9 @@ from csrm.cli import run_job
 from csrm.commands import init
 from csrm.commands.init import copy_configuration, shipped_configuration
 from csrm.commands.run import NIGHT
-from csrm.config import Settings, load_config
+from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import ConfigError, CsrmError
+from csrm.export.settings import ExportConfig
 from csrm.night.settings import ScoringConfig
 from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig
@@ -171,14 +172,21 @@ def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pyt
     assert "recipe own-labels: every market has judgments" in capsys.readouterr().out
 
 
-def test_without_labels_nothing_is_trained_and_the_way_out_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_job(init.main, init_words(tmp_path, "catalog", "queries")) == 0
-    assert not {"train", "export_bundle", "evaluate"} & set(loaded(tmp_path / "mine"))
+def test_without_labels_a_reranker_judges_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*init_words(tmp_path, "catalog", "queries"), "--base-model", "models/Qwen3-Reranker-0.6B"]
+    assert run_job(init.main, words) == 0
+    settings = loaded(tmp_path / "mine")
+    assert not {"train", "evaluate"} & set(settings)
+    export, shown = settings["export_bundle"], load_config(ROOT / "conf" / "export_bundle_reranker.yaml", ExportConfig)
+    assert isinstance(export, ExportConfig)
+    assert export.reranker == shown.reranker
+    assert (export.markets, export.inputs.judgments) == ({"kr": "ko", "tw": "zh-TW"}, None)
+    assert export.inputs.candidates == InputSpec(path=str(tmp_path / "mine/tables/candidates"))
+    assert export.bundle_dir == settings["score_catalog"].bundle
     printed = capsys.readouterr().out
     assert "recipe no-labels: no market has judgments" in printed
-    assert "next: a bundle, which needs labels of some market. docs/recipes.md" in printed
+    commands = [line.split()[1] for line in printed.splitlines() if line.startswith("  csrm ")]
+    assert commands == ["build-candidates", "export-bundle", "run"]
 
 
 def test_all_that_is_missing_is_said_at_once_and_nothing_is_written(

@@ -92,7 +92,8 @@ def test_a_bundle_with_another_template_fails_its_golden_pairs(bundle_dir: Path,
     about = load_manifest(bundle_dir, "bundle").about
     about["template"]["cue"] = "<|im_end|>\n<|im_start|>assistant\n"
     write_manifest(bundle_dir, "bundle", about)
-    with pytest.raises(BundleError, match=r"golden pair 0 .*: expected \d+ tokens .* The tokenizer or the template is"):
+    message = r"golden pair 0 .*: expected \d+ tokens .* The tokenizer is another model's, .* or the template is\."
+    with pytest.raises(BundleError, match=message):
         load_scorer(bundle_dir, "cpu", threads=1)
 
 
