@@ -44,7 +44,8 @@ GROUPS = {
     "Look after the scores": {
         "explain": "show why products have their scores for a query",
         "launch-report": "what a market that is to be opened lacks, by its published scores",
-        "evaluate": "measure the published scores against human judgments",
+        "evaluate": "measure the published scores against human judgments, beside other scores",
+        "compare": "compare two tables of scores, query by query, before one replaces the other",
         "rollback": "bring a market back to what an earlier run published",
         "retire": "take a market that is scored no more out of the published table",
         "maintain": "compact the tables, and delete old rows and files",

@@ -1,4 +1,4 @@
-"""Measure the published relevance scores against human grades, beside BM25 and a random order."""
+"""Measure the published relevance scores against human grades, beside BM25, a random order and scores of your own."""
 
 import sys
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
@@ -94,3 +95,5 @@ class RunFindings:
     """What could not be read, one sentence each."""
     taken_back: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Run to what later commits that are no run's did to what it had published, one sentence each."""
+    interventions: Sequence[tuple[datetime, str]] = ()
+    """Rollbacks, retirements and changes by others since the oldest of `runs`: time, UTC, and a sentence."""

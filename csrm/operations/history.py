@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from csrm.config import InputSpec
@@ -113,6 +114,7 @@ def read_findings(
         languages=languages,
         notes=[*notes, *query_notes, *product_notes],
         taken_back=taken_back(spark, tables_dir, runs),
+        interventions=interventions(spark, tables_dir, runs),
     )
 
 
@@ -128,23 +130,12 @@ def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str,
         Run id to sentences, oldest first; runs whose scores only later runs have changed are left out, and so is what
         a later rollback to the run took back itself.
     """
-    path = table_path(tables_dir, RELEVANCE_SCORES)
-    if not table_exists(spark, path):
-        return {}
-    own_tables = (None, table_id(spark, path))  # versions of another table are none of this one's
-    published = [
-        run
-        for run in runs
-        if run["verdict"] in PUBLISHED and run["published_version"] is not None and run["table_id"] in own_tables
-    ]
-    if not published:
-        return {}
-    markets = {market for run in published for market in run["markets"]}
-    commits = commits_since(spark, path, min(run["published_version"] for run in published), markets=markets)
-    commits = [commit for commit in commits if "run_id" not in commit.carried]
+    published, commits = _commits_of_no_run(spark, tables_dir, runs)
     targets = {commit.carried["rollback_to"] for commit in commits if "rollback_to" in commit.carried}
-    runs_df = read_table(spark, SCORING_RUNS, table_path(tables_dir, SCORING_RUNS))
-    rows = runs_df.where(F.col("run_id").isin(*targets)).collect() if targets else []
+    rows: list[Row] = []
+    if targets:
+        runs_df = read_table(spark, SCORING_RUNS, table_path(tables_dir, SCORING_RUNS))
+        rows = runs_df.where(F.col("run_id").isin(*targets)).collect()
     versions = {row["run_id"]: row["published_version"] for row in rows}
     found: dict[str, list[str]] = {}
     for run in published:
@@ -161,6 +152,40 @@ def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str,
         if done:
             found[run["run_id"]] = [sentence for _, sentence in done]
     return found
+
+
+def interventions(
+    spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str, Any]]
+) -> list[tuple[datetime, str]]:
+    """Rollbacks, retirements and changes by others since the oldest of some runs, each with its time, newest first.
+
+    Args:
+        spark: the session.
+        tables_dir: the folder of CSRM's tables.
+        runs: rows of scoring_runs.
+    """
+    _, commits = _commits_of_no_run(spark, tables_dir, runs)
+    return [(commit.at, _what_was_done(commit)) for commit in reversed(commits)]
+
+
+def _commits_of_no_run(
+    spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Commit]]:
+    """The runs that published to the table as it is; the commits after the oldest of them that are no run's."""
+    path = table_path(tables_dir, RELEVANCE_SCORES)
+    if not table_exists(spark, path):
+        return [], []
+    own_tables = (None, table_id(spark, path))  # versions of another table are none of this one's
+    published = [
+        run
+        for run in runs
+        if run["verdict"] in PUBLISHED and run["published_version"] is not None and run["table_id"] in own_tables
+    ]
+    if not published:
+        return [], []
+    markets = {market for run in published for market in run["markets"]}
+    commits = commits_since(spark, path, min(run["published_version"] for run in published), markets=markets)
+    return published, [commit for commit in commits if "run_id" not in commit.carried]
 
 
 def _what_was_done(commit: Commit) -> str:

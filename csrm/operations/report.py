@@ -82,15 +82,8 @@ def night_report_html(findings: RunFindings, made_at: datetime) -> str:
         lost=_lost(comparison) if comparison is not None else [],
         rejected=rows(rejected.sort_values(["num_pairs", "reason"], ascending=[False, True])),
         samples=rows(findings.samples) if findings.samples is not None else [],
-        history=[
-            {
-                **run,
-                "pairs_per_second": pairs_per_second(run, findings.runs),
-                "taken_back": " ".join(findings.taken_back.get(run["run_id"], ())),
-                **_num_failed(run),
-            }
-            for run in findings.runs
-        ],
+        history=_history(findings),
+        num_runs=len(findings.runs),
         throughput_plot=_throughput_plot(findings.runs),
         seconds_plot=_seconds_plot(findings.runs),
         queries=findings.queries,
@@ -253,6 +246,23 @@ def _per_second(count: int | None, run: Mapping[str, Any], runs: Sequence[Mappin
 def _by_phase(seconds: Mapping[str, float]) -> dict[str, float]:
     """The phases in the order in which a run takes them; those that are not known come last."""
     return {phase: seconds[phase] for phase in [*_PHASES, *seconds] if phase in seconds}
+
+
+def _history(findings: RunFindings) -> list[dict[str, Any]]:
+    """The runs and, between them, what changed the scores without a run; newest first."""
+    events = [{"at": at, "event": sentence} for at, sentence in findings.interventions]
+    runs = [
+        {
+            **run,
+            "at": run["started_at"],
+            "event": None,
+            "pairs_per_second": pairs_per_second(run, findings.runs),
+            "taken_back": " ".join(findings.taken_back.get(run["run_id"], ())),
+            **_num_failed(run),
+        }
+        for run in findings.runs
+    ]
+    return sorted([*events, *runs], key=lambda row: row["at"], reverse=True)
 
 
 def _num_failed(run: Mapping[str, Any]) -> dict[str, int]:

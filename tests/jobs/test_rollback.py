@@ -16,7 +16,7 @@ from csrm.night import publish as night_publish
 from csrm.night.published import is_still_published
 from csrm.night.runs import require_run
 from csrm.operations import rollback as rollback_of
-from csrm.operations.history import read_runs, taken_back
+from csrm.operations.history import interventions, read_runs, taken_back
 from csrm.operations.maintenance import remove_old_files, set_retention
 from csrm.operations.rollback import RollbackConfig, published_runs, read_published_state, roll_back
 from csrm.schemas import RELEVANCE_SCORES, Column
@@ -99,6 +99,12 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     assert taken_back(spark, tables_dir, runs)["r2"] == found["r2"][1:]  # its own market is as it left it again
     assert found["r3"][0].startswith("Something else than CSRM changed the table in version 6 of relevance_scores, ")
     assert found["r3"][0].endswith(" UTC: DELETE.")
+
+    events = interventions(spark, tables_dir, runs)
+    assert [sentence.split(" version ")[1][0] for _, sentence in events] == ["7", "6", "5"]
+    assert [at for at, _ in events] == sorted((at for at, _ in events), reverse=True)
+    assert events[-1][1] == sentence
+    assert interventions(spark, tables_dir, of_other_table) == []
 
 
 def test_any_published_state_within_the_retention_can_be_rebuilt_from_the_runs(

@@ -257,6 +257,20 @@ def test_what_was_taken_back_since_is_said_first_and_in_the_history() -> None:
     assert "then changed" not in page_of(findings).text
 
 
+def test_a_rollback_stands_in_the_history_between_the_runs() -> None:
+    findings = full_night()
+    day, known = timedelta(days=1), full_night().runs
+    runs = [{**run, "started_at": run["started_at"] - day * place} for place, run in enumerate(known)]
+    newest, before = runs[:2]
+    rolled_back, retired = "Market kr was rolled back to run r0.", "Market tw was retired: closed"
+    events = [(newest["started_at"] + day / 4, retired), (newest["started_at"] - day / 4, rolled_back)]
+    text = page_of(replace(findings, runs=runs, interventions=events)).text
+    history = text[text.rindex("candidates") :]
+    places = [history.index(one) for one in (retired, newest["run_id"], rolled_back, before["run_id"])]
+    assert places == sorted(places)
+    assert f"This run and the {len(findings.runs) - 1} before it." in text
+
+
 def test_a_rejected_run_names_what_can_be_done() -> None:
     audit = [
         check("kr", "drift.changed_psi", False),

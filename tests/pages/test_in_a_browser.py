@@ -8,6 +8,7 @@ import pytest
 from csrm.operations.launch_report import launch_report_html
 from csrm.operations.report import night_report_html
 from tests.browser import Browser, Visit, open_browser
+from tests.operations.test_comparison_page import hostile_comparison
 from tests.operations.test_evaluation_page import hostile_evaluation
 from tests.operations.test_launch_report import hostile_launch
 from tests.operations.test_report import MADE_AT, full_night, hostile_night
@@ -138,13 +139,14 @@ def test_a_launch_report_asks_for_nothing_and_is_no_wider_than_the_window(
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_an_evaluation_asks_for_nothing_and_is_no_wider_than_the_window(
-    browser: Browser, tmp_path: Path, width: int
+@pytest.mark.parametrize(("html", "num_sections"), [(hostile_evaluation(), 7), (hostile_comparison(), 4)])
+def test_pages_about_scores_ask_for_nothing_and_are_no_wider_than_the_window(
+    browser: Browser, tmp_path: Path, html: str, num_sections: int, width: int
 ) -> None:
-    page = visit(browser, tmp_path, hostile_evaluation())
+    page = visit(browser, tmp_path, html)
     page.resize(width)
     assert page.value("document.documentElement.scrollWidth") == width
-    assert page.value("document.querySelectorAll('section').length") == 7
+    assert page.value("document.querySelectorAll('section').length") == num_sections
     assert page.requests == []
     assert page.complaints == []
 
