@@ -183,11 +183,18 @@ def _field_text(text: str | None, start: str = "") -> str:
 
 
 def _attribute_text(product: Product) -> str:
-    """`name = value; ...`, sorted by name: maps have no order of their own."""
+    """`name = value; ...`, sorted by name: maps have no order of their own. What a prompt does not know is not made."""
     if not product.attributes:
         return ""
-    entries = ((_entry_text(name), _entry_text(value)) for name, value in sorted(product.attributes.items()))
-    return "; ".join(f"{name} = {value}" for name, value in entries if value)
+    texts: list[str] = []
+    num_characters = 0
+    for name, value in sorted(product.attributes.items()):
+        if num_characters >= MOST_CHARACTERS:
+            break
+        if shown := _entry_text(value):
+            texts.append(f"{_entry_text(name)} = {shown}")
+            num_characters += len(texts[-1])
+    return "; ".join(texts)
 
 
 def _entry_text(text: str | None) -> str:

@@ -138,3 +138,19 @@ def test_a_prompt_has_the_lines_of_its_template_and_no_others(
     assert text.count("\n") == 3 + num_titles + (num_titles > 0) + len(suffix_lines(p)) + 1
     assert text.endswith(ANSWER_CUE)
     assert text.count(ANSWER_CUE) == 1
+
+
+def test_of_thousands_of_attributes_those_that_a_prompt_knows_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    attributes = {f"name {number:05}": f"value; {number}" for number in range(20_000)}
+    whole = neutralize("; ".join(f"{name} = {value.replace(';', ',')}" for name, value in attributes.items()))
+    num_made = 0
+
+    def count(text: str | None) -> str:
+        nonlocal num_made
+        num_made += 1
+        return neutralize(text)
+
+    monkeypatch.setattr(prompts, "neutralize", count)
+    (line,) = [line for line in suffix_lines(Product("tea", attributes=attributes)) if line.field == "attributes"]
+    assert line.text.strip() == whole
+    assert num_made < 3_000
