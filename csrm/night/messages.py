@@ -17,7 +17,10 @@ from csrm.schemas import (
 )
 from csrm.spark.scoring import ScorerInfo
 from csrm.spark.tables import table_path
+from csrm.text import has_text
 
+MOST_LANGUAGES = 5
+"""Named in a warning."""
 WAITED_SHARE = 0.2
 """Of the model's time, from which on a run says that it waited for the host."""
 
@@ -45,6 +48,31 @@ def warn_of_languages(bundle: Bundle, markets: Mapping[str, str], console: Conso
         if language not in known:
             text = f"market {market!r} is in {language}; the bundle was proven on pairs in {names} only."
             console.say("warning", f"warning: {text}", market=market, sentence=text)
+
+
+def warn_of_query_languages(
+    bundle: Bundle, num_queries: Mapping[str | None, int], *, markets: Mapping[str, str], console: Console
+) -> None:
+    """The same of queries that name a language themselves: `ko-KR` makes another prompt than `ko`.
+
+    Args:
+        bundle: what scores.
+        num_queries: language to its queries; null is the market's, and a blank one was warned of where it was read.
+        markets: market to its language; these were looked at before.
+        console: says what is unknown.
+    """
+    proven = {language for language in bundle.golden_pairs().pairs["language"] if language}
+    known = proven | set(markets.values())
+    unknown = {name: number for name, number in num_queries.items() if has_text(name) and name not in known}
+    if unknown:
+        most = sorted(unknown, key=lambda name: (-unknown[name], name))[:MOST_LANGUAGES]
+        text = (
+            f"{sum(unknown.values()):,} queries name languages that the bundle was not proven on, such as "
+            f"{', '.join(f'{name!r} ({unknown[name]:,})' for name in most)}; it was on pairs in "
+            f"{', '.join(sorted(proven))}. Where it is another name of one of these, write that one in column "
+            "language, or null for the market's: another name makes another prompt."
+        )
+        console.say("warning", f"warning: {text}", sentence=text)
 
 
 def warn_of_other_cpu(bundle: Bundle, scorer: ScorerInfo, console: Console) -> None:

@@ -33,6 +33,7 @@ from csrm.night.messages import (
     warn_of_left_markets,
     warn_of_missing_titles,
     warn_of_other_cpu,
+    warn_of_query_languages,
 )
 from csrm.night.outcome import measure_canaries, measure_ndcgs, measure_outcomes
 from csrm.night.plan import (
@@ -201,6 +202,9 @@ def plan_run(context: RunContext) -> RunPlan:
     if config.use_retrieved_titles:
         titled_df = context.inputs["retrieval_table"].df.select("market").distinct()
         warn_of_missing_titles([row["market"] for row in titled_df.collect()], config.markets, context.console)
+    of_language = context.inputs["queries"].df.groupBy("language").count().collect()
+    num_queries = {row["language"]: row["count"] for row in of_language}
+    warn_of_query_languages(context.bundle, num_queries, markets=config.markets, console=context.console)
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
     planned_df = plan_pairs(

@@ -430,6 +430,20 @@ def test_a_run_that_lost_its_lease_to_a_successor_of_its_id_leaves_the_row_of_th
     assert market.run("second")["verdict"] == "running"
 
 
+def test_queries_that_name_a_market_s_language_otherwise_are_said(
+    market: Market, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`ko-KR` makes another prompt than `ko`, and other scores."""
+    market.queries["language"] = ["ko-KR", None, "ko", "en"] * 2
+    market.score("n1")
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    said = [line["sentence"] for line in lines if line["event"] == "warning"]
+    (sentence,) = [text for text in said if "queries name languages" in text]
+    assert sentence.startswith(
+        "2 queries name languages that the bundle was not proven on, such as 'ko-KR' (2); it was"
+    )
+
+
 def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(
     market: Market, said: Callable[[], dict[str, dict[str, Any]]]
 ) -> None:
