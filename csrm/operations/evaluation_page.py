@@ -48,7 +48,10 @@ def evaluation_html(measured: PublishedEvaluation, languages: Mapping[str, str],
         headline=_headline(evaluation.metrics, _last_market(evaluation.counts)),
         sentences=sentences,
         notes=evaluation.notes,
-        markets=[_market(row, measured, rankings) for row in rows(evaluation.counts)],
+        markets=sorted(
+            (_market(row, measured, rankings) for row in rows(evaluation.counts)),
+            key=lambda market: market["name"] != OVERALL,
+        ),
         rankings=rankings,
         compared=list(measured.moved),
         metrics=METRICS,
@@ -113,7 +116,6 @@ def _market(counts: Mapping[Any, Any], measured: PublishedEvaluation, rankings: 
     cells = {key: format_estimate(row["value"], row["low"], row["high"]) for key, row in values.items()}
     return {
         "name": market,
-        "is_overall": market == OVERALL,
         **counts,
         "cells": cells,
         "differences": {

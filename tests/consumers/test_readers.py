@@ -29,6 +29,7 @@ BLOCKS = python_blocks("docs/read-scores.md")
 NAMES, STREAM, FEED = BLOCKS["Reading scores"], BLOCKS["With Spark"], BLOCKS["Without Spark"]
 READERS = {name: BLOCKS[name] for name in ("PySpark", "deltalake", "pandas", "DuckDB", "Polars")}
 
+COLUMNS = ["market", "query_id", "query", "product_id", "title"]
 FIRST: dict[str, Changes] = {
     HOSTILE_MARKET: {("q1", "p1"): 0.25, ("q1", "p2"): 0.75, ("q'2", "p1"): 0.5},
     "kr": {("q1", "p1"): 0.125},
@@ -80,6 +81,28 @@ def test_each_reader_returns_the_same_rows(spark: SparkSession, path: str, reade
     ]
     assert list(rows[0]) == RELEVANCE_SCORES.column_names
     assert len(as_dicts(run(READERS[reader], path, HOSTILE_MARKET, "q'2", spark=spark))) == 1
+
+
+@pytest.mark.parametrize("heading", ["As a view", "As a query of DuckDB"])
+def test_scores_are_read_with_the_texts_of_their_query_and_product(
+    spark: SparkSession, path: str, tmp_path: Path, heading: str
+) -> None:
+    queries = [(HOSTILE_MARKET, "q1", "신발"), ("kr", "q1", "another market's")]
+    pd.DataFrame(queries, columns=["market", "query_id", "query"]).to_parquet(tmp_path / "queries.parquet")
+    products = [(HOSTILE_MARKET, "p2", "빨간 신발"), ("kr", "p1", "another market's")]
+    pd.DataFrame(products, columns=["market", "product_id", "title"]).to_parquet(tmp_path / "catalog.parquet")
+    block = BLOCKS[heading].replace("build/demo/inputs", str(tmp_path))
+    try:
+        rows = run(block, path, HOSTILE_MARKET, "q1", spark=spark)
+    finally:
+        spark.sql("DROP VIEW IF EXISTS relevance_scores_readable")
+
+    assert list(rows) == [*COLUMNS, "relevance_score", "predicted_grade", "run_id"]
+    found = rows.sort_values("product_id").astype(object).where(rows.notna(), None)
+    assert found[[*COLUMNS, "relevance_score"]].to_numpy().tolist() == [
+        [HOSTILE_MARKET, "q1", "신발", "p1", None, 0.25],
+        [HOSTILE_MARKET, "q1", "신발", "p2", "빨간 신발", 0.875],
+    ]
 
 
 def test_the_readme_prints_the_best_products_of_a_query(

@@ -3,17 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
 from csrm.cli import setting_arguments
 from csrm.config import InputSpec
 from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, QUERIES
+from csrm.schemas import CANDIDATES, QUERIES, RELEVANCE_SCORES
 from csrm.spark.inputs import read_input, read_rows
-from csrm.spark.tables import read_table
+from csrm.spark.tables import read_table, table_path
+from tests.consumers.publishing import publish
+from tests.docs.pages import python_blocks
 
 pytestmark = pytest.mark.spark
 ROOT = Path(__file__).parents[2]
@@ -72,8 +76,12 @@ spark.sql("CREATE TABLE shop.queries STORED AS PARQUET AS SELECT 'us' AS market,
 """
 
 
-@pytest.mark.slow
-def test_a_job_reads_tables_of_a_hive_metastore_by_name(spark: SparkSession, tmp_path: Path) -> None:
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs Python in a process of its own, whose Spark has a Hive metastore below tmp_path."""
     settings = {
         "spark.sql.catalogImplementation": "hive",
         "spark.sql.warehouse.dir": f"{tmp_path}/warehouse",
@@ -90,12 +98,17 @@ def test_a_job_reads_tables_of_a_hive_metastore_by_name(spark: SparkSession, tmp
         "JAVA_TOOL_OPTIONS": f"-Dderby.stream.error.file={tmp_path}/derby.log",
     }
 
-    def run(*command: str) -> None:
+    def run_python(*command: str) -> None:
         ended = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
+    return run_python
+
+
+@pytest.mark.slow
+def test_a_job_reads_tables_of_a_hive_metastore_by_name(spark: SparkSession, tmp_path: Path, run: Run) -> None:
     run("-c", WRITE_TABLES)
     inputs = {name: {"path": f"shop.{name}", "format": "table"} for name in ("products", "queries")}
     run(
@@ -109,3 +122,27 @@ def test_a_job_reads_tables_of_a_hive_metastore_by_name(spark: SparkSession, tmp
 
     candidates_df = read_table(spark, CANDIDATES, f"{tmp_path}/tables/candidates")
     assert [(row["query_id"], row["product_id"]) for row in candidates_df.collect()] == [("q1", "p1")]
+
+
+NEW_SESSION = """
+from csrm.spark.session import build_session
+
+spark = build_session("view")
+"""
+READ_VIEW = """
+rows = spark.table("relevance_scores_readable").collect()
+assert [(row.query, row.title, row.relevance_score) for row in rows] == [("shoe", "red shoe", 0.5)], rows
+"""
+
+
+@pytest.mark.slow
+def test_a_hive_metastore_keeps_the_view_of_the_page(spark: SparkSession, tmp_path: Path, run: Run) -> None:
+    publish(spark, str(tmp_path), "r1", {"us": {("q1", "p1"): 0.5}}, day=0)
+    pd.DataFrame({"market": ["us"], "query_id": ["q1"], "query": ["shoe"]}).to_parquet(tmp_path / "queries.parquet")
+    products = pd.DataFrame({"market": ["us"], "product_id": ["p1"], "title": ["red shoe"]})
+    products.to_parquet(tmp_path / "catalog.parquet")
+    names = f"path, market, query_id = {table_path(str(tmp_path), RELEVANCE_SCORES)!r}, 'us', 'q1'\n"
+    block = python_blocks("docs/read-scores.md")["As a view"].replace("build/demo/inputs", str(tmp_path))
+
+    run("-c", NEW_SESSION + names + block)
+    run("-c", NEW_SESSION + READ_VIEW)
