@@ -139,7 +139,7 @@ def test_a_launch_report_asks_for_nothing_and_is_no_wider_than_the_window(
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize(("html", "num_sections"), [(hostile_evaluation(), 7), (hostile_comparison(), 4)])
+@pytest.mark.parametrize(("html", "num_sections"), [(hostile_evaluation(), 8), (hostile_comparison(), 4)])
 def test_pages_about_scores_ask_for_nothing_and_are_no_wider_than_the_window(
     browser: Browser, tmp_path: Path, html: str, num_sections: int, width: int
 ) -> None:
