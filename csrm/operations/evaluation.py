@@ -144,7 +144,9 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
         num_resamples=config.num_resamples,
         seed=config.seed,
     )
-    evaluation = replace(evaluation, notes=(*lacking, *unknown_ids(judged), *evaluation.notes))
+    unjudged = sorted(set(config.markets) - set(judged["market"]))
+    unmeasured = [f"{market}: is not measured, it has no judgments of these splits." for market in unjudged]
+    evaluation = replace(evaluation, notes=(*unmeasured, *lacking, *unknown_ids(judged), *evaluation.notes))
     num, queries = config.num_examples, evaluation.queries
     worst = first_and_best(judged, worst_queries(queries, SCORE, num), config.gains)
     moved = {

@@ -247,10 +247,26 @@ def _check_columns(spark: SparkSession, table: Table, path: str) -> None:
         raise InputError(
             f"{where}: expected version {table.schema_version} of its columns, it has version {written}. {way_out}"
         )
+    way_out = "name another folder under 'tables', or move that table away."
+    if set(expected) < set(found) and (version := _version_before_added_columns(spark, path, expected)) is not None:
+        restore = f"RESTORE TABLE {sql_path(absolute_path(path))} TO VERSION AS OF {version}"
+        way_out = f"columns were added to it by hand after version {version}. Take them away with Spark: {restore}."
     raise InputError(
-        f"{where}: expected the columns {_listed(expected)}; it has {_listed(found)}. "
-        "It is not overwritten: name another folder under 'tables', or move that table away."
+        f"{where}: expected the columns {_listed(expected)}; it has {_listed(found)}. It is not overwritten: {way_out}"
     )
+
+
+def _version_before_added_columns(spark: SparkSession, path: str, expected: list[tuple[str, str]]) -> int | None:
+    """The last version before ALTER TABLE added columns to a table that had the expected ones; None: not known."""
+    is_added = F.col("operation") == "ADD COLUMNS"
+    row = DeltaTable.forPath(spark, path).history().where(is_added).agg(F.min("version").alias("version")).head()
+    if row is None or row["version"] is None:
+        return None
+    try:
+        before_df, version = open_table(spark, path, row["version"] - 1)
+    except InputError:  # its files or its log are gone
+        return None
+    return version if [(field.name, field.dataType.simpleString()) for field in before_df.schema] == expected else None
 
 
 def require_as_made(spark: SparkSession, table: Table, path: str) -> None:

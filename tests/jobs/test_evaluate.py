@@ -215,6 +215,11 @@ def test_no_judgments_of_a_split_is_an_error(folder: Path) -> None:
         evaluate(folder, "splits=[dev]", "baseline_bm25=false")
 
 
+def test_a_market_without_judgments_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(folder, 'markets={"kr": "ko", "us": "en"}')
+    assert "note: us: is not measured, it has no judgments of these splits." in capsys.readouterr().out
+
+
 def test_settings_without_a_market_are_refused() -> None:
     with pytest.raises(ConfigError, match="markets: Dictionary should have at least 1 item"):
         load_config(CONF, EvaluationConfig, ["markets={}"])

@@ -211,6 +211,24 @@ def test_a_change_feed_or_constraint_that_was_taken_away_is_an_error_with_the_wa
     create_table(spark, RELEVANCE_SCORES, path)
 
 
+def test_columns_that_were_added_by_hand_are_an_error_whose_way_out_keeps_the_rows(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    scores_path = str(tmp_path / "relevance_scores")
+    replace_rows(scores(spark, ("kr", "q1", "p1", 0.5)), RELEVANCE_SCORES, scores_path)
+    before = sorted(map(tuple, read_table(spark, RELEVANCE_SCORES, scores_path).collect()))
+    spark.sql(f"ALTER TABLE {sql_path(scores_path)} ADD COLUMNS (note string)")
+    spark.sql(f"ALTER TABLE {sql_path(scores_path)} ADD COLUMNS (author string)")
+
+    with pytest.raises(InputError, match=r"columns were added to it by hand after version 1\. Take them") as caught:
+        create_table(spark, RELEVANCE_SCORES, scores_path)
+
+    (statement,) = re.findall(r"RESTORE TABLE delta\.`[^`]*` TO VERSION AS OF 1", str(caught.value))
+    spark.sql(statement)
+    create_table(spark, RELEVANCE_SCORES, scores_path)
+    assert sorted(map(tuple, read_table(spark, RELEVANCE_SCORES, scores_path).collect())) == before
+
+
 def test_reading_says_what_is_not_there(spark: SparkSession, scores_path: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a Delta table, found none"):
         read_table(spark, CATALOG, str(tmp_path / "nothing"))
