@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from csrm.bundle.contents import Origin
 from csrm.config import Settings
+from csrm.errors import ConfigError
 from csrm.export.weights import ModelWeights, TrainedWeights
 from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label
@@ -86,10 +87,14 @@ def _reranker(reranker: Reranker) -> ExportSource:
     base_model, files = model_origin(reranker.base_model)
     tokenizer_json = start_tokenizer_json(base_model)
     check_model(base_model, reranker.budgets.prompt, tokenizer=Tokenizer.from_str(tokenizer_json))
+    weights = ModelWeights(base_model)
+    if heads := [name for name in weights.config.architectures or () if name.endswith("ForSequenceClassification")]:
+        raise ConfigError(
+            f"reranker {base_model.name!r}: expected a model that answers with a token, got {heads[0]}, whose head "
+            "gives a number. Take the causal language model that it was made of."
+        )
     origin = Origin(base_model=model_title(base_model), base_model_files=_weight_files(files))
-    return ExportSource(
-        ModelWeights(base_model), tokenizer_json, reranker.labels, reranker.budgets, reranker.template, origin
-    )
+    return ExportSource(weights, tokenizer_json, reranker.labels, reranker.budgets, reranker.template, origin)
 
 
 def _weight_files(files: dict[str, str]) -> dict[str, str]:

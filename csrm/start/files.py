@@ -132,15 +132,18 @@ def _export(proposal: Proposal, folder: Path, *, tables: str, bundle: str) -> st
 def _export_reranker(
     proposal: Proposal, folder: Path, recipes: Path, *, tables: str, bundle: str, base_model: str
 ) -> str:
+    """The recipe's text, whose template a person may have to change, with another base model."""
     recipe = proposal.recipe
-    settings = parse_yaml((recipes / recipe.conf).read_text(encoding="utf-8"))
+    text = (recipes / recipe.conf).read_text(encoding="utf-8")
+    section = text[text.index("reranker:\n") : text.index("bundle_dir:")].splitlines(keepends=True)
+    base = f"  {_yaml({'base_model': base_model_setting(base_model)})}"
+    reranker = "".join(base if line.startswith("  base_model:") else line for line in section)
     values = {
-        "reranker": settings["reranker"] | {"base_model": base_model_setting(base_model)},
         "inputs": {"candidates": {"path": f"{tables.rstrip('/')}/candidates"}},
         "bundle_dir": _bundle_dir(folder, bundle),
     }
     head = f"# Recipe {recipe.name}: Qwen3-Reranker as it is, of conf/{recipe.conf}; see docs/recipes.md.\n"
-    return head + _EXTENDS + _yaml(values)
+    return head + _EXTENDS + reranker + _yaml(values)
 
 
 def _markets(proposal: Proposal, names: tuple[str, ...]) -> dict[str, str]:

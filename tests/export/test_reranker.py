@@ -185,16 +185,21 @@ def test_an_export_without_one_model_or_pairs_is_refused(changes: dict[str, Any]
         ExportConfig.model_validate(SETTINGS | changes)
 
 
-def test_a_reranker_with_the_tokens_of_another_model_is_refused(
-    reranker: Reranker, loud_base_model: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+def test_a_reranker_that_would_answer_at_random_is_refused(
+    reranker: Reranker, pairs_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
     template = {**SETTINGS["reranker"]["template"], "cue": "<|eot_id|>"}
+    with_head = Path(shutil.copytree(str(reranker.base_model.folder), tmp_path / "with head"))
+    config = json.loads((with_head / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    (with_head / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for change, message in (
         ({"template": template}, r"got <\|eot_id\|>, which it does not have"),
         ({"labels": [{"name": name, "token": f"{name} way", "gain": 0} for name in ("a", "b")]}, "one token of the"),
         ({"base_model": {"folder": str(tmp_path)}}, "is not there"),
+        ({"base_model": {"folder": str(with_head)}}, "answers with a token, got Qwen3ForSequenceClassification"),
     ):
         other = Reranker.model_validate({**reranker.model_dump(), **change})
         with pytest.raises(ConfigError, match=message):
             export_bundle(other, tmp_path / "bundle", pairs_pdf)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [with_head]

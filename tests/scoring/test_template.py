@@ -103,6 +103,17 @@ def test_fields_without_a_text_before_them_are_left_out() -> None:
     ]
 
 
+def test_an_explanation_has_the_parts_that_the_template_shows() -> None:
+    parts = golden_tokenizer(QWEN3).prompt_parts(QUERY, PRODUCT)
+    assert [(part.field, part.text) for part in parts] == [
+        ("query", "wireless mouse"),
+        ("title", "Silent Mouse 2.4G"),
+        ("brand", "Norvia"),
+        ("category", "Mice"),
+        ("attributes", "color = black"),
+    ]
+
+
 def test_a_field_follows_a_line_break_without_a_space() -> None:
     template = PromptTemplate(
         query="Q\n", title="\nD\n", brand="\n\n", retrieved="\nR", retrieved_title="\n", cue="\nA"
