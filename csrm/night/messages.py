@@ -56,11 +56,13 @@ def warn_of_query_languages(
     """The same of queries that name a language themselves: `ko-KR` makes another prompt than `ko`.
 
     Args:
-        bundle: what scores.
+        bundle: what scores; where its prompts show no language, nothing is said.
         num_queries: language to its queries; null is the market's, and a blank one was warned of where it was read.
         markets: market to its language; these were looked at before.
         console: says what is unknown.
     """
+    if bundle.settings.template.language is None:
+        return
     proven = {language for language in bundle.golden_pairs().pairs["language"] if language}
     known = proven | set(markets.values())
     unknown = {name: number for name, number in num_queries.items() if has_text(name) and name not in known}

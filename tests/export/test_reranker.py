@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.cli import run_job, setting_arguments
+from csrm.cli import Console, run_job, setting_arguments
 from csrm.commands import export_bundle as command
 from csrm.errors import BundleError, ConfigError, InputError
 from csrm.export.bundle import export_bundle
@@ -23,6 +23,7 @@ from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
 from csrm.export.source import Reranker, open_source
 from csrm.manifest import load_manifest, write_manifest
+from csrm.night.messages import warn_of_query_languages
 from csrm.scoring.prompts import prompt_text
 from csrm.scoring.scorer import pair_texts
 from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
@@ -105,6 +106,15 @@ def test_the_bundle_says_what_it_is(reranker: Reranker, bundle_dir: Path) -> Non
     card = bundle_card(bundle)
     assert ", as it is\n" in card
     assert r"own template, cue '<|im_end|>\n<|im_start|>assistant\n<think>" in card
+
+
+def test_a_language_that_no_prompt_shows_is_no_reason_for_a_warning(
+    bundle_dir: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_of_query_languages(load_bundle(bundle_dir), {"ko-KR": 2}, markets={"kr": "ko"}, console=Console())
+    assert capsys.readouterr().out == ""
+    warn_of_query_languages(load_bundle(tiny_bundle), {"ko-KR": 2}, markets={"kr": "ko"}, console=Console())
+    assert "such as 'ko-KR' (2)" in capsys.readouterr().out
 
 
 def written(pairs: pd.DataFrame, folder: Path, **columns: list[str]) -> dict[str, dict[str, str]]:
