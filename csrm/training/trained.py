@@ -130,7 +130,7 @@ def read_card(folder: Path) -> ModelCard:
         return ModelCard(labels=labels, budgets=budgets, template=template, **values)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise BundleError(
-            f"model {str(folder)!r}: model.json is not what this version reads ({error!r}). Train it again."
+            f"model {str(folder)!r}: model.json has other fields than this version reads ({error!r}). Train it again."
         ) from error
 
 
