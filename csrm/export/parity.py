@@ -86,5 +86,5 @@ def pack_spread(
             pack_scorer=pack_scorer,
             tokens_per_call=int(rng.integers(longest, max(longest, tokens_per_call) + 1)),
         )
-        row[order] = scorer.score(pairs.iloc[order])["relevance_score"]
+        row[order] = scorer.score_parts(pairs.iloc[order])
     return float(np.ptp(scores, axis=0).max())

@@ -125,7 +125,7 @@ def write_best_precision(
     golden.write(folder / GOLDEN_NAME)
     if gains is not None:
         plot_precisions(reports, folder / PLOT_NAME)
-    shift = np.abs(trials.scorer(best.pack_scorer).score(golden.pairs)["relevance_score"] - golden.scores).max()
+    shift = np.abs(trials.scorer(best.pack_scorer).score_parts(golden.pairs) - golden.scores).max()
     finished = settings.model_copy(
         update={
             "precision": best.recipe.precision,

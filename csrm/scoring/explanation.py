@@ -54,7 +54,7 @@ def explain(scorer: PairScorer, pair: Mapping[str, Any]) -> pd.DataFrame:
         elif part.field not in PLACE:
             without[part.field] = None
         variants.append(without)
-    scores = scorer.score(pd.DataFrame(variants))["relevance_score"].to_numpy(dtype=np.float64)
+    scores = scorer.score_parts(pd.DataFrame(variants)).astype(np.float64)
     frame = pd.DataFrame(parts, columns=["field", "text", "cut", "num_tokens"])
     frame["score_without"] = np.where(frame["field"].isin(PLACE), np.nan, scores[1:])
     frame["effect"] = scores[0] - frame["score_without"]

@@ -11,7 +11,7 @@ from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.packing import Group, Pack, build_packs
-from csrm.scoring.prompts import Product, Query
+from csrm.scoring.prompts import Product, Query, is_shown
 from csrm.scoring.tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,8 @@ class PairScorer:
                 tables, see csrm.conversions. Pairs of one query share their prefix wherever their rows stand.
 
         Returns:
-            relevance_score (float32, in [0, 1]) and predicted_grade (str), on the index of `pairs`.
+            relevance_score (float32, in [0, 1]) and predicted_grade (str), on the index of `pairs`. NaN and None where
+            a prompt has no query or no title to show: a night rejects such pairs.
 
         Raises:
             InputError: a column is missing, or a value is nothing that an input table may hold.
@@ -136,7 +137,17 @@ class PairScorer:
         1             0.00               I
         """
         scores, grades = self._graded(self.logits(pairs))
+        has_nothing = ~(pairs["query"].map(_is_shown) & pairs["title"].map(_is_shown)).to_numpy(dtype=bool)
+        scores[has_nothing], grades[has_nothing] = np.nan, None
         return pd.DataFrame({"relevance_score": scores, "predicted_grade": grades}, index=pairs.index)
+
+    def score_parts(self, pairs: pd.DataFrame) -> np.ndarray:
+        """Scores of pairs (see score), also of those that lack a query or a title: what a part of a prompt is worth.
+
+        Returns:
+            Shape (num_pairs,), float32, in [0, 1], in row order.
+        """
+        return self._graded(self.logits(pairs))[0]
 
     def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
         """Tokens and packs of pairs, with which score and score_or_reject begin.
@@ -279,6 +290,11 @@ class PairScorer:
             self._grown_from = None
         self._calls_since_failure = 0
         logger.warning("calls of at most %d tokens from now on; larger ones fail: %s", self._tokens_per_call, error)
+
+
+def _is_shown(value: Any) -> bool:
+    """Whether a prompt shows something of a query or title, of any type that pairs may hold."""
+    return is_shown(value) if isinstance(value, str) else not bool(pd.isna(value))
 
 
 def _split(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:

@@ -88,7 +88,7 @@ def test_the_effect_of_a_part_is_the_score_less_that_without_it(scorer: PairScor
     parts = explain(scorer, PAIR)
 
     def score(**changes: object) -> float:
-        return scorer.score(pd.DataFrame([{**PAIR, **changes}]))["relevance_score"].item()
+        return float(scorer.score_parts(pd.DataFrame([{**PAIR, **changes}]))[0])
 
     whole = score()
     assert parts.attrs["relevance_score"] == pytest.approx(whole, abs=1e-5)

@@ -421,3 +421,15 @@ def test_a_value_that_no_table_may_hold_is_named_with_its_row(column: str, value
 
     with pytest.raises(InputError, match=message):
         list(pair_texts(pairs))
+
+
+@pytest.mark.parametrize("column", ["query", "title"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", " \u200b\n"])
+def test_a_pair_without_a_query_or_title_has_no_score(pairs_pdf: pd.DataFrame, column: str, value: object) -> None:
+    pairs = pairs_pdf.head(3).copy()
+    pairs[column] = pairs[column].astype(object)
+    pairs.iloc[1, pairs.columns.get_loc(column)] = value
+    scored = scorer().score(pairs)
+    assert scored["relevance_score"].notna().tolist() == [True, False, True]
+    assert scored["predicted_grade"].notna().tolist() == [True, False, True]
+    assert np.isfinite(scorer().score_parts(pairs)).all()
