@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job_settings(args, ScoringConfig)
     data_date = _data_date(args.data_date, started_at)
     run_id = args.run_id or f"{data_date}-{started_at:%H%M%S}"
-    if not re.fullmatch(r"\w[\w.:-]*", run_id):  # it names a folder: not ..
-        raise ConfigError(f"--run-id {run_id!r}: expected letters, digits and . : _ - only, none of . : - first.")
+    if not re.fullmatch(r"\w[\w.:-]{,99}", run_id):  # it names folders: not .., and no longer than a file's name
+        raise ConfigError(
+            f"--run-id {run_id!r}: expected at most 100 letters, digits and . : _ - only, none of . : - first."
+        )
     _end_by_signal()
     run_night(config, run_id, data_date=data_date, started_at=started_at, console=console)
     return 0

@@ -11,7 +11,17 @@ from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import Commit, read_commits
 from csrm.spark.tables import sql_literal, table_exists, table_id, table_path, table_version
 
-_CARE = ("CREATE TABLE", "OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD COLUMNS", "CHANGE COLUMN")
+_CARE = (
+    *("CREATE TABLE", "OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "ADD COLUMNS", "CHANGE COLUMN"),
+    *(
+        "SET TBLPROPERTIES",
+        "UNSET TBLPROPERTIES",
+        "ADD CONSTRAINT",
+        "DROP CONSTRAINT",
+        "DROP FEATURE",
+        "UPGRADE PROTOCOL",
+    ),
+)
 """Operations in Delta's history that change no row."""
 
 

@@ -18,8 +18,12 @@ from csrm.spark.storage import absolute_path, require_one_place
 
 SCHEMA_VERSION_PROPERTY = "csrm.schemaVersion"
 _CHANGE_FEED = "delta.enableChangeDataFeed"
-_FOR_EVERY_READER = {"delta.enableDeletionVectors": "false", "delta.columnMapping.mode": "none"}
-"""A cluster may have other defaults for new tables, with which not every Delta reader can read them."""
+_FOR_EVERY_READER = {
+    "delta.enableDeletionVectors": ("false", "deletionVectors"),
+    "delta.columnMapping.mode": ("none", "columnMapping"),
+}
+"""Property to its value, and to the feature that it switches off. A cluster may have other defaults for new tables,
+with which not every Delta reader can read them."""
 
 
 def table_path(tables_dir: str, table: Table) -> str:
@@ -56,7 +60,7 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
-    properties |= _FOR_EVERY_READER
+    properties |= {name: value for name, (value, _) in _FOR_EVERY_READER.items()}
     if table.change_feed:
         properties[_CHANGE_FEED] = "true"
     builder = DeltaTable.createIfNotExists(spark).location(absolute_path(path)).comment(table.comment)
@@ -278,7 +282,8 @@ def require_as_made(spark: SparkSession, table: Table, path: str) -> None:
         path: the table's folder; the table is there.
 
     Raises:
-        InputError: its change feed is off, or a constraint is gone; the message says how to bring them back.
+        InputError: its change feed is off, a constraint is gone, or it has a feature that not every reader has; the
+            message says how to bring that back.
     """
     if not table.change_feed:
         return
@@ -290,12 +295,15 @@ def require_as_made(spark: SparkSession, table: Table, path: str) -> None:
     ]
     if table.change_feed and properties.get(_CHANGE_FEED.lower(), "").lower() != "true":
         ways_out.append(f"SET TBLPROPERTIES ('{_CHANGE_FEED}' = 'true')")
+    for name, (value, feature) in _FOR_EVERY_READER.items():
+        if properties.get(name.lower(), value).lower() != value:
+            ways_out += [f"SET TBLPROPERTIES ('{name}' = '{value}')", f"DROP FEATURE {feature}"]
     if ways_out:
         listed = "; ".join(f"ALTER TABLE {sql_path(absolute_path(path))} {way_out}" for way_out in ways_out)
         raise InputError(
-            f"table {table.name} at {path!r}: expected the constraints and the change feed with which CSRM made it; "
-            f"{len(ways_out)} of them were taken away since. Nothing was written. Put them back with Spark: {listed}. "
-            "Readers of the change feed have to read the whole table once, if it was written without the feed."
+            f"table {table.name} at {path!r}: expected the constraints, the change feed and the features with which "
+            f"CSRM made it. They were changed since. Nothing was written. Put them back with Spark: {listed}. Readers "
+            "of the change feed have to read the whole table once, if it was written without the feed."
         )
 
 

@@ -76,7 +76,7 @@ def test_a_market_is_neither_rolled_back_nor_retired_where_the_change_feed_was_t
     before = table_version(spark, path)
     arguments = ["--market", "kr", *setting_arguments(tables=tables)]
 
-    refused = r"1 of them were taken away since. Nothing was written. Put them back with Spark: ALTER TABLE"
+    refused = r"They were changed since. Nothing was written. Put them back with Spark: ALTER TABLE"
     with pytest.raises(InputError, match=refused):
         rollback.main([*arguments, "--to-run", "r1"])
     with pytest.raises(InputError, match=refused):

@@ -198,8 +198,12 @@ def test_a_bad_configuration_exits_with_2_before_spark_starts(config: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--run-id", "../x y"], r"--run-id '\.\./x y': expected letters, digits"),
-        (["--run-id", ".."], r"--run-id '\.\.': expected letters, digits and \. : _ - only, none of \. : - first\."),
+        (["--run-id", "../x y"], r"--run-id '\.\./x y': expected at most 100 letters, digits"),
+        (
+            ["--run-id", ".."],
+            r"--run-id '\.\.': expected at most 100 letters, digits and \. : _ - only, none of \. : - ",
+        ),
+        (["--run-id", "r" * 101], r"--run-id 'r{101}': expected at most 100 letters, digits and"),
         (["--data-date", "01.02.2026"], r"--data-date '01\.02\.2026': expected YYYY-MM-DD\."),
     ],
 )

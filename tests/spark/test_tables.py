@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
+import deltalake
 import pytest
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
@@ -203,12 +204,37 @@ def test_a_change_feed_or_constraint_that_was_taken_away_is_an_error_with_the_wa
     spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('delta.enableChangeDataFeed' = 'false')")
     spark.sql(f"ALTER TABLE {sql_path(path)} DROP CONSTRAINT {RELEVANCE_SCORES.checks[0][0]}")
 
-    with pytest.raises(InputError, match=r"2 of them were taken away since. Nothing was written.*: ALTER") as caught:
+    with pytest.raises(InputError, match=r"They were changed since. Nothing was written.*: ALTER") as caught:
         create_table(spark, RELEVANCE_SCORES, path)
 
     for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(caught.value)):
         spark.sql(statement)
     create_table(spark, RELEVANCE_SCORES, path)
+
+
+@pytest.mark.parametrize(
+    "switched_on",
+    [
+        "'delta.enableDeletionVectors' = 'true'",
+        "'delta.columnMapping.mode' = 'name', 'delta.minReaderVersion' = '2', 'delta.minWriterVersion' = '5'",
+    ],
+    ids=["deletion vectors", "column mapping"],
+)
+def test_features_that_not_every_reader_has_are_an_error_with_the_way_out(
+    spark: SparkSession, tmp_path: Path, switched_on: str
+) -> None:
+    path = str(tmp_path / "relevance_scores")
+    replace_rows(scores(spark, ("kr", "q1", "p1", 0.5), ("kr", "q1", "p2", 0.25)), RELEVANCE_SCORES, path)
+    spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ({switched_on})")
+    spark.sql(f"DELETE FROM {sql_path(path)} WHERE product_id = 'p2'")
+
+    with pytest.raises(InputError, match=r"the features with which CSRM made it\. They were changed since\.") as caught:
+        create_table(spark, RELEVANCE_SCORES, path)
+
+    for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(caught.value)):
+        spark.sql(statement)
+    create_table(spark, RELEVANCE_SCORES, path)
+    assert deltalake.DeltaTable(path).to_pandas()["product_id"].tolist() == ["p1"]
 
 
 def test_columns_that_were_added_by_hand_are_an_error_whose_way_out_keeps_the_rows(
