@@ -135,8 +135,7 @@ def print_pairs(candidates_df: DataFrame, markets: Iterable[str]) -> None:
 
 
 def print_coverage(by_language_df: DataFrame, uncovered_df: DataFrame, markets: Iterable[str]) -> None:
-    """For each market, how many of its products are in a candidate pair and why the others are not; and for each
-    language of its products, what found them."""
+    """Print how many products of each market are covered, why others are not, and what found those of each language."""
     languages = sorted(tuple(row) for row in by_language_df.collect())
     num_products = {market: sum(row[2] for row in languages if row[0] == market) for market in markets}
     counts = _counts(uncovered_df, "reason")

@@ -169,8 +169,7 @@ def evaluate_scores(
 
 
 def _integer_gains(gains: Mapping[str, float]) -> dict[str, int]:
-    """Gains times their smallest common denominator: nDCG does not depend on the scale,
-    and trec_eval takes integers."""
+    """Gains times their smallest common denominator: trec_eval takes integers, and nDCG has no scale."""
     exact = {grade: Fraction(str(gain)) if np.isfinite(gain) else Fraction(-1) for grade, gain in gains.items()}
     scale = lcm(*(gain.denominator for gain in exact.values()))
     integers = {grade: int(gain * scale) for grade, gain in exact.items()}

@@ -88,7 +88,7 @@ def _headline(metrics: pd.DataFrame, market: str) -> str:
 
 
 def _verdict(differences: pd.DataFrame, market: str) -> tuple[str, list[str]]:
-    """warn where another ranking is better by METRICS[0], else good; what the difference to each is."""
+    """The tone, warn where another ranking is better by METRICS[0], else good; what the difference to each is."""
     tone, sentences = "good", []
     own = differences[(differences["market"] == market) & (differences["metric"] == METRICS[0])]
     for row in rows(own):
@@ -129,7 +129,7 @@ def _market(counts: Mapping[Any, Any], measured: PublishedEvaluation, rankings: 
 
 
 def _tone(row: Mapping[Any, Any]) -> str:
-    """good or bad where the interval excludes no difference; of a defect rate, less is good."""
+    """The tone, good or bad where the interval excludes no difference; of a defect rate, less is good."""
     sign = -1 if row["metric"].startswith("defect") else 1
     low, high = sorted((sign * row["low"], sign * row["high"]))
     return "good" if low > 0 else "bad" if high < 0 else ""

@@ -279,8 +279,10 @@ def compare(before_df: DataFrame, after_df: DataFrame, num_moved: int) -> Compar
 
 
 def _changes(before_df: DataFrame, after_df: DataFrame) -> DataFrame:
-    """The pairs whose row is another one now: their key, operation, before, after and move (null unless both are usable
-    scores)."""
+    """The pairs whose row is another one now: key, operation, before, after, and move.
+
+    The move is null unless both are usable scores.
+    """
     old_df = before_df.select(*_KEY, F.lit(True).alias("was"), _usable("relevance_score").alias("before"))
     new_df = after_df.select(
         *_KEY, "is_new", F.col("relevance_score").isNull().alias("pending"), _usable("relevance_score").alias("after")
@@ -389,7 +391,6 @@ def _states(
     Raises:
         InputError: a version cannot be read any more, or the table is another one than the run's.
     """
-
     path = table_path(tables_dir, RELEVANCE_SCORES)
     if run["table_id"] is not None and table_exists(spark, path) and run["table_id"] != table_id(spark, path):
         raise InputError(f"relevance_scores at {path!r} was made anew since, so that its versions are other states.")

@@ -96,7 +96,6 @@ def probe_scorer(spark: SparkSession, place: ScorerPlace) -> ScorerInfo:
     Raises:
         CsrmError: what loading raised there: BundleError, DeviceError, ...
     """
-
     here = place.for_workers()
 
     def probe(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:

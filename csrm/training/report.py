@@ -65,8 +65,10 @@ class Reliability:
 
     @property
     def expected_error(self) -> float:
-        """Mean distance of share and score over the bins, weighted by pairs (Naeini et al. 2015, "Obtaining Well
-        Calibrated Probabilities Using Bayesian Binning")."""
+        """Mean distance of share and score over the bins, weighted by pairs.
+
+        Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
+        """
         return float(np.average(np.abs(self.relevant_shares - self.mean_scores), weights=self.num_pairs))
 
 

@@ -64,8 +64,10 @@ class ParallelText:
             seed += 1
 
     def first(self, split: str, seed: int, most: int) -> list[Translation]:
-        """At most so many of translations(split, seed), without the pairs of texts that split train has too, in either
-        direction; none where none are left."""
+        """The first of translations(split, seed), at most so many, without pairs of texts that split train has too.
+
+        A pair counts in either direction.
+        """
         with closing(self._one_pass(split, seed, without="train")) as batches:
             return list(islice(chain.from_iterable(batches), most))
 

@@ -33,8 +33,7 @@ class _Texts(NamedTuple):
 def with_switched_languages(
     batches: Iterable[pd.DataFrame], phrasebook: Phrasebook, share: float, seed: int
 ) -> Iterator[pd.DataFrame]:
-    """Put the queries of some groups into another language with their retrieved titles, and half of these groups'
-    products too.
+    """Put the queries of some groups into another language with their titles, and half of these groups' products too.
 
     A market without labels has both: its own products, and products that are listed there from abroad. Brand, category
     and attributes go with their title: what stayed in the source language would tell there what the product is, and

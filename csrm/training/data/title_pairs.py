@@ -155,8 +155,11 @@ def _groups(
 
 
 def _is_irrelevant(title: _Title, query: _Query) -> bool:
-    """Whether nothing says that another query's title fits: it was not found for this one and does not name it, nor
-    does what is said of it share a term with it, or equal what is said of a relevant one."""
+    """Whether nothing says that another query's title fits.
+
+    It was not found for this query and does not name it. What is said of it shares no term with the query, and is not
+    what is said of a relevant title.
+    """
     if title.title in query.titles or query.terms <= set(search_terms(title.title)):
         return False
     return query.terms.isdisjoint(search_terms(title.said)) and all(title.said != own.said for own in query.named)

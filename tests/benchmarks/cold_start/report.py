@@ -37,8 +37,10 @@ class Estimate:
     """A mean over seeds with its 95% interval: percentile bootstrap over queries, the same resamples for every row."""
 
     def __init__(self, values: np.ndarray) -> None:
-        """Args:
-        values: of the data itself, then of each resample.
+        """Make one.
+
+        Args:
+            values: of the data itself, then of each resample.
         """
         self.value = float(values[0])
         self.low, self.high = (float(bound) for bound in np.nanpercentile(values[1:], [2.5, 97.5]))
@@ -59,8 +61,10 @@ class LegResults:
     """The resampled ROC-AUC of a leg's results."""
 
     def __init__(self, leg: Leg, measured: pd.DataFrame, results: Sequence[Mapping[str, Any]]) -> None:
-        """Args:
-        measured: the leg's test pairs, in the order of the results' scores.
+        """Make one.
+
+        Args:
+            measured: the leg's test pairs, in the order of the results' scores.
         """
         self.kinds = leg.kinds
         self._aucs = {
