@@ -167,7 +167,7 @@ def test_shoppers_click_relevant_products_more_but_also_irrelevant_ones(market: 
 
 @pytest.mark.parametrize(("query", "split"), [("jeans", "dev"), ("Shoes", "test"), ("러닝화", "train")])
 def test_split_is_a_hash_of_the_query(query: str, split: str) -> None:
-    """Expected: sha256sum of the lower-cased query, its first 8 digits as a number: it ends in 8 for dev, 9 for test."""
+    """Expected: the first 8 digits of sha256sum of the lower-cased query as a number; dev ends in 8, test in 9."""
     assert split_of(query) == split
 
 
