@@ -39,7 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in _TABLES.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=f"{text}: a Delta table, or Parquet, CSV or JSON files")
     parser.add_argument(
-        "--column", action="append", default=[], metavar="TABLE.NAME=THERE", help="name of a column there"
+        "--column",
+        action="append",
+        default=[],
+        metavar="TABLE.NAME=THERE",
+        help="name of a column there; null where no column stands for it",
     )
     parser.add_argument(
         "--language", action="append", default=[], metavar="MARKET=CODE", help="language of a market, BCP 47"

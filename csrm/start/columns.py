@@ -17,7 +17,7 @@ ALIASES = {
     "queries.query_id": "id",
     "query_id": "qid search_id keyword_id",
     "catalog.title": "product_title name product_name item_name product_name_local",
-    "catalog.brand": "product_brand brand_name manufacturer vendor",
+    "catalog.brand": "product_brand brand_name manufacturer vendor marke marca marque",
     "catalog.category": "product_category category_name category_path product_type categories",
     "catalog.attributes": "product_attributes specs specifications properties features",
     "language": "lang product_language text_language locale",
@@ -32,6 +32,8 @@ ALIASES = {
     "parallel_text.target_text": "target tgt trg translation text2 target_sentence",
 }
 """Names that stand for a column, the most usual first; of one table where the key has its name in front."""
+LEFT_OUT = "null"
+"""What a person says in place of a column's name where none stands for it, as in the `columns` of an input."""
 NEEDED = {"catalog": ("title",), "queries": ("query",), "parallel_text": ("source_text", "target_text")}
 """Columns without which a table says nothing, though their values may be null."""
 
@@ -57,9 +59,12 @@ def propose_columns(table: Table, found: FoundTable, chosen: Mapping[str, str]) 
     Args:
         table: what CSRM reads.
         found: the table.
-        chosen: CSRM's name to the name there, as a person said.
+        chosen: CSRM's name to the name there, as a person said; "null" leaves a column out.
     """
     types = found.types
+    if found.market is not None:
+        chosen = {name: column for name, column in chosen.items() if name != "market"}  # null, since none stands for it
+    left_out = {name for name in table.column_names if chosen.get(name) == LEFT_OUT and LEFT_OUT not in types}
     there = {name: chosen[name] for name in table.column_names if chosen.get(name) in types}
     problems = [
         f"{table.name} at {found.path!r}: --column {table.name}.{name}={column}: there is no column {column!r}; it has "
@@ -67,11 +72,10 @@ def propose_columns(table: Table, found: FoundTable, chosen: Mapping[str, str]) 
         if name in table.column_names
         else f"--column {table.name}.{name}: expected one of {table.column_names} before the equals sign"
         for name, column in chosen.items()
-        if name not in there
+        if name not in there and name not in left_out
     ]
-    left_out = set()
     for column in table.columns:
-        if column.name in types and column.name not in there:
+        if column.name in types and column.name not in there and column.name not in left_out:
             if is_needed(table, column) or _fits(column, found, column.name):
                 there[column.name] = column.name
             else:

@@ -43,6 +43,8 @@ def propose_languages(
     given: Mapping[str, str],
     said: Mapping[str, Sequence[str]],
     known: Collection[str],
+    *,
+    market_column: str,
 ) -> dict[str, tuple[str, str]]:
     """Language of each market, and why.
 
@@ -51,12 +53,15 @@ def propose_languages(
         given: market to its language, as a person said.
         said: market to the values of its catalog's column `language`.
         known: languages of the parallel text; of a detected one, the name there is taken (zh becomes zh-TW).
+        market_column: what the catalog calls its column for the market.
 
     Raises:
         ConfigError: a market is not in the catalog, or its language cannot be told; all in one message.
     """
     problems = [
-        f"--language {market}={language}: the catalog has no market {market!r}, it has {sorted(titles)}"
+        f"--language {market}={language}: the catalog has no market {market!r}, its column {market_column!r} has "
+        f"{sorted(titles)}. Where that column is no market: --column catalog.market=NAME, or =null where all "
+        "rows are of one market"
         for market, language in given.items()
         if market not in titles
     ]

@@ -124,7 +124,7 @@ def _languages(named: Mapping[str, _Named], given: Given) -> dict[str, tuple[str
     if "parallel_text" in named:
         for column in ("source_language", "target_language"):
             known |= set(named["parallel_text"].counts(column))
-    return propose_languages(titles, given.languages, said, known)
+    return propose_languages(titles, given.languages, said, known, market_column=catalog.columns.there["market"])
 
 
 def _splits(judgments: _Named) -> dict[str, int]:
@@ -156,8 +156,8 @@ def _notes(
         )
     if recipe.judged and not {"dev", "test"} & set(splits):
         notes.append(
-            "judgments have no rows of split test or dev, so evaluate.yaml counts pairs that the model was trained on: "
-            "its figures are too good."
+            "judgments have no rows of split test or dev, so evaluate.yaml takes all judged pairs. For a model that "
+            "was trained on them, its figures are too good."
         )
     read_by_training = ("catalog", "queries", "judgments", "parallel_text")
     of_csv = [name for name in read_by_training if name in named and named[name].found.format == "csv"]

@@ -34,15 +34,14 @@ def choose_recipe(markets: Collection[str], judged: Collection[str], *, has_para
     with_labels = tuple(market for market in markets if market in judged)
     without = tuple(market for market in markets if market not in judged)
     if not with_labels:
-        why = "no market has judgments, so nothing is learnt: a reranker that others trained judges, as it is"
+        why = "no market has judgments, so nothing is trained: a reranker that others trained judges, as it is"
         return Recipe("no-labels", "export_bundle_reranker.yaml", why, (), without)
     if not without:
-        why = "every market has judgments of its own: they are learnt, with random products as irrelevant ones"
+        why = "every market has judgments: the model is trained on them, with random products as irrelevant ones"
         return Recipe("own-labels", "train_esci_sample.yaml", why, with_labels, without)
     learnt = "translation, " if has_parallel_text else ""
-    why = (
-        f"{', '.join(without)}: no judgments. Learnt are {learnt}the labels of {', '.join(with_labels)} and title pairs"
-    )
+    judged_ones = ", ".join(with_labels)
+    why = f"{', '.join(without)}: no judgments. Training takes {learnt}the labels of {judged_ones} and title pairs"
     if not has_parallel_text:
-        why += "; with --parallel-text, translation would be too, which measured best"
+        why += "; with --parallel-text, it would take translation too, which measured best"
     return Recipe("labels-elsewhere", "train_taxonomy.yaml", why, with_labels, without, has_parallel_text)

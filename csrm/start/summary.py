@@ -38,7 +38,7 @@ def _columns(spec: InputSpec) -> str:
     left_out = [name for name, there in columns.items() if there is None]
     named += [f"market is {spec.market!r} in each row"] if spec.market is not None else []
     text = f": {', '.join(named)}" if named else ""
-    return text + (f"; left out, since of another type: {', '.join(left_out)}" if left_out else "")
+    return text + (f"; left out, as you said or since of another type: {', '.join(left_out)}" if left_out else "")
 
 
 def _next(proposal: Proposal, folder: Path, has_bundle: bool) -> list[str]:

@@ -139,7 +139,8 @@ def test_labels_elsewhere_are_learnt_with_translation_and_title_pairs(
     assert train.title_pairs.markets == {"kr": "ko", "tw": "zh-TW"}
     assert (train.distillation, train.tuning.precision) == (None, "auto")
     assert (
-        "recipe labels-elsewhere: tw: no judgments. Learnt are translation, the labels of kr" in capsys.readouterr().out
+        "recipe labels-elsewhere: tw: no judgments. Training takes translation, the labels of kr"
+        in capsys.readouterr().out
     )
 
 
@@ -158,6 +159,22 @@ def test_tables_of_one_market_need_no_column_for_it(tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "market is 'us' in each row" in printed
     assert "recipe own-labels: every market has judgments" in printed
+
+
+def test_a_column_that_is_no_market_is_named_and_can_be_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = {name: {key: values for key, values in TABLES[name].items() if key != "locale"} for name in TABLES}
+    tables["catalog"] |= {"country": ["CN", "VN"]}  # where a product is made
+    words = [word for word in init_words(tmp_path, "catalog", "queries", **tables) if word not in LANGUAGES]
+    words += ["--language", "us=en"]
+    assert run_job(init.main, words) == 2
+    assert "the catalog has no market 'us', its column 'country' has ['CN', 'VN']" in capsys.readouterr().err
+    assert run_job(init.main, [*words, "--column", "catalog.market=null"]) == 0
+    night = loaded(tmp_path / "mine")["score_catalog"]
+    assert isinstance(night, ScoringConfig)
+    assert night.inputs.catalog.market == "us"
+    assert "market" not in night.inputs.catalog.columns
 
 
 def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +249,7 @@ def test_notes_name_what_a_person_should_mend(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "note: markets without queries: tw." in printed
     assert "note: judgments have no rows of split dev" in printed
-    assert "note: judgments have no rows of split test or dev, so evaluate.yaml counts pairs that the model" in printed
+    assert "note: judgments have no rows of split test or dev, so evaluate.yaml takes all judged pairs." in printed
 
 
 def test_a_note_names_judgments_of_markets_that_are_called_otherwise(

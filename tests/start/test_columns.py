@@ -75,3 +75,15 @@ def test_what_a_person_said_goes_first_and_is_checked(tmp_path: Path) -> None:
     assert "--column queries.query=wordz: there is no column 'wordz'; it has ['market'," in problem
     (problem,) = proposed(tmp_path, QUERIES, columns, text="words").problems
     assert "--column queries.text: expected one of ['market', 'query_id'," in problem
+
+
+def test_a_column_whose_name_is_like_one_of_csrms_can_be_left_out(tmp_path: Path) -> None:
+    columns: dict[str, list[object]] = {"sku": ["p"], "title": ["t"], "marke": ["Oltek"], "country": ["CN"]}
+    proposal = proposed(tmp_path, CATALOG, columns)  # Marke is German for brand; the country may be the product's
+    assert (proposal.there["brand"], proposal.there["market"]) == ("marke", "country")
+    (problem,) = proposed(tmp_path, CATALOG, columns, market="null").problems
+    assert "no column stands for market" in problem
+    assert proposed(tmp_path, CATALOG, {**columns, "market": ["us"]}, brand="null").columns == {
+        "product_id": "sku",
+        "brand": None,
+    }
