@@ -1,7 +1,7 @@
 """Publish a run that its audit had rejected, after a person reviewed it, or throw its scores away.
 
-    python jobs/publish.py --run-id R --accept drift --reason "new season"
-    python jobs/publish.py --run-id R --discard
+    csrm publish --config my_market/publish.yaml --run-id R --accept drift --reason "new season"
+    csrm publish --config my_market/publish.yaml --run-id R --discard
 
 Nothing is scored. Publishing needs a reason, which stays in the run's row; discarded scores are never used again.
 """

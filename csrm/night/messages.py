@@ -181,14 +181,16 @@ def say_rejected(context: RunContext, results: Sequence[AuditResult]) -> str:
     failed, tables, run_id = failures(results), context.config.tables, context.run_id
     context.console.say("rejected", "", run_id=run_id, failed=failed)
     names = sorted({result["name"] for result in failed})
+    again = f"csrm publish --config FOLDER/publish.yaml --run-id {run_id}"
     return (
         f"run {run_id}: the audit rejected it, nothing was published:\n"
         + "\n".join(f"  - {_described(result)}" for result in failed)
         + f"\nIts scores are kept in {table_path(tables, SCORES_STAGING)}, the pairs without a score in "
         f"{table_path(tables, REJECTED_PAIRS)}.\n"
-        f"Where the state is right all the same: jobs/publish.py --run-id {run_id} "
+        f"Where the state is right all the same: {again} "
         + " ".join(f"--accept {name}" for name in names if name not in NEVER_ACCEPTED)
-        + f' --reason "..."\nWhere its scores are wrong: jobs/publish.py --run-id {run_id} --discard'
+        + f' --reason "..."\nWhere its scores are wrong: {again} --discard\n'
+        "FOLDER has this night's configuration; docs/runbook.md explains each check."
     )
 
 

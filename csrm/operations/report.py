@@ -121,7 +121,7 @@ def verdict(run: Mapping[str, Any], taken_back: Sequence[str] = ()) -> Verdict:
 
 def _verdict_of_run(run: Mapping[str, Any]) -> Verdict:
     word, changes = run["verdict"], run["changes"] or {}
-    again = f"jobs/publish.py --run-id {shlex.quote(run['run_id'])}"
+    again = f"csrm publish --config FOLDER/publish.yaml --run-id {shlex.quote(run['run_id'])}"
     results = [result["result"] for result in audit_results(run)]
     is_clean = results.count("passed") == len(results)
     remarks = _remarks(results)

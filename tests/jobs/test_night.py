@@ -227,7 +227,9 @@ def test_a_rejected_run_is_repeated_reused_and_published_by_a_person(
     }
     assert market.scores().equals(before)
 
-    with pytest.raises(AuditError, match=r"jobs/publish.py --run-id second --accept deleted_share --reason"):
+    with pytest.raises(
+        AuditError, match=r"csrm publish --config FOLDER/publish.yaml --run-id second --accept deleted_share --reason"
+    ):
         market.score("second", **strict)
     assert (said()["plan"]["num_to_score"], market.run("second")["num_reused"]) == (0, 8)
 

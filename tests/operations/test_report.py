@@ -279,9 +279,10 @@ def test_a_rejected_run_names_what_can_be_done() -> None:
         check("tw", "drift.new_ks", False, severity="warning"),
     ]
     found = verdict(run_row(run_id="it's", verdict="rejected", audit=json.dumps(audit)))
+    again = """csrm publish --config FOLDER/publish.yaml --run-id 'it'"'"'s'"""
     assert found.commands == [
-        """jobs/publish.py --run-id 'it'"'"'s' --accept deleted --accept drift.changed_psi --reason "...\"""",
-        """jobs/publish.py --run-id 'it'"'"'s' --discard""",
+        f"""{again} --accept deleted --accept drift.changed_psi --reason "...\"""",
+        f"{again} --discard",
     ]
     assert "failed in 3 checks" in found.sentences[0]
     assert found.sentences[1:] == ["The audit warns of 1 check."]
@@ -290,7 +291,7 @@ def test_a_rejected_run_names_what_can_be_done() -> None:
 def test_what_no_reason_overrules_is_not_offered() -> None:
     audit = json.dumps([check("kr", "finite", False), check("kr", "deleted", False)])
     found = verdict(run_row(verdict="rejected", audit=audit))
-    assert found.commands == ["jobs/publish.py --run-id night-24 --discard"]
+    assert found.commands == ["csrm publish --config FOLDER/publish.yaml --run-id night-24 --discard"]
     assert "can be thrown away" in found.sentences[0]
 
 
