@@ -15,12 +15,13 @@ RUN = {
         *("Reading scores", "PySpark", "deltalake", "pandas", "DuckDB", "Polars"),
         *("As a view", "As a query of DuckDB"),
         "Which score is good enough?",
-        *("Why does a product have its score?", "With Spark", "Without Spark", "Score in your own Spark program"),
+        *("Why does a product have its score?", "With Spark", "Without Spark"),
+        *("Was a row rolled back?", "Score in your own Spark program"),
     ],
     "docs/tutorial.md": ["4. Change a product, and score again"],
 }
-"""Page to the headings whose Python test_examples.py, test_tutorial.py, tests/consumers/test_readers.py or
-tests/spark/test_catalogs.py runs."""
+"""Page to the headings whose Python test_examples.py, test_tutorial.py, tests/consumers/test_readers.py,
+tests/spark/test_catalogs.py or tests/jobs/test_rollback.py runs."""
 
 
 def test_every_block_of_python_is_run_by_a_test() -> None:

@@ -24,6 +24,7 @@ from csrm.spark.migration import migrate_table
 from csrm.spark.storage import delete_table
 from csrm.spark.tables import read_table, sql_path, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
+from tests.docs.pages import python_blocks
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -75,6 +76,9 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     commit = DeltaTable.forPath(spark, path).history(1).head()
     carried = json.loads(commit["userMetadata"])
     assert (commit["operation"], carried["rollback_to"], carried["market"]) == ("MERGE", "r1", HOSTILE_MARKET)
+    pytest.importorskip("deltalake")
+    exec(python_blocks("docs/read-scores.md")["Was a row rolled back?"], {"path": path})
+    assert capsys.readouterr().out == f"5 {HOSTILE_MARKET} is again as after run r1\n"
 
     runs, _ = read_runs(spark, tables_dir, None, 9)
     (sentence,) = taken_back(spark, tables_dir, runs).pop("r2")  # r1 is what it went back to; r3 has no such market
