@@ -1,11 +1,14 @@
 """`manifest.json`: what is in an artefact's folder, so that whoever opens it knows that it is whole and unchanged."""
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import Field, ValidationError
 
@@ -73,8 +76,18 @@ def check_replaceable(folder: Path, kind: str) -> None:
     """Refuse to replace what is not an earlier artefact of the same kind; call it before the work.
 
     Raises:
-        ConfigError: the folder holds something else, or is a file.
+        ConfigError: the folder holds something else, is a file, or cannot be replaced as a whole.
     """
+    kinds = {
+        "a symbolic link": folder.is_symlink(),
+        "a mount": folder.is_mount(),
+        "a path without a name": not folder.name,
+    }
+    if unlike := [name for name, is_one in kinds.items() if is_one]:
+        raise ConfigError(
+            f"output {str(folder)!r}: expected a folder that can be replaced as a whole, found {unlike[-1]}. "
+            "It is left alone: name a folder inside of it."
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
@@ -86,6 +99,56 @@ def check_replaceable(folder: Path, kind: str) -> None:
             f"output {str(folder)!r}: expected an empty folder or an earlier {kind}, found something else. "
             "It is left alone: name another folder, or move that one away."
         )
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from making an artefact in the same folder at the same time.
+
+    `<folder>.lock` beside it is locked meanwhile, and deleted in the end. The lock ends with its process.
+
+    Raises:
+        ConfigError: another process makes one there.
+    """
+    path = folder.with_name(folder.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if not _is_locked(file, path):
+            raise ConfigError(
+                f"output {str(folder)!r}: another process writes it now, by its lock {str(path)!r}. Wait until that "
+                "one has ended, or name another folder."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder `<folder>.unfinished` to make an artefact in, deleted in the end; see only_writer."""
+    with only_writer(folder):
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_locked(file: BinaryIO, path: Path) -> bool:
+    """Whether this process has the lock now; a file system without locks gives it to all."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:  # the one before has just ended
+        return False
 
 
 def replace_folder(finished: Path, folder: Path, kind: str) -> None:
@@ -174,6 +237,22 @@ def load_manifest(folder: str | Path, kind: str, digest: str | None = None) -> M
             f"Put the {kind} there that the configuration names, or name this one."
         )
     return manifest
+
+
+def require_same(folder: Path, kind: str, digest: str) -> None:
+    """Refuse a folder that was replaced while its files were read: some may be of the one before.
+
+    Args:
+        digest: that its manifest had when it was opened.
+
+    Raises:
+        BundleError: its manifest is another one now, or gone.
+    """
+    if (found := read_manifest(folder, kind).digest) != digest:
+        raise BundleError(
+            f"{kind} {str(folder)!r}: was replaced while it was loaded: expected digest {digest}, got {found}. Load it "
+            f"again, and put each {kind} into a folder of its own."
+        )
 
 
 def verify_manifest(folder: str | Path, kind: str) -> str:

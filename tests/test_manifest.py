@@ -3,8 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from csrm.errors import BundleError
-from csrm.manifest import load_manifest, verify_manifest, write_manifest
+from csrm.errors import BundleError, ConfigError
+from csrm.manifest import (
+    check_replaceable,
+    load_manifest,
+    only_writer,
+    require_same,
+    unfinished_folder,
+    verify_manifest,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -106,3 +114,52 @@ def test_files_outside_of_the_folder_are_refused(folder: Path, name: str) -> Non
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="names files outside of the folder"):
         verify_manifest(folder, "bundle")
+
+
+def test_a_link_is_refused_as_a_place_before_the_work(folder: Path) -> None:
+    write_manifest(folder / "inner", "model")
+    (folder / "link").symlink_to(folder / "inner")
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(ConfigError, match="can be replaced as a whole, found a symbolic link"):
+            check_replaceable(folder / name, "model")
+
+
+def test_a_place_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty folder
+    with pytest.raises(ConfigError, match="replaced as a whole, found a path without a name"):
+        check_replaceable(Path(), "model")
+
+
+def test_a_mount_is_refused_as_a_place() -> None:
+    with pytest.raises(ConfigError, match="replaced as a whole, found a mount"):
+        check_replaceable(Path("/proc"), "model")
+
+
+def test_two_writers_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "model"
+    with only_writer(folder):
+        with pytest.raises(ConfigError, match="another process writes it now"), only_writer(folder):
+            pass
+        with only_writer(folder.with_name("other")):
+            pass
+    with only_writer(folder):
+        pass
+    assert not list(folder.parent.iterdir())
+
+
+def test_what_a_second_writer_does_leaves_the_unfinished_folder_of_the_first(tmp_path: Path) -> None:
+    with unfinished_folder(tmp_path / "bundle") as first:
+        (first / "half").touch()
+        with pytest.raises(ConfigError, match="another process"), unfinished_folder(tmp_path / "bundle"):
+            pass
+        assert (first / "half").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_replaced_since_is_refused(folder: Path) -> None:
+    digest = write_manifest(folder, "bundle")
+    require_same(folder, "bundle", digest)
+    write_manifest(folder, "bundle", {"name": "another"})
+    with pytest.raises(BundleError, match=f"was replaced while it was loaded: expected digest {digest}"):
+        require_same(folder, "bundle", digest)

@@ -19,7 +19,7 @@ from csrm.bundle.contents import (
 from csrm.bundle.golden import GoldenPairs, check_golden_pairs
 from csrm.config import problems_of
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import MANIFEST_NAME, load_manifest
+from csrm.manifest import MANIFEST_NAME, load_manifest, require_same
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
@@ -132,7 +132,8 @@ def load_scorer(
         tokens_per_call: most tokens of one forward pass; None: see TOKENS_PER_CALL.
 
     Raises:
-        BundleError: see load_bundle; or a golden pair has another score here, or all of them have one.
+        BundleError: see load_bundle; a golden pair has another score here, or all of them have one; or another bundle
+            was put into the folder meanwhile.
         ConfigError: an unknown device, or a number is below 1.
         DeviceError: the device is not there, or the runtime would use another one.
 
@@ -163,6 +164,7 @@ def load_scorer(
         provider=provider,
     )
     golden = bundle.golden_pairs()
+    require_same(bundle.folder, BUNDLE_KIND, bundle.digest)
     try:
         golden.require_different(settings.golden_tolerance)
         check_golden_pairs(

@@ -19,7 +19,7 @@ from csrm.embedding.contents import (
     TextKind,
 )
 from csrm.errors import BundleError
-from csrm.manifest import load_manifest, read_manifest
+from csrm.manifest import load_manifest, read_manifest, require_same
 
 TOKENS_PER_CALL = 4_096
 """Most tokens of one forward pass, with padding."""
@@ -164,8 +164,10 @@ def open_encoder(
         raise BundleError(f"{where}: {TOKENIZER_NAME}: {error}. Export it again.") from error
     model = graph_model(session)
     encoder = Encoder(TextTokenizer(tokenizer, settings), settings, model, digest=digest, provider=provider)
+    golden = GoldenTexts.read(path / GOLDEN_NAME)
+    require_same(path, ENCODER_KIND, digest)
     try:
-        check_golden_texts(GoldenTexts.read(path / GOLDEN_NAME), encoder)
+        check_golden_texts(golden, encoder)
     except BundleError as error:
         raise BundleError(f"{where} on device {device!r}: {error}") from error
     return encoder

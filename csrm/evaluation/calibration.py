@@ -123,7 +123,7 @@ def threshold_metrics(
 
     Returns:
         market, threshold, share_kept (of the pairs), precision, precision_low, precision_high, recall, recall_low,
-        recall_high. What has no pairs is NaN.
+        recall_high. What has no pairs is NaN, and so are the intervals of one query.
 
     >>> rows = [("us", "a", "E", 0.9), ("us", "a", "E", 0.4), ("us", "b", "I", 0.6)]
     >>> judged = pd.DataFrame(rows, columns=["market", "query_id", "grade", "score"])
@@ -149,8 +149,8 @@ def threshold_metrics(
                     "market": market,
                     "threshold": threshold,
                     "share_kept": float(kept.mean()),
-                    **_with_interval("precision", kept_relevant, counts(kept)),
-                    **_with_interval("recall", kept_relevant, all_relevant),
+                    **_with_interval("precision", kept_relevant, counts(kept), num_queries=num_queries),
+                    **_with_interval("recall", kept_relevant, all_relevant, num_queries=num_queries),
                 }
             )
     return pd.DataFrame(rows)
@@ -172,11 +172,11 @@ def scored_markets(
         yield market, rows[score_column].to_numpy(dtype=np.float64), relevant, queries
 
 
-def _with_interval(name: str, part: np.ndarray, whole: np.ndarray) -> dict[str, float]:
-    """A share and its interval, from that of all queries and of each resample."""
+def _with_interval(name: str, part: np.ndarray, whole: np.ndarray, *, num_queries: int) -> dict[str, float]:
+    """A share and its interval, from that of all queries and of each resample; one query gives no interval."""
     shares = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
     resampled = shares[1:][np.isfinite(shares[1:])]
-    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
+    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) and num_queries > 1 else (np.nan, np.nan)
     return {name: float(shares[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 

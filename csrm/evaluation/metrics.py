@@ -190,7 +190,7 @@ def _check_pairs(
         raise InputError(f"judged pairs: missing columns {missing}; there are {list(judged.columns)}.")
     if unknown := sorted(named_grades - set(gains)):
         problems.append(f"relevant or irrelevant grades without a gain: {unknown}, gains are given for {sorted(gains)}")
-    if unknown := sorted(set(judged["grade"].map(str)) - set(gains)):
+    if unknown := sorted(set(judged["grade"].tolist()) - set(gains), key=str):
         problems.append(
             f"grades without a gain: {unknown}, gains are given for {sorted(gains)}; add them or fix the grades"
         )

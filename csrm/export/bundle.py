@@ -1,7 +1,6 @@
 """Export a trained model to a bundle, after proof that both give the same scores."""
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from csrm.export.source import ExportSource, Reranker, open_source
 from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
 from csrm.export.weights import ModelWeights
-from csrm.manifest import check_replaceable, replace_folder
+from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
@@ -62,7 +61,8 @@ def export_bundle(
     Raises:
         ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
         BundleError: the model is incomplete or was changed, or gives all pairs one score; nothing was written.
-        ConfigError: the model is not supported, or the precision cannot be proven; said before any work.
+        ConfigError: the model is not supported, the precision cannot be proven, or another process exports there; said
+            before any work.
         DeviceError: the device is not there.
     """
     check_replaceable(bundle_dir, BUNDLE_KIND)
@@ -71,11 +71,9 @@ def export_bundle(
     precisions = wanted_precisions(precision, device, has_labels)
     source = open_source(model)
     tokenizer, labels = source.prompt_tokenizer(), source.labels
-    unfinished = bundle_dir.with_name(bundle_dir.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    folder = unfinished / "bundle"
-    folder.mkdir(parents=True)
-    try:
+    with unfinished_folder(bundle_dir) as unfinished:
+        folder = unfinished / "bundle"
+        folder.mkdir()
         (folder / TOKENIZER_NAME).write_text(source.tokenizer_json, encoding="utf-8")
         in_torch_model = source.weights.merged_model(tokenizer.label_ids(labels))
         in_torch = torch_scorer(in_torch_model, tokenizer, labels, "torch")
@@ -118,8 +116,6 @@ def export_bundle(
             folder,
         )
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return load_bundle(bundle_dir)
 
 

@@ -26,7 +26,7 @@ from csrm.errors import ConfigError, ParityError
 from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
-from csrm.manifest import check_replaceable, file_digest, replace_folder, write_manifest
+from csrm.manifest import check_replaceable, file_digest, replace_folder, unfinished_folder, write_manifest
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
 from csrm.training.model.families import check_weights
 from csrm.training.model.quiet import quiet_libraries
@@ -177,10 +177,7 @@ def export_encoder(
     check_replaceable(encoder_dir, ENCODER_KIND)
     require_device(config.device)
     settings = encoder_settings(config)
-    unfinished = encoder_dir.with_name(encoder_dir.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with unfinished_folder(encoder_dir) as unfinished:
         with logged_step("model in torch"):
             model = AutoModel.from_pretrained(
                 config.model_dir, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
@@ -216,8 +213,6 @@ def export_encoder(
         about = settings.model_copy(update=found).model_dump(mode="json")
         write_manifest(unfinished, ENCODER_KIND, about)
         replace_folder(unfinished, encoder_dir, ENCODER_KIND)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return load_encoder(encoder_dir, config.device)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import field_validator
 from tokenizers import Tokenizer
 
 from csrm.bundle.contents import Origin
@@ -11,7 +11,7 @@ from csrm.config import Settings
 from csrm.errors import ConfigError
 from csrm.export.weights import ModelWeights, TrainedWeights
 from csrm.manifest import file_digest, verify_manifest
-from csrm.scoring.labels import Label
+from csrm.scoring.labels import Label, check_labels
 from csrm.scoring.template import PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.model.base import BaseModel, model_title
@@ -25,9 +25,15 @@ class Reranker(Settings):
     base_model: BaseModel
     template: PromptTemplate
     """Text of its prompts around their fields, to the letter: with another one its scores are near random."""
-    labels: tuple[Label, ...] = Field(min_length=2)
+    labels: tuple[Label, ...]
     """Its answers, least relevant first."""
     budgets: Budgets = Budgets()
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_tell_pairs_apart(cls, labels: tuple[Label, ...]) -> tuple[Label, ...]:
+        check_labels(labels)
+        return labels
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Nothing need be judged: it says how much would change, not whether that is better. The evaluation says that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -110,7 +110,7 @@ def compare_scores(spark: SparkSession, config: ComparisonConfig) -> ScoreCompar
     named_queries = {*_keys(named, "query_id"), *_keys(most_changed, "query_id")}
     product_keys = set(_keys(named, "product_id"))
     return ScoreComparison(
-        summary=summarize(queries),
+        summary=summarize(queries, config.markets),
         queries=queries,
         grades=grades,
         most_changed=most_changed,
@@ -182,13 +182,14 @@ def _numbers(queries: pd.DataFrame) -> pd.DataFrame:
     return queries.astype({"rank_correlation": "float64"})
 
 
-def summarize(queries: pd.DataFrame) -> pd.DataFrame:
+def summarize(queries: pd.DataFrame, markets: Collection[str]) -> pd.DataFrame:
     """Figures of each market; see ScoreComparison.summary.
 
     Args:
         queries: see ScoreComparison.queries.
+        markets: the markets, also those that neither table has scores of.
     """
-    rows = [_summary(str(market), own) for market, own in queries.groupby("market")]
+    rows = [_summary(market, queries[queries["market"] == market]) for market in sorted(markets)]
     if len(rows) > 1:
         rows.append(_summary(OVERALL, queries))
     return pd.DataFrame(rows)

@@ -1,5 +1,6 @@
 """Labels of a model: the tokens it answers with, the grade each stands for, and the gain of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +47,24 @@ ESCI_LABELS = (
 
 The answers are words that large vocabularies hold as one token; a model may bring others.
 """
+
+
+def check_labels(labels: Sequence[Label]) -> None:
+    """Refuse labels by which no two pairs could have different scores, or grades.
+
+    Raises:
+        ValueError: there are not two, two have one name, or all have one gain.
+
+    >>> check_labels(ESCI_LABELS)
+    """
+    names = [label.name for label in labels]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"labels: expected at least two of different names, got {names}")
+    if len({label.gain for label in labels}) == 1:
+        raise ValueError(
+            f"labels: all have the gain {labels[0].gain:g}, so every pair would have this score; give the most "
+            "relevant one the largest gain"
+        )
 
 
 def expected_gain(logits: np.ndarray, gains: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ from pydantic import ConfigDict
 
 from csrm.errors import ConfigError
 
-_PLACEHOLDER = regex.compile(r"\{(query|document|doc|passage|title|text|instruction|brand|category|attributes)\}")
+_PLACEHOLDER = regex.compile(
+    r"\{\s*(query|document|doc|passage|title|text|instruction|brand|category|attributes)\s*\}", regex.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from csrm.errors import ConfigError
-from csrm.manifest import check_replaceable, replace_folder
+from csrm.manifest import check_replaceable, only_writer, replace_folder
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.checks import check_data, warn_of_unknown_scripts
@@ -44,8 +44,8 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
 
     Raises:
         InputError: a table cannot be read, has problems, or lacks what a step needs.
-        ConfigError: model_dir holds something else, the base model is missing or broken or of a family that cannot be
-            exported, or a loss is not a number.
+        ConfigError: model_dir holds something else, or another process trains into it; the base model is missing or
+            broken or of a family that cannot be exported, or a loss is not a number.
 
     Example:
         >>> from csrm.config import load_config
@@ -57,6 +57,11 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
     config = _on_this_machine(config)
     limit = None if config.max_minutes is None else TimeLimit.begin(config.max_minutes)
     check_replaceable(Path(config.model_dir), MODEL_KIND)
+    with only_writer(Path(config.model_dir)):
+        return _train(config, limit)
+
+
+def _train(config: TrainConfig, limit: TimeLimit | None) -> TrainingResult:
     tokenizer = _checked_tokenizer(config)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         data = check_data(pairs, config)

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from csrm.config import InputSpec, Markets, Settings
-from csrm.scoring.labels import ESCI_LABELS, Label
+from csrm.scoring.labels import ESCI_LABELS, Label, check_labels
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
 from csrm.training.data.judged import JudgedInputs
@@ -116,9 +116,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _labels_can_be_learnt(self) -> "TrainConfig":
+        check_labels(self.labels)
         names = [label.name for label in self.labels]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"labels: expected at least two of different names, got {names}")
         if unknown := sorted(set((self.grade_labels or {}).values()) - set(names)):
             raise ValueError(f"grade_labels name {unknown}; labels are {names}")
         if self.dev_split in ("train", "unlabelled"):

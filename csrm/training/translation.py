@@ -74,10 +74,8 @@ def _quality(
     path = model_dir.with_name(model_dir.name + "_quality.json")
     follows_from = [verify_manifest(model_dir, MODEL_KIND), settings.text_tokens, held_out]
     fingerprint = hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["fingerprint"] == fingerprint:
-            return TranslationQuality(**known["quality"])
+    if (known := _known_quality(path, fingerprint)) is not None:
+        return known
     model, _, _ = load_trained(model_dir)
     if torch.cuda.is_available():
         model.to("cuda")
@@ -85,3 +83,12 @@ def _quality(
     text = json.dumps({"fingerprint": fingerprint, "quality": asdict(quality)}, indent=2) + "\n"
     path.write_text(text, encoding="utf-8")
     return quality
+
+
+def _known_quality(path: Path, fingerprint: str) -> TranslationQuality | None:
+    """What the file keeps; None where it is not of the same, was cut off, or has other fields."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return TranslationQuality(**known["quality"]) if known["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

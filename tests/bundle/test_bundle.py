@@ -21,6 +21,7 @@ from csrm.commands.bundle import main
 from csrm.errors import BundleError, ConfigError, DeviceError
 from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.night.messages import warn_of_other_cpu
+from csrm.scoring import runtime
 from csrm.spark.scoring import ScorerInfo
 from tests.faults.bundles import give_one_score
 
@@ -363,3 +364,20 @@ def test_a_night_on_another_cpu_says_so(tiny_bundle: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("warning: bundle: int8 was the fastest on a CPU with avx2, avx512_vnni;")
     warn_of_other_cpu(bundle, ScorerInfo(bundle.digest, "CPUExecutionProvider", ("avx2",)), Console())
     assert not capsys.readouterr().out
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model, tokenizer and golden pairs would be those of the other one, under the digest of the first."""
+    folder = Path(shutil.copytree("conf/demo_bundle", tmp_path / "bundle"))
+    digest = load_bundle(folder).digest
+    load_pack_scorer = runtime.load_pack_scorer
+
+    def replaced_before(*arguments: Any) -> Any:
+        sealed(folder, golden_source="another bundle")
+        return load_pack_scorer(*arguments)
+
+    monkeypatch.setattr(runtime, "load_pack_scorer", replaced_before)
+    with pytest.raises(BundleError, match=f"was replaced while it was loaded: expected digest {digest}"):
+        load_scorer(folder, "cpu", threads=1)

@@ -122,3 +122,10 @@ def test_the_error_by_hand() -> None:
     probabilities = np.repeat([0.2, 0.9], 50)
     relevant = np.repeat([True, False, True], [20, 30, 50])
     assert expected_calibration_error(probabilities, relevant) == pytest.approx((0.2 + 0.1) / 2)
+
+
+def test_one_query_gives_no_interval() -> None:
+    judged = pd.DataFrame({"market": "us", "query_id": "a", "grade": ["E", "I"], "score": [0.9, 0.6]})
+    row = threshold_metrics(judged, "score", relevant_grades=["E"]).set_index("threshold").loc[0.5]
+    assert (row["precision"], row["recall"]) == (0.5, 1.0)
+    assert row[["precision_low", "precision_high", "recall_low", "recall_high"]].isna().all()

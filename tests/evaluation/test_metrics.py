@@ -248,6 +248,12 @@ def test_all_problems_of_the_judged_pairs_come_in_one_message() -> None:
     assert "1 values of 'model' are infinite" in str(caught.value)
 
 
+def test_grades_that_are_numbers_are_not_those_of_the_gains() -> None:
+    judged = judged_pairs(("kr", "q", "a", 1, 0.2), ("kr", "q", "b", 0, 0.1))
+    with pytest.raises(InputError, match=r"grades without a gain: \[0, 1\], gains are given for \['0', '1'\]"):
+        evaluate_scores(judged, ["model"], gains={"1": 1, "0": 0}, relevant_grades=["1"], irrelevant_grades=["0"])
+
+
 def test_a_relevant_grade_that_has_no_gain_is_an_error() -> None:
     with pytest.raises(InputError, match=r"relevant or irrelevant grades without a gain: \['exact'\]"):
         evaluate_scores(many_pairs(), ["model"], gains=ESCI_GAINS, relevant_grades=["exact"], irrelevant_grades=["I"])

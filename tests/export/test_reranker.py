@@ -213,3 +213,17 @@ def test_a_reranker_that_would_answer_at_random_is_refused(
         with pytest.raises(ConfigError, match=message):
             export_bundle(other, tmp_path / "bundle", pairs_pdf)
     assert list(tmp_path.iterdir()) == [with_head]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([("no", 0.0), ("yes", 0.0)], "all have the gain 0, so every pair would have this score"),
+        ([("yes", 0.0), ("yes", 1.0)], "expected at least two of different names"),
+        ([("yes", 1.0)], "expected at least two of different names"),
+    ],
+)
+def test_answers_that_cannot_tell_pairs_apart_are_refused(labels: list[tuple[str, float]], message: str) -> None:
+    answers = [{"name": name, "token": f"{name}{number}", "gain": gain} for number, (name, gain) in enumerate(labels)]
+    with pytest.raises(ValidationError, match=message):
+        Reranker.model_validate({**SETTINGS["reranker"], "labels": answers})

@@ -1,5 +1,7 @@
 """The page about two tables of scores: what it says, and foreign text does nothing in it."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 
@@ -23,7 +25,7 @@ def comparison_of(market: str, text: str, *, num_kept: int = 4) -> ScoreComparis
     regraded |= {"after_score": 0.1, "after_grade": "I", "after_rank": 40}
     grades = {"market": market, "before_grade": [text, text], "after_grade": [text, "I"], "num_pairs": [9, 3]}
     return ScoreComparison(
-        summary=summarize(queries),
+        summary=summarize(queries, [market]),
         queries=queries,
         grades=pd.DataFrame(grades),
         most_changed=most_changed_queries(queries, 10),
@@ -64,3 +66,12 @@ def test_a_market_without_change_has_a_page() -> None:
     text = words_of(comparison_html(same, {"kr": "ko"}, MADE_AT))
     assert "Every query keeps its first 10." in text
     assert "the first 10 change in 0.0% of queries, where 100.0% of products stay" in comparison_text(same)
+
+
+def test_a_market_without_scores_is_shown_too() -> None:
+    comparison = comparison_of("kr", "x")
+    comparison = dataclasses.replace(comparison, summary=summarize(comparison.queries, ["kr", "US"]))
+    lines = comparison_text(comparison).splitlines()
+    assert lines[0] == "US: 0 queries and 0 pairs are in both; 0 pairs before alone, 0 after alone"
+    assert lines[2].startswith("kr: 1 queries and 12 pairs are in both")
+    assert "US 0" in words_of(comparison_html(comparison, {"kr": "ko", "US": "en"}, MADE_AT))

@@ -129,6 +129,7 @@ def test_a_field_follows_a_line_break_without_a_space() -> None:
     [
         ({"cue": ""}, "cue is empty"),
         ({"query": "<Query>: "}, "query ends with a space, which its field brings itself"),
+        ({"query": "<Query>: { Query }"}, r"query has \{ Query \}, but a field stands after its text by itself"),
         ({"title": "\n<Document>: {doc}"}, r"title has \{doc\}, but a field stands after its text by itself"),
     ],
 )

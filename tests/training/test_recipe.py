@@ -5,10 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 
 from csrm.config import InputSpec
 from csrm.errors import ConfigError
-from csrm.manifest import verify_manifest
+from csrm.manifest import only_writer, verify_manifest
+from csrm.scoring.labels import Label
 from csrm.training.data.judged import JudgedInputs
 from csrm.training.model.base import BaseModel
 from csrm.training.recipe import train_relevance
@@ -108,3 +110,15 @@ def test_a_precision_that_the_machine_lacks_ends_a_training_before_its_tables_ar
     tuning = config.tuning.model_copy(update={"precision": "bf16"})
     with pytest.raises(ConfigError, match=r"tuning\.precision bf16: this processor has no instructions"):
         train_relevance(config.model_copy(update={"inputs": broken, "tuning": tuning}))
+
+
+def test_two_trainings_into_one_folder_are_kept_apart(config: TrainConfig, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "model"), pytest.raises(ConfigError, match="another process writes it now"):
+        train_relevance(config)
+    assert not (tmp_path / "model.unfinished").exists()
+
+
+def test_labels_of_one_gain_are_refused(config: TrainConfig) -> None:
+    values = config.model_dump() | {"labels": [Label("I", " no", 0.0), Label("E", " yes", 0.0)]}
+    with pytest.raises(ValidationError, match="all have the gain 0, so every pair would have this score"):
+        TrainConfig.model_validate(values)
