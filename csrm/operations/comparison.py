@@ -163,12 +163,13 @@ def by_query(pairs_df: DataFrame) -> DataFrame:
     """
     in_before, in_after = F.col("before_rank") <= TOP, F.col("after_rank") <= TOP
     is_graded = F.col("before_grade").isNotNull() & F.col("after_grade").isNotNull()
-    correlation = F.corr("before_place", "after_place")
+    spread = F.sqrt(F.var_pop("before_place") * F.var_pop("after_place"))
+    correlation = F.try_divide(F.covar_pop("before_place", "after_place"), spread)  # corr divides by 0 where all tie
     return pairs_df.groupBy(*_QUERY).agg(
         F.count("before_rank").alias("num_before"),
         F.count("after_rank").alias("num_after"),
         F.count("before_place").alias("num_shared"),
-        F.when(~F.isnan(correlation), correlation).alias("rank_correlation"),
+        correlation.alias("rank_correlation"),
         F.count_if(in_before).alias("num_top_before"),
         F.count_if(in_after).alias("num_top_after"),
         F.count_if(in_before & in_after).alias("num_kept"),

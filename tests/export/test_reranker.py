@@ -205,7 +205,10 @@ def test_a_reranker_that_would_answer_at_random_is_refused(
     (with_head / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for change, message in (
         ({"template": template}, r"got <\|eot_id\|>, which it does not have"),
-        ({"labels": [{"name": name, "token": f"{name} way", "gain": 0} for name in ("a", "b")]}, "one token of the"),
+        (
+            {"labels": [{"name": name, "token": f"{name} way", "gain": name == "b"} for name in ("a", "b")]},
+            "one token of the",
+        ),
         ({"base_model": {"folder": str(tmp_path)}}, "is not there"),
         ({"base_model": {"folder": str(with_head)}}, "answers with a token, got Qwen3ForSequenceClassification"),
     ):

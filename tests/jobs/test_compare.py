@@ -131,3 +131,13 @@ def test_a_table_beside_itself_has_no_change(spark: SparkSession, folder: Path) 
     assert whole["rank_correlation"] == pytest.approx(1.0)
     assert comparison.most_changed.empty
     assert comparison.regraded.empty
+
+
+def test_a_query_whose_products_have_one_score_has_no_rank_correlation(spark: SparkSession, folder: Path) -> None:
+    rows = [(*key, 0.5, grade) for *key, _, grade in BEFORE]
+    pd.DataFrame(rows, columns=COLUMNS).to_parquet(folder / "equal.parquet")
+    same = f"after={{path: '{folder}/equal.parquet', format: parquet}}"
+    comparison = compare_scores(spark, load_config(CONF, ComparisonConfig, overrides(folder, same)))
+    queries = comparison.queries.set_index(["market", "query_id"])
+    assert queries["rank_correlation"].isna().all()
+    assert queries.loc[("kr", "q1"), ["num_shared", "num_kept"]].tolist() == [12, 10]
