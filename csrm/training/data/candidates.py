@@ -8,13 +8,12 @@ import pandas as pd
 
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, PAIR_KEY
-from csrm.training.data.database import add_table, check_markets, open_database, random_number
-from csrm.training.data.judged import UnlabelledInputs
+from csrm.training.data.database import open_database, random_number
+from csrm.training.data.judged import UnlabelledInputs, add_tables
 from csrm.training.data.pair_tables import (
     PAIR_COLUMNS_SQL,
     PAIR_TABLES,
     add_keys,
-    add_text_tables,
     add_texts,
     as_frame,
 )
@@ -37,15 +36,7 @@ def candidate_pairs(inputs: UnlabelledInputs, markets: Mapping[str, str], num_pa
     """
     with tempfile.TemporaryDirectory(prefix="csrm-join-") as folder, closing(open_database(folder)) as database:
         database.execute(PAIR_TABLES)
-        add_table(database, CANDIDATES, inputs.candidates, markets)
-        check_markets(database, CANDIDATES, inputs.candidates, markets)
-        add_text_tables(
-            database,
-            markets,
-            queries=inputs.queries,
-            catalog=inputs.catalog,
-            retrieval_table=inputs.retrieval_table,
-        )
+        add_tables(database, CANDIDATES, inputs.candidates, inputs, markets)
         database.execute(
             f"""CREATE TEMP TABLE added AS
             SELECT market, query_id, product_id, NULL::VARCHAR AS grade, NULL::VARCHAR AS split FROM candidates

@@ -6,11 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import duckdb
 import pandas as pd
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, JUDGMENTS, PAIR_KEY
+from csrm.schemas import CANDIDATES, JUDGMENTS, PAIR_KEY, Table
 from csrm.training.data.database import add_table, check_markets, open_database, random_number
 from csrm.training.data.groups import read_groups
 from csrm.training.data.pair_tables import (
@@ -77,6 +78,32 @@ class Fold(NamedTuple):
         return f"{random_number(self.seed, 'text_key(query)')} % {self.num_folds} = {self.number}"
 
 
+def add_tables(
+    database: duckdb.DuckDBPyConnection,
+    table: Table,
+    spec: InputSpec,
+    inputs: JudgedInputs | UnlabelledInputs,
+    markets: Mapping[str, str],
+) -> None:
+    """Make a table of pairs, with rows of each market, and the tables of their texts known to a database.
+
+    Args:
+        database: where.
+        table: of the pairs.
+        spec: where that is.
+        inputs: where the texts are.
+        markets: market to language.
+
+    Raises:
+        InputError: see add_table and check_markets.
+    """
+    add_table(database, table, spec, markets)
+    check_markets(database, table, spec, markets)
+    add_text_tables(
+        database, markets, queries=inputs.queries, catalog=inputs.catalog, retrieval_table=inputs.retrieval_table
+    )
+
+
 class JudgedPairs:
     """Judged pairs of some markets with their texts. Use it as a context manager.
 
@@ -99,15 +126,7 @@ class JudgedPairs:
         try:
             self._database.execute(PAIR_TABLES)
             with self._database.cursor() as database:
-                add_table(database, JUDGMENTS, inputs.judgments, markets)
-                check_markets(database, JUDGMENTS, inputs.judgments, markets)
-                add_text_tables(
-                    database,
-                    markets,
-                    queries=inputs.queries,
-                    catalog=inputs.catalog,
-                    retrieval_table=inputs.retrieval_table,
-                )
+                add_tables(database, JUDGMENTS, inputs.judgments, inputs, markets)
                 database.execute(
                     f"""CREATE TABLE measured_ids AS
                     SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED};
@@ -152,15 +171,7 @@ class JudgedPairs:
         """
         place = random_number(seed, *PAIR_KEY)
         with self._database.cursor() as database:
-            add_table(database, CANDIDATES, inputs.candidates, markets)
-            check_markets(database, CANDIDATES, inputs.candidates, markets)
-            add_text_tables(
-                database,
-                markets,
-                queries=inputs.queries,
-                catalog=inputs.catalog,
-                retrieval_table=inputs.retrieval_table,
-            )
+            add_tables(database, CANDIDATES, inputs.candidates, inputs, markets)
             add_measured_texts(database)
             database.execute(
                 f"""CREATE TEMP TABLE added AS
