@@ -196,6 +196,12 @@ def test_creating_twice_keeps_the_table(spark: SparkSession, scores_path: str) -
     assert table_version(spark, scores_path) == 1
 
 
+def follow(spark: SparkSession, error: InputError) -> None:
+    """Do what the message says."""
+    for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(error)):
+        spark.sql(statement)
+
+
 def test_a_change_feed_or_constraint_that_was_taken_away_is_an_error_with_the_way_out(
     spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -207,8 +213,7 @@ def test_a_change_feed_or_constraint_that_was_taken_away_is_an_error_with_the_wa
     with pytest.raises(InputError, match=r"They were changed since. Nothing was written.*: ALTER") as caught:
         create_table(spark, RELEVANCE_SCORES, path)
 
-    for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(caught.value)):
-        spark.sql(statement)
+    follow(spark, caught.value)
     create_table(spark, RELEVANCE_SCORES, path)
 
 
@@ -231,8 +236,7 @@ def test_features_that_not_every_reader_has_are_an_error_with_the_way_out(
     with pytest.raises(InputError, match=r"the features with which CSRM made it\. They were changed since\.") as caught:
         create_table(spark, RELEVANCE_SCORES, path)
 
-    for statement in re.findall(r"ALTER TABLE delta\.`[^`]*` .*?(?=; ALTER|\. Readers)", str(caught.value)):
-        spark.sql(statement)
+    follow(spark, caught.value)
     create_table(spark, RELEVANCE_SCORES, path)
     assert deltalake.DeltaTable(path).to_pandas()["product_id"].tolist() == ["p1"]
 
