@@ -11,6 +11,7 @@ from csrm.evaluation.metrics import METRICS, Evaluation
 
 SCORE = "relevance_score"
 BM25 = "bm25"
+ENCODER = "encoder"
 _WIDTH = 23
 
 

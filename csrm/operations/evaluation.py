@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import AfterValidator, Field
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 import csrm
 from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
+from csrm.embedding.encoder import read_encoder
 from csrm.errors import InputError
 from csrm.evaluation.calibration import calibration, threshold_metrics
 from csrm.evaluation.examples import (
@@ -24,11 +25,12 @@ from csrm.evaluation.examples import (
     worst_queries,
 )
 from csrm.evaluation.metrics import RANDOM, Evaluation, evaluate_scores
-from csrm.evaluation.report import BM25, SCORE
+from csrm.evaluation.report import BM25, ENCODER, SCORE
 from csrm.operations.findings import Key, Text
 from csrm.operations.texts import collect_texts
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import CATALOG, COMPARED_SCORES, JUDGMENTS, PAIR_KEY, QUERIES, RELEVANCE_SCORES
+from csrm.spark.embedding import embed_udf
 from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.session import persisted
 from csrm.spark.tables import open_table, read_table, table_path
@@ -40,7 +42,7 @@ _JUDGED_COLUMNS = ("grade", SCORE, "bundle_digest", "rank", "num_ranked", "has_p
 def _ranking_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
         raise ValueError("is no name for a ranking: expected letters, digits, - and _, such as search_engine")
-    if name in (*PAIR_KEY, *_JUDGED_COLUMNS, BM25, RANDOM):
+    if name in (*PAIR_KEY, *_JUDGED_COLUMNS, BM25, ENCODER, RANDOM):
         raise ValueError("is a name that the evaluation uses itself; choose another one, such as search_engine")
     return name
 
@@ -80,6 +82,10 @@ class EvaluationConfig(Settings):
     """Grades that count as defects."""
     baseline_bm25: bool = True
     """Measure BM25 (over each market's whole catalog) on the same pairs."""
+    baseline_encoder: str | None = None
+    """Folder or URI of an encoder, whose cosines of query and title are measured on the same pairs."""
+    device: str = "cpu"
+    """Device that embeds: cpu; cuda, which is the GPU that Spark gives a task, or the first one; or cuda:<number>."""
     num_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples for the intervals."""
     seed: int = 0
@@ -127,13 +133,18 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
         judgments_df = judgments_df.where(F.col("split").isin(*config.splits))
     compared = {name: inputs[_input_name(name)].df for name in config.inputs.compare}
     scores_df, catalog_df, queries_df = (inputs[table.name].df for table in (RELEVANCE_SCORES, CATALOG, QUERIES))
-    judged = collect_judged(judgments_df, scores_df, catalog_df, queries_df, compared, with_bm25=config.baseline_bm25)
+    cosines = {}
+    if config.baseline_encoder is not None:
+        encoder, device = config.baseline_encoder, config.device
+        cosines = {ENCODER: cosine_scores(judgments_df, catalog_df, queries_df, encoder=encoder, device=device)}
+    others = {**cosines, **compared}
+    judged = collect_judged(judgments_df, scores_df, catalog_df, queries_df, others, with_bm25=config.baseline_bm25)
     if judged.empty:
         raise InputError(
             f"input judgments at {config.inputs.judgments.path!r}: expected rows of markets {sorted(config.markets)} "
             f"and splits {list(config.splits) or 'any'}, got none. Are 'markets' and 'splits' right?"
         )
-    rankings = [SCORE, *([BM25] if config.baseline_bm25 else []), *compared]
+    rankings = [SCORE, *([BM25] if config.baseline_bm25 else []), *others]
     lacking = _lacking(judged, config)
     evaluation = evaluate_scores(
         judged,
@@ -237,6 +248,50 @@ def collect_judged(
     asked_df = queries_df.join(judged_queries_df, _QUERY)
     with persisted(product_terms(catalog_df)) as products_df, persisted(query_terms(asked_df)) as terms_df:
         return _to_pandas(judged_df.join(bm25_scores(products_df, terms_df), key, "left").fillna({BM25: 0.0}), compared)
+
+
+def cosine_scores(
+    judgments_df: DataFrame, catalog_df: DataFrame, queries_df: DataFrame, *, encoder: str, device: str
+) -> DataFrame:
+    """How near the titles of judged products are to their queries, by an encoder's vectors as they are.
+
+    Args:
+        judgments_df: market, query_id, product_id.
+        catalog_df: the products.
+        queries_df: the queries.
+        encoder: folder of the encoder, the same path on every machine; or its URI.
+        device: that embeds.
+
+    Returns:
+        market, query_id, product_id, score: the cosine, in [-1, 1]; null where a text is null or blank.
+
+    Raises:
+        BundleError: no encoder there, or another one on a worker's machine.
+    """
+    digest = read_encoder(encoder)[1]
+    vector = {kind: embed_udf(encoder, kind, device=device, digest=digest) for kind in ("passage", "query")}
+    products, queries = ["market", "product_id"], _QUERY
+    titles_df = catalog_df.join(judgments_df.select(*products).distinct(), products, "left_semi").select(
+        *products, vector["passage"]("title").alias("passage")
+    )
+    asked_df = queries_df.join(judgments_df.select(*queries).distinct(), queries, "left_semi").select(
+        *queries, vector["query"]("query").alias("asked")
+    )
+    return (
+        judgments_df.select(*PAIR_KEY)
+        .join(titles_df, products)
+        .join(asked_df, queries)
+        .select(*PAIR_KEY, _cosine("passage", "asked").alias("score"))
+    )
+
+
+def _cosine(one: str, other: str) -> Column:
+    return F.expr(f"{_dot(one, other)} / sqrt({_dot(one, one)} * {_dot(other, other)})")
+
+
+def _dot(one: str, other: str) -> str:
+    """Summed in double."""
+    return f"aggregate(zip_with({one}, {other}, (x, y) -> double(x) * y), 0D, (sum, x) -> sum + x)"
 
 
 def _to_pandas(judged_df: DataFrame, compared: Collection[str]) -> pd.DataFrame:

@@ -13,8 +13,9 @@ from pyspark.sql import SparkSession
 
 from csrm.commands.evaluate import main
 from csrm.config import load_config
+from csrm.embedding.encoder import load_encoder
 from csrm.errors import ConfigError, InputError
-from csrm.operations.evaluation import EvaluationConfig
+from csrm.operations.evaluation import EvaluationConfig, cosine_scores
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import replace_rows, spark_schema, table_path
 
@@ -81,6 +82,34 @@ def evaluate(folder: Path, *settings: str) -> dict[str, Any]:
 def value(result: dict[str, Any], market: str, ranking: str, metric: str) -> float | None:
     rows = {(row["market"], row["ranking"], row["metric"]): row["value"] for row in result["metrics"]}
     return rows[(market, ranking, metric)]
+
+
+def test_cosines_of_an_encoder_are_measured_on_the_same_pairs(folder: Path, tiny_encoder: Path) -> None:
+    result = evaluate(folder, "splits=[test]", f"baseline_encoder={tiny_encoder}")
+
+    encoder = load_encoder(tiny_encoder)
+    asked, *titles = encoder.embed(["빨간 신발"], "query"), *encoder.embed(["운동화", "구두", "빨간 우산"])
+    best, second, irrelevant = (float(asked[0] @ title) for title in titles)
+    auc = ((best > second) + (best > irrelevant)) / 2
+    assert value(result, "kr", "encoder", "ROC-AUC") == auc
+    assert {row["ranking"] for row in result["differences"]} == {"bm25", "encoder"}
+
+
+def test_a_pair_without_a_text_has_no_cosine(spark: SparkSession, tiny_encoder: Path) -> None:
+    catalog_df = spark.createDataFrame(
+        [("us", "a", "red shoe"), ("us", "b", " ")], "market string, product_id string, title string"
+    )
+    queries_df = spark.createDataFrame([("us", "q", "shoe")], "market string, query_id string, query string")
+    judgments_df = spark.createDataFrame(
+        [("us", "q", "a"), ("us", "q", "b")], "market string, query_id string, product_id string"
+    )
+
+    scored = cosine_scores(judgments_df, catalog_df, queries_df, encoder=str(tiny_encoder), device="cpu")
+
+    scores = {row["product_id"]: row["score"] for row in scored.collect()}
+    encoder = load_encoder(tiny_encoder)
+    expected = encoder.embed(["shoe"], "query")[0] @ encoder.embed(["red shoe"])[0]
+    assert scores == {"a": pytest.approx(float(expected), abs=1e-6), "b": None}
 
 
 def test_scores_are_measured_beside_bm25_and_a_random_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
