@@ -349,14 +349,14 @@ def _describe(details: Any, settings_class: type[Settings] | None) -> str:
 
 
 def _hint_of_key(settings_class: type[Settings], place: Sequence[int | str]) -> str:
-    """What an unknown key may be meant for: a setting of a similar name beside it, or of its name elsewhere."""
+    """What an unknown key may be meant for: a setting of its name elsewhere, or of a similar name beside it."""
     *parents, key = map(str, place)
     known = list(_setting_names(settings_class))
+    if elsewhere := [".".join(names) for names in known if names[-1] == key and "*" not in names]:
+        return f". Is it {elsewhere[0]}?"
     beside = [names[-1] for names in known if len(names) == len(place) and _is_at(parents, names[:-1])]
-    if similar := get_close_matches(key, beside, n=1):
-        return f". Is it {similar[0]}?"
-    elsewhere = [".".join(names) for names in known if names[-1] == key and "*" not in names]
-    return f". Is it {elsewhere[0]}?" if elsewhere else ""
+    similar = get_close_matches(key, beside, n=1)
+    return f". Is it {similar[0]}?" if similar else ""
 
 
 def _is_at(parents: Sequence[str], names: Sequence[str]) -> bool:

@@ -137,6 +137,7 @@ def test_a_market_that_no_partition_can_be_called_is_refused(tmp_path: Path, nam
             "audit.deleted_shares=0.1",
             "audit.deleted_shares: Extra inputs are not permitted (got 0.1). Is it deleted_share?",
         ),
+        ("audit.hang_minutes=5", "audit.hang_minutes: Extra inputs are not permitted (got 5). Is it hang_minutes?"),
         ("rejected_share=0.1", "rejected_share: Extra inputs are not permitted (got 0.1). Is it audit.rejected_share?"),
         ("inputs.catalog.pth=x", "inputs.catalog.pth: Extra inputs are not permitted (got 'x'). Is it path?"),
         ("zzz=1", "zzz: Extra inputs are not permitted (got 1)"),
