@@ -33,8 +33,78 @@ MarketName = Annotated[str, AfterValidator(_market_name)]
 """Name of a market, which is also the name of its partition in the published table."""
 Markets = Annotated[dict[MarketName, str], Field(min_length=1)]
 """Market to the language of its text (BCP 47)."""
-TablesDir = Annotated[str, Field(min_length=1)]
-"""Folder that holds the tables that CSRM writes, any URI."""
+
+
+class SchemaPlace(NamedTuple):
+    """Tables in a schema of Spark's catalog."""
+
+    schema: str
+    """Name of the schema, such as main.csrm."""
+    folder: str
+    """Folder of the tables, any URI; empty: the location of the schema."""
+
+
+def schema_place(tables: str) -> SchemaPlace | None:
+    """The schema that a place of tables names; None for a folder.
+
+    >>> schema_place("schema:main.csrm?folder=s3://bucket/csrm")
+    SchemaPlace(schema='main.csrm', folder='s3://bucket/csrm')
+    >>> schema_place("schema:csrm")
+    SchemaPlace(schema='csrm', folder='')
+    >>> schema_place("data/csrm")
+
+    Raises:
+        ValueError: it names no schema, or something else beside it.
+    """
+    kind, _, named = tables.partition(":")
+    if kind != "schema":
+        return None
+    schema, question_mark, option = named.partition("?")
+    name, _, folder = option.partition("=")
+    if not schema or (question_mark and (name != "folder" or not folder)):
+        raise ValueError("expected schema:NAME or schema:NAME?folder=URI, such as schema:main.csrm")
+    return SchemaPlace(schema, folder)
+
+
+def folder_of_tables(tables: str, setting: str) -> str:
+    """Folder of tables for what has no Spark to ask for a schema's location.
+
+    Args:
+        tables: a folder, or a schema with its folder; see schema_place.
+        setting: that named it, for messages.
+
+    Raises:
+        ConfigError: a schema without its folder.
+    """
+    try:
+        place = schema_place(tables)
+    except ValueError as error:
+        raise ConfigError(f"{setting} {tables!r}: {error}.") from error
+    if place is None:
+        return tables
+    if not place.folder:
+        raise ConfigError(
+            f"{setting} {tables!r}: expected a folder, got a schema, whose location only Spark knows. Name it: "
+            f"schema:{place.schema}?folder=URI; DESCRIBE SCHEMA {place.schema} shows it."
+        )
+    return place.folder
+
+
+def _tables_place(tables: str) -> str:
+    schema_place(tables)
+    return tables
+
+
+TablesDir = Annotated[str, Field(min_length=1), AfterValidator(_tables_place)]
+"""Place of the tables that CSRM writes: a folder, any URI; or a schema, see schema_place."""
+
+
+class TablesSettings(Settings):
+    """Base of the settings of jobs that read or write CSRM's tables."""
+
+    tables: TablesDir
+    """Folder of the tables that CSRM writes, any URI. Or a schema of Spark's catalog, whose location is the folder:
+    `schema:main.csrm`. `schema:main.csrm?folder=s3://bucket/csrm` names another folder for the schema's tables."""
 
 
 def _local_path(path: str) -> str:

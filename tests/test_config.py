@@ -6,9 +6,19 @@ from pydantic import Field, ValidationError
 
 from csrm.cli import setting_arguments
 from csrm.commands import report, score_catalog
-from csrm.config import InputSpec, Markets, Settings, TablesDir, load_config, make_folder, resolved_settings
+from csrm.config import (
+    InputSpec,
+    Markets,
+    Settings,
+    TablesDir,
+    folder_of_tables,
+    load_config,
+    make_folder,
+    resolved_settings,
+)
 from csrm.errors import ConfigError
 from csrm.night.settings import ScoringConfig
+from csrm.operations.rollback import RollbackConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -127,6 +137,21 @@ def test_a_market_that_no_partition_can_be_called_is_refused(tmp_path: Path, nam
         ConfigError, match=r"(?s)markets.*is no name for a market.*tables: String should have at least 1"
     ):
         load_config(written(tmp_path, f"markets: {{'{name}': ko}}\ntables: ''"), MarketsConfig)
+
+
+@pytest.mark.parametrize("tables", ["schema:", "schema:?folder=x", "schema:csrm?folder=", "schema:csrm?path=x"])
+def test_a_place_of_tables_that_names_no_schema_is_refused(tables: str) -> None:
+    with pytest.raises(ConfigError, match=r"tables: .*expected schema:NAME or schema:NAME\?folder=URI"):
+        load_config(CONF / "rollback.yaml", RollbackConfig, [f"tables={tables}"])
+
+
+def test_where_no_spark_is_a_schema_needs_its_folder() -> None:
+    assert folder_of_tables("data/csrm", "--tables") == "data/csrm"
+    assert folder_of_tables("schema:main.csrm?folder=s3://bucket/csrm", "--tables") == "s3://bucket/csrm"
+    with pytest.raises(ConfigError, match=r"--tables 'schema:csrm': expected a folder, got a schema.*DESCRIBE"):
+        folder_of_tables("schema:csrm", "--tables")
+    with pytest.raises(ConfigError, match=r"--tables 'schema:': expected schema:NAME"):
+        folder_of_tables("schema:", "--tables")
 
 
 @pytest.mark.parametrize(

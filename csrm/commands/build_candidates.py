@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, Markets, Settings, TablesSettings
 from csrm.retrieval.candidates import (
     best_pairs,
     coverage_by_language,
@@ -24,6 +24,7 @@ from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.retrieval.semantic import SemanticSettings, semantic_scores
 from csrm.retrieval.translations import translated_products, translated_scores
 from csrm.schemas import CANDIDATES, CATALOG, PARALLEL_TEXT, QUERIES, TEXT_VECTORS, UNCOVERED_PRODUCTS
+from csrm.spark.catalogs import located_tables
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, table_path
@@ -40,14 +41,12 @@ class CandidateInputs(Settings):
     """Where given, products in another language than a query are also found by the translations of its words."""
 
 
-class CandidateConfig(Settings):
+class CandidateConfig(TablesSettings):
     """Settings of this job."""
 
     markets: Markets
     """Market to its language; only these markets' rows are read and replaced."""
     inputs: CandidateInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     products_per_query: Annotated[int, Field(ge=0)] = 50
     """Best products of each query."""
     queries_per_product: Annotated[int, Field(ge=0)] = 2
@@ -66,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, CandidateConfig)
     spark = build_session("csrm-build-candidates")
+    config = located_tables(spark, config)
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     if config.inputs.candidates is not None:
         specs[CANDIDATES] = config.inputs.candidates

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, Markets, Settings, TablesSettings
 from csrm.errors import InputError
 from csrm.retrieval.candidates import strongest_pairs
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
@@ -29,6 +29,7 @@ from csrm.retrieval.titles import (
 )
 from csrm.retrieval.translations import translated_products, translated_scores
 from csrm.schemas import BEHAVIOUR, CATALOG, JUDGMENTS, PARALLEL_TEXT, QUERIES, RETRIEVAL_TABLE, TEXT_VECTORS
+from csrm.spark.catalogs import located_tables
 from csrm.spark.inputs import Input, read_inputs, require_markets
 from csrm.spark.session import build_session, persisted
 from csrm.spark.tables import overwrite_markets, read_table, spark_schema, table_path
@@ -47,14 +48,12 @@ class RetrievalInputs(Settings):
     """Queries whose words find nothing get titles in other languages, by the translations of their words."""
 
 
-class RetrievalConfig(Settings):
+class RetrievalConfig(TablesSettings):
     """Settings of this job."""
 
     markets: Markets
     """Market to its language; only these markets' rows are read and replaced."""
     inputs: RetrievalInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     num_titles: Annotated[int, Field(ge=1)] = 5
     """Titles a query at most."""
     min_count: Annotated[int, Field(ge=1)] = 2
@@ -73,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, RetrievalConfig)
     spark = build_session("csrm-build-retrieval-table")
+    config = located_tables(spark, config)
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     if config.inputs.behaviour is not None:
         specs[BEHAVIOUR] = config.inputs.behaviour

@@ -10,6 +10,7 @@ from csrm.capacity.figures import bundle_figures, read_run, with_run
 from csrm.capacity.formula import Machines, Plan
 from csrm.capacity.report import capacity_report, find_limits, search_report
 from csrm.capacity.search import SearchPlan, encoder_rate
+from csrm.config import folder_of_tables
 from csrm.embedding.encoder import read_encoder
 from csrm.errors import ConfigError
 from csrm.night.settings import BROADCAST_LIMIT_MB
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--markets", type=int, default=1, help="default: 1")
     parser.add_argument("--tokens-per-second", type=float, help="of the model on one GPU or core")
-    parser.add_argument("--tables", help="with --run-id: folder of the tables that CSRM writes")
+    parser.add_argument("--tables", help="with --run-id: CSRM's tables: their folder, or schema:NAME?folder=URI")
     parser.add_argument("--run-id", help="a finished run of this bundle, whose figures are used")
     parser.add_argument("--run-gpus", type=int, help="that the run had; default: those of --gpus")
     parser.add_argument("--run-cores", type=int, help="that the run had; default: those of --cores")
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = bundle_figures(bundle, args.tokens_per_second, device="cpu" if args.gpus is None else "cuda")
     source = "the bundle's export, a rough figure" if args.tokens_per_second is None else "--tokens-per-second"
     if args.run_id is not None:
-        run = read_run(args.tables, args.run_id)
+        run = read_run(folder_of_tables(args.tables, "--tables"), args.run_id)
         if run.bundle_digest != bundle.digest:
             raise ConfigError(
                 f"--run-id {args.run_id!r}: scored with bundle {run.bundle_digest[:12]}, expected {bundle.digest[:12]} "

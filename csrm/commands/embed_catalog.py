@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, Markets, Settings, TablesSettings
 from csrm.retrieval.vectors import embed_catalog_and_queries
 from csrm.schemas import CATALOG, QUERIES, TEXT_VECTORS
+from csrm.spark.catalogs import located_tables
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session
 from csrm.spark.tables import table_path
@@ -21,14 +22,12 @@ class EmbeddingInputs(Settings):
     queries: InputSpec
 
 
-class EmbeddingConfig(Settings):
+class EmbeddingConfig(TablesSettings):
     """Settings of this job."""
 
     markets: Markets
     """Market to its language; only these markets' texts are embedded."""
     inputs: EmbeddingInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     encoder: str
     """Folder of the encoder, the same path on every machine; or its URI."""
     device: str = "cpu"
@@ -45,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, EmbeddingConfig)
     spark = build_session("csrm-embed-catalog")
+    config = located_tables(spark, config)
     specs = {CATALOG: config.inputs.catalog, QUERIES: config.inputs.queries}
     inputs = read_inputs(spark, specs, config.markets)
     require_markets(inputs, config.markets)

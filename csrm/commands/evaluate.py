@@ -10,6 +10,7 @@ from csrm.evaluation.report import format_calibration, format_evaluation, write_
 from csrm.extras import import_eval
 from csrm.operations.evaluation import EvaluationConfig, evaluate_published
 from csrm.operations.evaluation_page import evaluation_html
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session
 
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in ("ir_measures", "sklearn", "matplotlib", "jinja2"):
         import_eval(module)  # before the work, not after it
     output = make_folder(config.output)
-    measured = evaluate_published(build_session("csrm-evaluate"), config)
+    spark = build_session("csrm-evaluate")
+    measured = evaluate_published(spark, located_tables(spark, config))
     page = output / "evaluation.html"
     page.write_text(evaluation_html(measured, config.markets, datetime.now(UTC)), encoding="utf-8")
     write_metrics(

@@ -12,6 +12,7 @@ from csrm.config import make_folder
 from csrm.extras import import_eval
 from csrm.operations.explanation import ExplanationConfig, explain_query
 from csrm.operations.explanation_page import explanation_html, explanation_text
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session, require_names
 
 _LONGEST_NAME = 120
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = make_folder(config.output)
     scorer = load_scorer(config.bundle, config.device, digest=config.bundle_digest)
     spark = build_session("csrm-explain")
+    config = located_tables(spark, config)
     require_names(spark, [*config.markets, config.tables])
     explanation = explain_query(
         spark,

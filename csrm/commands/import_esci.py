@@ -11,6 +11,7 @@ from csrm.cli import job_parser, job_settings
 from csrm.config import InputSpec, Markets, Settings, TablesDir
 from csrm.errors import InputError
 from csrm.schemas import CANDIDATES, CATALOG, JUDGMENTS, PAIR_KEY, QUERIES, Column, Table
+from csrm.spark.catalogs import tables_folder
 from csrm.spark.inputs import read_inputs
 from csrm.spark.session import build_session
 from csrm.spark.tables import overwrite_table, table_path
@@ -47,7 +48,7 @@ class ImportConfig(Settings):
     splits: tuple[str, ...] = ()
     """Splits of the examples to keep; empty: all."""
     output: TablesDir
-    """Folder for the four tables, any URI."""
+    """Folder for the four tables, any URI, or a schema as of `tables`."""
 
     @model_validator(mode="after")
     def _check_locales(self) -> "ImportConfig":
@@ -204,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = job_parser(__doc__, "conf/import_esci.yaml").parse_args(argv)
     config = job_settings(args, ImportConfig)
     products_df, examples_df = read_files(config)
+    tables = tables_folder(products_df.sparkSession, config.output)
     for table, df in build_tables(products_df, examples_df, config.markets):
-        path = table_path(config.output, table)
+        path = table_path(tables, table)
         version = overwrite_table(df, table, path)
         rows = df.sparkSession.read.format("delta").load(path).groupBy("market").count().orderBy("market").collect()
         by_market = ", ".join(f"{row['market']} {row['count']:,}" for row in rows)

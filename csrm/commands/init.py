@@ -58,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--bundle", metavar="PATH", help="bundle to score with; default: FOLDER/bundle, which export-bundle writes"
     )
     parser.add_argument(
-        "--tables", metavar="PATH", help="folder or URI for the tables that CSRM writes; default: FOLDER/tables"
+        "--tables",
+        metavar="PATH",
+        help="folder or URI for the tables that CSRM writes, or schema:NAME?folder=URI; default: FOLDER/tables",
     )
     return parser
 

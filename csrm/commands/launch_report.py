@@ -13,12 +13,13 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, LocalPath, MarketName, Markets, Settings, TablesDir, make_folder
+from csrm.config import InputSpec, LocalPath, MarketName, Markets, Settings, TablesSettings, make_folder
 from csrm.extras import import_eval
 from csrm.operations.launch import LaunchLimits, find_launch, open_market, require_scores
 from csrm.operations.launch_report import launch_report_html, launch_summary
 from csrm.operations.live_queries import LiveQueries, live_queries
 from csrm.schemas import BEHAVIOUR, CATALOG, PARALLEL_TEXT, QUERIES, QUERY_TRANSLATIONS
+from csrm.spark.catalogs import located_tables
 from csrm.spark.inputs import read_inputs, require_markets
 from csrm.spark.session import build_session
 
@@ -38,7 +39,7 @@ class LaunchReportInputs(Settings):
     """Translations of phrases, by which queries of live markets are put into the market's language."""
 
 
-class LaunchReportConfig(Settings):
+class LaunchReportConfig(TablesSettings):
     """Settings of the page."""
 
     markets: Markets
@@ -46,8 +47,6 @@ class LaunchReportConfig(Settings):
     live_markets: dict[MarketName, str] = Field(default_factory=dict)
     """Live market to its language."""
     inputs: LaunchReportInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     output: LocalPath
     """Local folder for the pages; the page of market M is launch-M.html."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -87,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_eval(module)  # before the work, not after it
     folder = make_folder(config.output)
     spark = build_session("csrm-launch-report")
+    config = located_tables(spark, config)
     given = config.inputs
     specs = {CATALOG: given.catalog, QUERIES: given.queries}
     inputs = read_inputs(spark, specs | ({BEHAVIOUR: given.behaviour} if given.behaviour else {}), config.markets)

@@ -15,6 +15,7 @@ from csrm.operations.maintenance import (
     run_markets,
 )
 from csrm.schemas import SCORING_RUNS
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session
 from csrm.spark.tables import read_table, table_path
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, MaintenanceConfig)
     spark = build_session("csrm-maintain")
+    config = located_tables(spark, config)
     read_table(spark, SCORING_RUNS, table_path(config.tables, SCORING_RUNS))  # says so where the folder is wrong
     if args.dry_run:
         foresee(spark, config)

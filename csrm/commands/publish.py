@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from csrm.cli import Console, add_log_format, job_parser, job_settings
 from csrm.errors import ConfigError
 from csrm.operations.review import PublishConfig, discard_run, publish_rejected
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = job_settings(args, PublishConfig)
     console = Console(args.log_format == "json")
     spark = build_session("csrm-publish")
+    config = located_tables(spark, config)
     if args.discard:
         discard_run(spark, config, args.run_id, console=console)
     else:

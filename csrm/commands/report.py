@@ -9,11 +9,12 @@ from urllib.parse import quote
 from pydantic import Field
 
 from csrm.cli import job_parser, job_settings
-from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir, make_folder, require_file_place
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesSettings, make_folder, require_file_place
 from csrm.extras import import_eval
 from csrm.operations.history import Limits, read_findings
 from csrm.operations.report import night_report_html
 from csrm.operations.run_metrics import write_run_metrics
+from csrm.spark.catalogs import tables_folder
 from csrm.spark.session import build_session
 
 
@@ -24,14 +25,12 @@ class ReportInputs(Settings):
     queries: InputSpec
 
 
-class ReportConfig(Settings):
+class ReportConfig(TablesSettings):
     """Settings of the page."""
 
     markets: Markets
     """Market to the language of its texts, by which a browser draws them. All markets of a run are shown."""
     inputs: ReportInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     output: LocalPath
     """Local folder for the pages; the page of run R is R.html."""
     metrics_file: LocalPath | None = None
@@ -60,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics_file = None if config.metrics_file is None else require_file_place(config.metrics_file, "metrics_file")
     limits = Limits(config.num_runs, config.num_moved, config.num_samples)
     inputs = config.inputs
-    findings = read_findings(
-        build_session("csrm-report"), config.tables, args.run_id, inputs.catalog, inputs.queries, config.markets, limits
-    )
+    spark = build_session("csrm-report")
+    tables = tables_folder(spark, config.tables)
+    findings = read_findings(spark, tables, args.run_id, inputs.catalog, inputs.queries, config.markets, limits)
     page = folder / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
     page.write_text(night_report_html(findings, datetime.now(UTC)), encoding="utf-8")
     if metrics_file is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from csrm.cli import job_parser, job_settings
 from csrm.operations.retirement import RetirementConfig, retire_market
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session
 
 
@@ -24,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, RetirementConfig)
-    publication = retire_market(build_session("csrm-retire"), config, args.market, reason=args.reason)
+    spark = build_session("csrm-retire")
+    publication = retire_market(spark, located_tables(spark, config), args.market, reason=args.reason)
     num_rows = publication.totals["delete"]
     print(f"market {args.market}: {num_rows:,} rows deleted from relevance_scores, in version {publication.version}")
     return 0

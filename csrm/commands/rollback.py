@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from csrm.cli import job_parser, job_settings
 from csrm.operations.rollback import RollbackConfig, roll_back
+from csrm.spark.catalogs import located_tables
 from csrm.spark.session import build_session
 
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     config = job_settings(args, RollbackConfig)
     spark = build_session("csrm-rollback")
+    config = located_tables(spark, config)
     publication = roll_back(spark, config, args.market, run_id=args.to_run)
     if publication.num_changes:
         counts = ", ".join(f"{count:,} {name}" for name, count in publication.num_changes[args.market].items())

@@ -20,9 +20,10 @@ from csrm.embedding.encoder import encoder_digest
 from csrm.errors import ConfigError, CsrmError, InputError, ScoringError
 from csrm.night.settings import NightSettings
 from csrm.schemas import TEXT_VECTORS, Column, Table
+from csrm.spark.catalogs import tables_folder
 from csrm.spark.session import build_session
 from csrm.spark.storage import delete_table
-from csrm.spark.tables import read_table, replace_rows, table_exists, table_path
+from csrm.spark.tables import forget_table, read_table, replace_rows, table_exists, table_path
 from csrm.spark.workers import errors_of_workers, scoring_profile, task_device, task_threads
 
 PATIENCE_S = 120.0
@@ -206,7 +207,7 @@ def check_tables(settings: NightSettings) -> str:
     spark = doctor_session()
     number = Column("number", "bigint", "Number of the row")
     table = Table(f"doctor_{uuid.uuid4().hex}", "Written by csrm.doctor, to be deleted at once", (number,), ("number",))
-    path = table_path(settings.tables, table)
+    path = table_path(tables_folder(spark, settings.tables), table)
     try:
         with errors_of_workers():
             rows_df = spark.range(0, _NUM_FILES, 1, _NUM_FILES).withColumnRenamed("id", "number")
@@ -214,6 +215,7 @@ def check_tables(settings: NightSettings) -> str:
             num_rows = read_table(spark, table, path).count()
     finally:
         delete_table(spark, path)
+        forget_table(spark, table, path)
     if num_rows != _NUM_FILES:
         raise InputError(f"{settings.tables}: expected {_NUM_FILES} rows that were just written, found {num_rows}.")
     return f"{settings.tables}: a Delta table was written, read and deleted"
@@ -228,7 +230,8 @@ def check_text_vectors(tables: str, encoder: str) -> str:
         CheckWarning: its vectors are those of other encoders.
     """
     digest = encoder_digest(encoder)
-    spark, path = doctor_session(), table_path(tables, TEXT_VECTORS)
+    spark = doctor_session()
+    path = table_path(tables_folder(spark, tables), TEXT_VECTORS)
     if not table_exists(spark, path):
         return f"none yet in {path}: the first build embeds every text"
     counts_df = read_table(spark, TEXT_VECTORS, path).groupBy("encoder_digest").agg(F.count("*").alias("num_vectors"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from csrm.bundle.cache import cache_dir
-from csrm.config import Settings, TablesDir
+from csrm.config import Settings, TablesSettings
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.doctor.machine import check_disk
 from csrm.embedding.contents import GOLDEN_NAME, EncoderSettings, GoldenTexts
@@ -25,13 +25,11 @@ class CheckedSemantic(Settings):
     """Device that embeds."""
 
 
-class CheckedBuild(Settings):
+class CheckedBuild(TablesSettings):
     """Settings of build_retrieval_table, build_candidates or embed_catalog: how it searches by meaning."""
 
     model_config = ConfigDict(extra="ignore")
 
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     semantic: CheckedSemantic | None = None
     """As build_retrieval_table and build_candidates have it; without it they do not search by meaning."""
     encoder: str | None = None

@@ -76,6 +76,7 @@ from csrm.schemas import (
     Table,
 )
 from csrm.scoring.attempts import forget_attempts
+from csrm.spark.catalogs import located_tables
 from csrm.spark.inputs import errors_of_inputs, read_inputs, require_unchanged
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, with_relevance_score
@@ -144,6 +145,7 @@ def run_night(
         for module in ("ir_measures", "sklearn"):
             import_eval(module)  # before the work, not after it
     spark = build_session("csrm-score-catalog")
+    config = located_tables(spark, config)
     require_names(
         spark, [run_id, *config.markets, config.tables, *(spec.path for spec in _input_specs(config).values())]
     )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from csrm.config import InputSpec, Markets, Settings, TablesDir
+from csrm.config import InputSpec, Markets, Settings, TablesSettings
 from csrm.night.audit import AuditLimits
 
 LEASE_SECONDS = 60.0
@@ -25,11 +25,9 @@ BYTES_PER_TITLE = 64
 """Bytes that Spark adds to the text of a retrieved title: offsets, lengths, the array's share."""
 
 
-class NightSettings(Settings):
+class NightSettings(TablesSettings):
     """The settings that a check of a night needs: its tables, its bundle, its device."""
 
-    tables: TablesDir
-    """Folder that holds the tables that CSRM writes, any URI."""
     bundle: str
     """Folder of the bundle, the same path on every machine; or its URI, fetched once to each machine."""
     bundle_digest: str | None = None

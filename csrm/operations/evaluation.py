@@ -12,7 +12,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 import csrm
-from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesSettings
 from csrm.embedding.encoder import read_encoder
 from csrm.errors import InputError
 from csrm.evaluation.calibration import calibration, threshold_metrics
@@ -62,14 +62,12 @@ class EvaluationInputs(Settings):
     engine's, an embedding's, or relevance_scores of another bundle or version."""
 
 
-class EvaluationConfig(Settings):
+class EvaluationConfig(TablesSettings):
     """Settings of the evaluation."""
 
     markets: Markets
     """Market to language; other markets' judgments are not looked at."""
     inputs: EvaluationInputs
-    tables: TablesDir
-    """Folder with the published relevance_scores table."""
     output: LocalPath
     """Local folder for evaluation.html, metrics.json and queries.parquet."""
     splits: tuple[str, ...] = ()

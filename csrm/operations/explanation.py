@@ -12,7 +12,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
-from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesDir
+from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesSettings
 from csrm.errors import ConfigError, InputError
 from csrm.night.published import require_unique_pairs
 from csrm.night.runs import PUBLISHED
@@ -55,14 +55,12 @@ class ExplanationInputs(Settings):
     """Human grades, to show beside the scores. Default: none are shown."""
 
 
-class ExplanationConfig(Settings):
+class ExplanationConfig(TablesSettings):
     """Settings of the page about a query."""
 
     markets: Markets
     """Market to the language of its queries, as in score_catalog.yaml."""
     inputs: ExplanationInputs
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     bundle: str
     """Folder or URI of the bundle that scores, as in score_catalog.yaml."""
     bundle_digest: str | None = None

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from csrm.config import Settings, TablesDir
+from csrm.config import TablesSettings
 from csrm.errors import InputError
 from csrm.night.leases import forget_leases
 from csrm.night.published import published_markets
@@ -178,11 +178,9 @@ LOG_DAYS = 30
 """Delta keeps the log of a table for so long; without it the change feed cannot be read."""
 
 
-class MaintenanceConfig(Settings):
+class MaintenanceConfig(TablesSettings):
     """Settings of the job."""
 
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     file_mb: float = Field(default=1.0, gt=0)
     """Size of a file of relevance_scores, MiB; a reader of one query opens about so much."""
     change_feed_days: int = Field(default=7, ge=1, le=LOG_DAYS)

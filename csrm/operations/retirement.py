@@ -3,7 +3,7 @@
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from csrm.config import Settings, TablesDir
+from csrm.config import TablesSettings
 from csrm.errors import ConfigError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication, publish_changes
@@ -16,11 +16,9 @@ from csrm.spark.session import persisted
 from csrm.spark.tables import table_path
 
 
-class RetirementConfig(Settings):
+class RetirementConfig(TablesSettings):
     """Settings of the job."""
 
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     lease_seconds: LeaseSeconds = LEASE_SECONDS
     """As in score_catalog.yaml."""
 

@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import Console
-from csrm.config import Settings, TablesDir
+from csrm.config import TablesSettings
 from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night.audit import accept, failures
 from csrm.night.leases import Lease, hold_leases
@@ -31,11 +31,9 @@ from csrm.spark.session import persisted
 from csrm.spark.tables import table_id, table_path
 
 
-class PublishConfig(Settings):
+class PublishConfig(TablesSettings):
     """Settings of the job."""
 
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     lease_seconds: LeaseSeconds = LEASE_SECONDS
     """As in score_catalog.yaml."""
 

@@ -6,7 +6,7 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.config import Settings, TablesDir
+from csrm.config import TablesSettings
 from csrm.errors import ConfigError, InputError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication, count_changes, publish_changes
@@ -19,11 +19,9 @@ from csrm.spark.session import persisted
 from csrm.spark.tables import read_table, table_path
 
 
-class RollbackConfig(Settings):
+class RollbackConfig(TablesSettings):
     """Settings of the job."""
 
-    tables: TablesDir
-    """Folder of the tables that CSRM writes."""
     lease_seconds: LeaseSeconds = LEASE_SECONDS
     """As in score_catalog.yaml."""
 

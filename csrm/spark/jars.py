@@ -64,7 +64,7 @@ def install_delta_jars(jars_dir: Path) -> list[str]:
     if (jars_dir / main_jar).exists():
         return []
     # Ivy names its files group_artifact-version.jar.
-    resolved = _resolve(coordinate)
+    resolved = resolve_jars(coordinate)
     sources = {jar.name.partition("_")[2]: jar for jar in resolved if jar.name.startswith(_COPIED_GROUPS)}
     if main_jar not in sources:
         raise ConfigError(f"Delta's jars: expected {main_jar}, Ivy resolved {[jar.name for jar in resolved]}.")
@@ -83,7 +83,12 @@ def install_delta_jars(jars_dir: Path) -> list[str]:
     return sorted(sources)
 
 
-def _resolve(coordinate: str) -> list[Path]:
+def resolve_jars(coordinate: str) -> list[Path]:
+    """Files of a Maven artifact and of what it needs beyond pyspark's jars, resolved with Ivy into its cache.
+
+    Raises:
+        ConfigError: Java is missing, or Maven cannot be reached, or has no such artifact.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "SPARK_HOME"}
     with tempfile.TemporaryDirectory() as work_dir:
         result = subprocess.run(
@@ -96,7 +101,7 @@ def _resolve(coordinate: str) -> list[Path]:
         )
     if result.returncode != 0:
         raise ConfigError(
-            f"Delta's jars: {coordinate} could not be resolved. Is Java 17 or 21 there, and can Maven Central be "
+            f"jars: {coordinate} could not be resolved. Is Java 17 or 21 there, and can Maven Central be "
             f"reached? A mirror is named by spark.jars.ivySettings in spark-defaults.conf of SPARK_CONF_DIR.\n"
             f"{result.stderr[-2000:].strip()}"
         )

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from delta.tables import DeltaTable
-from pyspark.errors import AnalysisException
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import DataType, StructField, StructType
@@ -50,13 +51,14 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
 
     Raises:
         ConfigError: see require_one_place.
-        InputError: something else is at the path, or a person took the change feed or a constraint from the table; it
-            is left alone.
+        InputError: something else is at the path or has the table's name in the catalog, or a person took the change
+            feed or a constraint from the table; it is left alone.
     """
     require_one_place(spark, path)
     if table_exists(spark, path):
         _check_columns(spark, table, path)
         require_as_made(spark, table, path)
+        _register(spark, table, path)
         return
     properties = {f"delta.constraints.{name}": condition for name, condition in table.checks}
     properties[SCHEMA_VERSION_PROPERTY] = str(table.schema_version)
@@ -80,6 +82,78 @@ def create_table(spark: SparkSession, table: Table, path: str) -> None:
             "Is the folder used by something else? Name another one under 'tables'."
         ) from error
     _check_columns(spark, table, path)
+    _register(spark, table, path)
+
+
+def name_tables(spark: SparkSession, tables_dir: str, schema: str) -> None:
+    """Let create_table give tables of a folder their names in a schema of Spark's catalog, for the rest of the session.
+
+    Args:
+        spark: the session.
+        tables_dir: the folder.
+        schema: name of the schema, which is there, such as main.csrm.
+    """
+    spark.conf.set(_schema_setting(tables_dir), schema)
+
+
+def _schema_setting(tables_dir: str) -> str:
+    return f"csrm.schema of {absolute_path(tables_dir)}"
+
+
+def catalog_name(spark: SparkSession, table: Table, path: str) -> str | None:
+    """Name of a table in the catalog, such as main.csrm.relevance_scores; None where its folder is no schema's."""
+    schema = spark.conf.get(_schema_setting(path.rpartition("/")[0]), None)
+    return None if schema is None else f"{schema}.{table.name}"
+
+
+def _register(spark: SparkSession, table: Table, path: str) -> None:
+    """Give a table its name in the catalog, where it has none yet.
+
+    The entry is external: DROP TABLE leaves the files, and the next job registers them again.
+
+    Raises:
+        InputError: the catalog refuses, or has something else of this name.
+    """
+    name, location = catalog_name(spark, table, path), absolute_path(path)
+    if name is None or _location_of_name(spark, name) == location:
+        return
+    why = "it is another table, or a view"
+    try:
+        create = f"CREATE TABLE IF NOT EXISTS IDENTIFIER({sql_literal(name)}) USING DELTA"
+        spark.sql(f"{create} LOCATION {sql_literal(location)}")
+    except (PySparkException, Py4JJavaError) as error:  # another job may have registered it at the same moment
+        why = _first_line(error)
+    if _id_of_name(spark, name) != table_id(spark, path):
+        raise InputError(
+            f"table {name}: expected the table at {path!r} under this name in Spark's catalog: {why}. Nothing was "
+            "written to it. May you create tables in this schema? Drop what has the name, or name another schema "
+            "under 'tables'."
+        )
+
+
+def forget_table(spark: SparkSession, table: Table, path: str) -> None:
+    """Take a table's name out of the catalog, where it has one; its files stay."""
+    if (name := catalog_name(spark, table, path)) is not None:
+        spark.sql(f"DROP TABLE IF EXISTS IDENTIFIER({sql_literal(name)})")
+
+
+def _location_of_name(spark: SparkSession, name: str) -> str | None:
+    """Where a table of the catalog is; None where it has none of this name, or says nothing of it."""
+    try:
+        described_df = spark.sql(f"DESCRIBE TABLE EXTENDED IDENTIFIER({sql_literal(name)})")
+        row = described_df.where("col_name = 'Location'").head()
+    except (PySparkException, Py4JJavaError):
+        return None
+    return None if row is None else str(row["data_type"])
+
+
+def _id_of_name(spark: SparkSession, name: str) -> str | None:
+    """As table_id, of a table in the catalog; None where it has no Delta table of this name."""
+    try:
+        detail = DeltaTable.forName(spark, name).detail().select("id").head()
+    except (PySparkException, Py4JJavaError):
+        return None
+    return None if detail is None else str(detail["id"])
 
 
 def _appears(spark: SparkSession, path: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from csrm.config import InputSpec, parse_yaml
+from csrm.config import InputSpec, folder_of_tables, parse_yaml
 from csrm.start.proposal import Proposal, base_model_setting
 
 SHARED = "market.yaml"
@@ -39,9 +39,13 @@ def configuration(
         folder: where the files will be; what jobs write is beside them.
         recipes: folder of the configuration files that came with CSRM, where the recipes are.
         bundle: folder or URI of the bundle.
-        tables: folder or URI of the tables that CSRM writes.
+        tables: folder or URI of the tables that CSRM writes, or a schema with its folder.
         base_model: folder of the model to train, or of the reranker, or a GGUF file.
+
+    Raises:
+        ConfigError: a schema without its folder, where trainings and exports find tables that jobs wrote.
     """
+    written = folder_of_tables(tables, "--tables").rstrip("/")
     shared = {
         "markets": proposal.markets,
         "inputs": {name: _spec(spec) for name, spec in proposal.inputs.items()},
@@ -59,10 +63,10 @@ def configuration(
     recipe = proposal.recipe
     if recipe.judged:
         files["evaluate.yaml"] = _evaluate(proposal, folder)
-        files["train.yaml"] = _train(proposal, folder, recipes, tables=tables, base_model=base_model)
-        files["export_bundle.yaml"] = _export(proposal, folder, tables=tables, bundle=bundle)
+        files["train.yaml"] = _train(proposal, folder, recipes, written=written, base_model=base_model)
+        files["export_bundle.yaml"] = _export(proposal, folder, written=written, bundle=bundle)
     else:
-        text = _export_reranker(proposal, folder, recipes, tables=tables, bundle=bundle, base_model=base_model)
+        text = _export_reranker(proposal, folder, recipes, written=written, bundle=bundle, base_model=base_model)
         files["export_bundle.yaml"] = text
     if recipe.unjudged:
         values = {"markets": _markets(proposal, recipe.unjudged), "output": _inside(folder, "reports")}
@@ -86,12 +90,15 @@ def _evaluate(proposal: Proposal, folder: Path) -> str:
     return f"# Published scores against human grades of these splits.\n{_EXTENDS}" + _yaml(values)
 
 
-def _train(proposal: Proposal, folder: Path, recipes: Path, *, tables: str, base_model: str) -> str:
-    """The recipe's settings, on these tables. Rounds of distillation are left out: they cost much, and gave little."""
+def _train(proposal: Proposal, folder: Path, recipes: Path, *, written: str, base_model: str) -> str:
+    """The recipe's settings, on tables that jobs have written.
+
+    Rounds of distillation are left out: they cost much, and gave little.
+    """
     recipe, grades = proposal.recipe, proposal.grades
     assert grades is not None
     settings: dict[str, Any] = parse_yaml((recipes / recipe.conf).read_text(encoding="utf-8"))
-    titles = {"path": f"{tables.rstrip('/')}/retrieval_table"}
+    titles = {"path": f"{written}/retrieval_table"}
     values: dict[str, Any] = {
         "markets": _markets(proposal, recipe.judged),
         "inputs": {"retrieval_table": titles},
@@ -115,12 +122,12 @@ def _train(proposal: Proposal, folder: Path, recipes: Path, *, tables: str, base
     return f"# Recipe {recipe.name}, of conf/{recipe.conf}; see docs/recipes.md.\n{_EXTENDS}" + _yaml(values)
 
 
-def _export(proposal: Proposal, folder: Path, *, tables: str, bundle: str) -> str:
+def _export(proposal: Proposal, folder: Path, *, written: str, bundle: str) -> str:
     grades = proposal.grades
     assert grades is not None
     values: dict[str, Any] = {
         "markets": _markets(proposal, proposal.recipe.judged),
-        "inputs": {"retrieval_table": {"path": f"{tables.rstrip('/')}/retrieval_table"}},
+        "inputs": {"retrieval_table": {"path": f"{written}/retrieval_table"}},
         "model_dir": _inside(folder, "model"),
         "bundle_dir": _bundle_dir(folder, bundle),
     }
@@ -130,7 +137,7 @@ def _export(proposal: Proposal, folder: Path, *, tables: str, bundle: str) -> st
 
 
 def _export_reranker(
-    proposal: Proposal, folder: Path, recipes: Path, *, tables: str, bundle: str, base_model: str
+    proposal: Proposal, folder: Path, recipes: Path, *, written: str, bundle: str, base_model: str
 ) -> str:
     """The recipe's text, whose template a person may have to change, with another base model."""
     recipe = proposal.recipe
@@ -139,7 +146,7 @@ def _export_reranker(
     base = f"  {_yaml({'base_model': base_model_setting(base_model)})}"
     reranker = "".join(base if line.startswith("  base_model:") else line for line in section)
     values = {
-        "inputs": {"candidates": {"path": f"{tables.rstrip('/')}/candidates"}},
+        "inputs": {"candidates": {"path": f"{written}/candidates"}},
         "bundle_dir": _bundle_dir(folder, bundle),
     }
     head = f"# Recipe {recipe.name}: Qwen3-Reranker as it is, of conf/{recipe.conf}; see docs/recipes.md.\n"

@@ -32,7 +32,8 @@ A run that has not ended 6 hours after it was queued alerts. The environment var
 processor sets other hours; 0 is no deadline, which `airflow dags test` needs: Airflow 3.3 fails at its end otherwise.
 
 Install `deltalake` beside Airflow: the run's row in `scoring_runs` then says what became of it, also where a cluster
-manager turns every exit code into 1 and keeps what a job prints, or where a run was published by hand. Tasks use the
+manager turns every exit code into 1 and keeps what a job prints, or where a run was published by hand. Of tables in a
+schema, Airflow finds the row where `tables` names their folder: `schema:main.csrm?folder=URI`. Tasks use the
 default pool; where several copies of this DAG share a cluster, name a pool of one slot in POOL.
 """
 
@@ -89,7 +90,7 @@ class CsrmJobOperator(BaseOperator):
         arguments: the rest of its command line; empty words are left out.
         submit: words that start it, as a shell would read them.
         home: working directory.
-        tables: folder of CSRM's tables; empty: the one that the configuration file names.
+        tables: folder or schema of CSRM's tables; empty: the one that the configuration file names.
         run_id: for a job that writes a row of scoring_runs: the row's run. What became of the run is then pushed as the
             XCom `outcome`.
         is_optional: whether the task is skipped where there is no such configuration file.
@@ -187,7 +188,7 @@ class CsrmJobOperator(BaseOperator):
             self.on_kill()
 
     def _tables(self) -> str:
-        """The folder or URI of the tables that the job writes."""
+        """The folder, URI or schema of the tables that the job writes."""
         if self.tables:
             return self.tables
         return str(self._settings(self.config)["tables"])
@@ -210,6 +211,11 @@ class CsrmJobOperator(BaseOperator):
         """What scoring_runs says of the run; empty where it cannot be read, and then what was printed has to do."""
         try:
             tables = self._tables()
+            if tables.startswith("schema:"):
+                tables = tables.partition("?folder=")[2]
+                if not tables:
+                    self.log.info("The schema's location is not known here: the job's output and exit code count.")
+                    return {}
             return read_run_row(tables if "://" in tables else os.path.join(self.home, tables), self.run_id)
         except ImportError:
             self.log.info("deltalake is not installed: what the job printed and its exit code say what became of it.")
@@ -316,7 +322,9 @@ with DAG(
     params={
         "markets": Param(None, type=["null", "object"], description="Market to its language; null: as in `conf`"),
         "conf": Param("conf", type="string", description="Folder with a YAML file for each job"),
-        "tables": Param(None, type=["null", "string"], description="Folder or URI of the tables; null: as in `conf`"),
+        "tables": Param(
+            None, type=["null", "string"], description="Folder or schema of the tables; null: as in `conf`"
+        ),
         "bundle": Param(None, type=["null", "string"], description="Folder or URI of the bundle; null: as in `conf`"),
         "data_date": Param(None, type=["null", "string"], format="date", description="Day whose inputs are scored"),
     },

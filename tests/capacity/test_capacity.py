@@ -276,6 +276,7 @@ def test_the_command_takes_the_figures_of_a_run(tables: Path, capsys: pytest.Cap
         (["--gpus", "0"], "expected numbers above 0, not so: --gpus"),
         (["--scored", "1.5"], "--scored is at most 1"),
         (["--tables", "x"], "--tables and --run-id go together"),
+        (["--tables", "schema:csrm", "--run-id", "r1"], "--tables 'schema:csrm': expected a folder, got a schema"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(

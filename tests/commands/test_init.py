@@ -125,6 +125,24 @@ def test_tables_become_one_shared_file_and_a_file_for_each_job(
     assert f"csrm run night --config {tmp_path / 'mine'}" in printed
 
 
+def test_tables_in_a_schema_are_found_by_trainings_in_their_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = init_words(tmp_path, *TABLES)
+    assert run_job(init.main, [*words, "--tables", "schema:main.csrm"]) == 2
+    assert "expected a folder, got a schema, whose location only Spark knows" in capsys.readouterr().err
+
+    place = "schema:main.csrm?folder=s3://bucket/csrm"
+    assert run_job(init.main, [*words, "--tables", place]) == 0
+    settings = loaded(tmp_path / "mine")
+    night, train = settings["score_catalog"], settings["train"]
+    assert isinstance(night, ScoringConfig)
+    assert isinstance(train, TrainConfig)
+    assert night.tables == place
+    assert train.inputs.retrieval_table is not None
+    assert train.inputs.retrieval_table.path == "s3://bucket/csrm/retrieval_table"
+
+
 def test_labels_elsewhere_are_learnt_with_translation_and_title_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,10 @@ NIGHTS = {
     "encoder of no build": night(15, ALREADY_PUBLISHED, conf="conf_of_words"),
     "broken encoder": night(16, {"embed_catalog": {"exit": [2]}}, conf="conf_with_encoder"),
     "shared file": night(17, {}, conf="conf_in_parts"),
+    "flattened audit, schema with folder": night(
+        18, {"score_catalog": {"exit": [1], "verdict": "rejected"}}, tables="schema:csrm?folder=tables"
+    ),
+    "schema": night(19, PUBLISHED, tables="schema:csrm"),
 }
 
 
@@ -307,6 +311,8 @@ SKIPPED = {
         ("no judgments", {**ALL_DONE, "evaluate": "skipped 1"}),
         ("encoder", {**ALL_DONE, "embed_catalog": "success 1", "announce": "skipped 1"}),
         ("encoder of no build", {**ALL_DONE, "announce": "skipped 1"}),
+        ("flattened audit, schema with folder", FAILED_AUDIT),
+        ("schema", ALL_DONE),
         (
             "broken encoder",
             {
@@ -334,6 +340,12 @@ def test_the_asset_is_updated_once_for_each_run_that_published(results: dict[str
         }
         for name in published
     ]
+
+
+def test_of_tables_in_a_schema_without_folder_the_output_of_the_job_counts(results: dict[str, Any]) -> None:
+    event = results["nights"]["schema"]["asset_events"][-1]
+    assert (event["verdict"], event["version"], event["tables"]) == ("published", 7, "schema:csrm")
+    assert "The schema's location is not known here" in results["log"]
 
 
 def test_failures_alert_once_with_task_and_exit_code(results: dict[str, Any], alerts: Alerts) -> None:
