@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -472,34 +470,6 @@ def test_the_udf_scores_a_stream_and_stands_twice_in_a_plan_with_another_bundle(
     np.testing.assert_allclose([rows[title]["score"] for title in TITLES], expected, atol=1e-5)
     assert all(rows[title]["again"] == rows[title]["score"] for title in TITLES)
     np.testing.assert_allclose([rows[title]["reverse"] for title in TITLES], 1 - expected, atol=1e-5)
-
-
-THROUGH_CONNECT = """
-import sys
-from pyspark.sql import SparkSession, functions as F
-from csrm import relevance_score_udf
-spark = SparkSession.builder.remote("local[1]").getOrCreate()
-columns = ["market", "language", "query", "title"]
-rows = [("kr", "ko", "tent", "tent peg"), ("kr", "ko", "tent", None)]
-pairs_df = spark.createDataFrame(rows, ", ".join(f"{column} string" for column in columns))
-score = relevance_score_udf(sys.argv[1])
-print("scores", *(row["s"] for row in pairs_df.select(score(F.struct(*columns)).alias("s")).collect()))
-"""
-
-
-@pytest.mark.slow
-def test_the_udf_works_through_spark_connect(tiny_bundle: Path) -> None:
-    pytest.importorskip("grpc_status", reason="Spark Connect needs pip install pyspark[connect]")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYSPARK_", "SPARK_"))}
-    finished = subprocess.run(
-        [sys.executable, "-c", THROUGH_CONNECT, str(tiny_bundle)], env=environment, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr
-    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("scores")]
-    pair = pd.DataFrame([("kr", "ko", "tent", "tent peg")], columns=["market", "language", "query", "title"])
-    expected = float(load_scorer(tiny_bundle, "cpu").score(pair)["relevance_score"][0])
-    _, first, second = line.split()
-    assert (float(first), second) == (pytest.approx(expected, abs=1e-5), "None")
 
 
 def test_the_example_of_the_udf_gives_what_it_shows(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
