@@ -113,7 +113,7 @@ def run_job(main: Main, argv: Sequence[str] | None = None) -> int:
     """Run a job's main function; a CsrmError becomes one message on stderr and its exit code.
 
     Exit codes: 0 done, 2 bad configuration or input, 3 audit rejected the run, 4 device missing, 5 another
-    run holds the market, 1 anything else (with the traceback).
+    run holds the market, 128 and its number a signal that stopped it, 1 anything else (with the traceback).
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Log("%(message)s"))

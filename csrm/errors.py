@@ -62,6 +62,14 @@ class LeaseError(CsrmError):
     exit_code = 5
 
 
+class StoppedError(CsrmError):
+    """A signal stopped the work, and what was done is kept. Its exit code is 128 and the signal's number."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class MissingDependencyError(CsrmError):
     """A package of an optional extra is not installed."""
 

@@ -14,7 +14,11 @@ from csrm.training.summary import format_training
 
 @across_processes
 def main(argv: Sequence[str] | None = None) -> int:
-    args = job_parser(__doc__, "conf/train.yaml").parse_args(argv)
-    result = train_relevance(job_settings(args, TrainConfig))
+    parser = job_parser(__doc__, "conf/train.yaml")
+    parser.add_argument(
+        "--finish", action="store_true", help="end a training that was stopped, with its best step so far"
+    )
+    args = parser.parse_args(argv)
+    result = train_relevance(job_settings(args, TrainConfig), finish=args.finish)
     print(format_training(result))
     return 0

@@ -4,11 +4,10 @@ import pandas as pd
 
 from csrm.evaluation.metrics import QUERY_METRICS, Evaluation, evaluate_scores
 from csrm.scoring.scorer import PairScorer
+from csrm.training.best_step import SCORE
 from csrm.training.distillation.label_quality import resampled_auc
 from csrm.training.distillation.rounds import DevMetrics
 from csrm.training.settings import TrainConfig, grade_gains
-
-SCORE = "relevance_score"
 
 
 def scored_pairs(scorer: PairScorer, pairs: pd.DataFrame) -> pd.DataFrame:
@@ -22,13 +21,12 @@ def evaluate_scored(scored: pd.DataFrame, config: TrainConfig) -> Evaluation:
     return evaluate_scores(scored, [SCORE], gains=gains, relevant_grades=relevant, irrelevant_grades=irrelevant)
 
 
-def dev_metrics(scorer: PairScorer, dev_pairs: pd.DataFrame, config: TrainConfig) -> DevMetrics:
+def dev_metrics(scored: pd.DataFrame, config: TrainConfig) -> DevMetrics:
     """What the rounds of distillation are compared by.
 
     Args:
-        dev_pairs: judged pairs with their texts, at least one.
+        scored: judged pairs with their scores, at least one.
     """
-    scored = scored_pairs(scorer, dev_pairs)
     metrics = evaluate_scored(scored, config).metrics
     ndcg = metrics[(metrics["ranking"] == SCORE) & (metrics["metric"] == QUERY_METRICS[0])]
     _, relevant, _ = grade_gains(config)

@@ -5,16 +5,18 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from tokenizers import Tokenizer
 
 from csrm.errors import ConfigError
-from csrm.manifest import check_replaceable, only_writer, replace_folder
+from csrm.manifest import check_replaceable, only_writer, replace_folder, verify_manifest
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.best_step import kept_step, known_scores
 from csrm.training.checks import check_data, warn_of_unknown_scripts
 from csrm.training.data.judged import JudgedPairs
 from csrm.training.dev_metrics import dev_metrics, evaluate_scored, scored_pairs
-from csrm.training.distillation.rounds import Distillation, RoundSetup, best_round, self_distill
+from csrm.training.distillation.rounds import DevMetrics, Distillation, RoundSetup, best_round, self_distill
 from csrm.training.distillation.soft_labels import label_issues
 from csrm.training.model.base import BaseModel
 from csrm.training.model.families import check_model
@@ -25,7 +27,14 @@ from csrm.training.settings import TrainConfig
 from csrm.training.summary import format_translation, write_report
 from csrm.training.targets import one_hot_targets
 from csrm.training.time_limit import TimeLimit
-from csrm.training.trained import MODEL_KIND, start_tokenizer_json, trained_scorer, training_length
+from csrm.training.trained import (
+    MODEL_KIND,
+    read_card,
+    read_history,
+    start_tokenizer_json,
+    trained_scorer,
+    training_length,
+)
 from csrm.training.translation import learn_translation
 
 TRANSLATION_SHARE = 0.3
@@ -33,7 +42,7 @@ TRANSLATION_SHARE = 0.3
 logger = logging.getLogger(__name__)
 
 
-def train_relevance(config: TrainConfig) -> TrainingResult:
+def train_relevance(config: TrainConfig, *, finish: bool = False) -> TrainingResult:
     """Train a model to judge relevance, and write its folder and a report.
 
     Steps that the configuration leaves out are not run. A step that has ended is not run again while its inputs and
@@ -41,11 +50,14 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
 
     Args:
         config: paths start at the working directory.
+        finish: do not train; a training that was stopped ends with its best step so far. With distillation, that is the
+            model of the given labels. Without `finish`, the training still goes on.
 
     Raises:
         InputError: a table cannot be read, has problems, or lacks what a step needs.
         ConfigError: model_dir holds something else, or another process trains into it; the base model is missing or
-            broken or of a family that cannot be exported, or a loss is not a number.
+            broken or of a family that cannot be exported, a loss is not a number, or there is nothing to finish.
+        StoppedError: SIGINT or SIGTERM stopped the training; a checkpoint is kept.
 
     Example:
         >>> from csrm.config import load_config
@@ -58,27 +70,31 @@ def train_relevance(config: TrainConfig) -> TrainingResult:
     limit = None if config.max_minutes is None else TimeLimit.begin(config.max_minutes)
     check_replaceable(Path(config.model_dir), MODEL_KIND)
     with only_writer(Path(config.model_dir)):
-        return _train(config, limit)
+        return _train(config, limit, finish)
 
 
-def _train(config: TrainConfig, limit: TimeLimit | None) -> TrainingResult:
+def _train(config: TrainConfig, limit: TimeLimit | None, finish: bool) -> TrainingResult:
     tokenizer = _checked_tokenizer(config)
     with JudgedPairs(config.inputs, config.markets) as pairs:
         data = check_data(pairs, config)
         warn_of_unknown_scripts(pairs, tokenizer)
-        translation = _translation(config, tokenizer, limit)
+        translation = _translation(config, tokenizer, limit, finish)
         start: BaseModel | Path = config.base_model if translation is None else translation.model_dir
         limit = None if limit is None else limit.part(num_measured=len(data.dev_pairs))
-        stage = RelevanceStage(config, data, tokenizer, start, read_phrasebook(config), limit)
+        stage = RelevanceStage(config, data, tokenizer, start, read_phrasebook(config), limit, finish)
         scorer, distillation = _relevance(stage)
-    scored = None
-    if len(data.dev_pairs):
+    model_dir = Path(config.model_dir)
+    scored = known_scores(model_dir, data.dev_pairs)
+    if scored is None and distillation is not None:
+        scored = distillation.scored
+    if scored is None and len(data.dev_pairs):
         logger.info("scoring the %d pairs of split %s", len(data.dev_pairs), config.dev_split)
         scored = scored_pairs(scorer, data.dev_pairs)
     return TrainingResult(
-        Path(config.model_dir),
+        model_dir,
         num_pairs=data.num_pairs,
-        length=training_length(Path(config.model_dir)),
+        length=training_length(model_dir),
+        kept=kept_step(read_history(model_dir), read_card(model_dir).kept_step),
         translation=translation,
         distillation=distillation,
         evaluation=None if scored is None else evaluate_scored(scored, config),
@@ -116,9 +132,21 @@ def _checked_tokenizer(config: TrainConfig) -> PromptTokenizer:
     return tokenizer
 
 
-def _translation(config: TrainConfig, tokenizer: PromptTokenizer, limit: TimeLimit | None) -> TranslationResult | None:
+def _translation(
+    config: TrainConfig, tokenizer: PromptTokenizer, limit: TimeLimit | None, finish: bool
+) -> TranslationResult | None:
+    """The translation step, where there is one.
+
+    Raises:
+        ConfigError: the training shall be finished, and this step was not ended: no model judges relevance yet.
+    """
     if config.translation is None:
         return None
+    if finish and not (config.stages_dir / "translation").exists():
+        raise ConfigError(
+            f"--finish: the training into {config.model_dir!r} was stopped in its translation step, so no model judges "
+            "relevance yet. Start it without --finish, or with a smaller translation.max_steps."
+        )
     limit = None if limit is None else limit.part(TRANSLATION_SHARE)
     result = learn_translation(config, config.translation, tokenizer, limit)
     logger.info("%s", format_translation(result))
@@ -130,6 +158,12 @@ def _relevance(stage: RelevanceStage) -> tuple[PairScorer, DistillationResult | 
     config = stage.config
     if config.distillation is None:
         return stage.train(Path(config.model_dir)), None
+    if stage.finish:
+        logger.info("distillation is left out: the model of the given labels is kept")
+        first = config.stages_dir / "round-0"
+        scorer = stage.train(first)
+        _keep(first, config)
+        return scorer, None
     distillation = distill(stage, config.distillation)
     return trained_scorer(config.model_dir, config.tuning.known_precision), distillation
 
@@ -141,6 +175,12 @@ def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult
         InputError: see self_distill.
     """
     config, data = stage.config, stage.data
+    scored: dict[str, pd.DataFrame] = {}
+
+    def measured(scorer: PairScorer) -> DevMetrics:
+        scored[scorer.digest] = scored_pairs(scorer, data.dev_pairs)
+        return dev_metrics(scored[scorer.digest], config)
+
     rounds = self_distill(
         RoundSetup(
             pairs=data.pairs,
@@ -150,9 +190,7 @@ def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult
             targets_of=partial(one_hot_targets, labels=config.labels, grade_labels=config.grade_labels),
             work_dir=config.stages_dir,
             dev_split=None if data.dev_pairs.empty else config.dev_split,
-            dev_metrics=partial(dev_metrics, dev_pairs=data.dev_pairs, config=config)
-            if settings.choose_by == "dev"
-            else None,
+            dev_metrics=measured if settings.choose_by == "dev" else None,
             seed=config.tuning.seed,
         )
     )
@@ -163,7 +201,8 @@ def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult
     issues.to_parquet(issues_path)
     _keep(best.model_dir, config)
     teachers_saw_labels = settings.num_folds == 1 and settings.teacher_scores is None
-    return DistillationResult(rounds, best, issues, issues_path, teachers_saw_labels)
+    best_scored = scored.get(verify_manifest(best.model_dir, MODEL_KIND))
+    return DistillationResult(rounds, best, issues, issues_path, teachers_saw_labels, best_scored)
 
 
 def _keep(round_dir: Path, config: TrainConfig) -> None:

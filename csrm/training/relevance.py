@@ -12,6 +12,7 @@ from csrm.manifest import verify_manifest
 from csrm.scoring.phrasebook import Phrasebook
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
+from csrm.training.best_step import DevSplit
 from csrm.training.checks import TrainingData
 from csrm.training.data.judged import Fold
 from csrm.training.data.packs import (
@@ -50,6 +51,8 @@ class RelevanceStage:
     """Phrases that put a share of the pairs into other languages; None: no pair is."""
     limit: TimeLimit | None = None
     """When a model must be trained; None: when its steps are done."""
+    finish: bool = False
+    """Do not train, but end with what there is; see train_stage."""
 
     def train(
         self,
@@ -73,6 +76,8 @@ class RelevanceStage:
             output_dir,
             self.limit,
             template=config.template,
+            dev=DevSplit.of(self.data.dev_pairs, config) if config.distillation is None else None,
+            finish=self.finish,
         )
 
     def train_and_load(

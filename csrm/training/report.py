@@ -23,8 +23,12 @@ class StageRecord:
     name: str
     num_packs: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
-    losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    losses: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """Task, for example relevance or translation, to its steps with the mean loss at each, in nats."""
+    dev: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Metric of the dev split to the steps after which it was measured, with its value at each."""
+    kept: object = None
+    """Text that says which step dev chose; None: it chose none."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def report_html(
     return render(
         "training/report.html",
         title=title,
-        stages=[(stage, _loss_plot(stage)) for stage in stages],
+        stages=[(stage, _loss_plot(stage), _dev_plot(stage)) for stage in stages],
         rounds=rounds,
         round_columns=_round_columns(rounds),
         round_plot=_round_plot(rounds),
@@ -160,14 +164,25 @@ def _round_columns(rounds: Sequence[RoundRecord]) -> list[tuple[str, str, str]]:
 
 
 def _loss_plot(stage: StageRecord) -> Markup | None:
-    curves = {task: points for task, points in stage.losses.items() if len(points) > 1}
+    return _step_plot(stage.losses, "loss, nats", f"Loss by step of stage {stage.name}")
+
+
+def _dev_plot(stage: StageRecord) -> Markup | None:
+    return _step_plot(stage.dev, "dev split", f"Metrics on the dev split by step of stage {stage.name}", marker="o")
+
+
+def _step_plot(
+    values: Mapping[str, Sequence[tuple[float, float]]], axis: str, title: str, *, marker: str = ""
+) -> Markup | None:
+    """Curves of those values that have more than one step; None where none has."""
+    curves = {name: points for name, points in values.items() if len(points) > 1}
     if not curves:
         return None
-    figure, axes = new_figure("step", "loss, nats")
-    for (task, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-        axes.plot(*zip(*points, strict=True), color=colour, label=seen(task))
+    figure, axes = new_figure("step", axis)
+    for (name, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, label=seen(name), marker=marker)
     axes.legend(frameon=False)
-    return svg(figure, f"Loss by step of stage {stage.name}")
+    return svg(figure, title)
 
 
 def _round_plot(rounds: Sequence[RoundRecord]) -> Markup | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from csrm.evaluation.metrics import Evaluation
+from csrm.training.best_step import KeptStep
 from csrm.training.distillation.rounds import Round
 from csrm.training.trained import TrainingLength
 from csrm.training.translation_quality import TranslationQuality
@@ -41,6 +42,8 @@ class DistillationResult:
     """Parquet file of label_issues."""
     teachers_saw_labels: bool
     """Whether the teachers had learnt the labels that they judge."""
+    scored: pd.DataFrame | None
+    """Pairs of the dev split with the best round's scores; None where it was not measured by them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class TrainingResult:
     """Judged pairs of split train."""
     length: TrainingLength
     """Steps of the model that was kept, and the share of its packs that they saw."""
+    kept: KeptStep | None
+    """The step that dev chose; None where it chose none, and the last one is kept."""
     translation: TranslationResult | None
     distillation: DistillationResult | None
     evaluation: Evaluation | None

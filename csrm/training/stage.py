@@ -18,10 +18,10 @@ from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.training.best_step import DEV_SCORES, DevSplit, mean_loss
 from csrm.training.data.packs import TrainingPack, write_packs
 from csrm.training.model.base import BaseModel
 from csrm.training.model.quiet import quiet_libraries
-from csrm.training.model.relevance import PackedRelevanceModel
 from csrm.training.processes import num_processes, run_everywhere
 from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import (
@@ -33,12 +33,12 @@ from csrm.training.trained import (
     start_tokenizer_json,
     trained_scorer,
 )
-from csrm.training.trainer import StagePaths, last_checkpoint, mean_loss, run_training
+from csrm.training.trainer import DevMeasure, StagePaths, Trained, ended_training, last_checkpoint, run_training
 from csrm.training.tuning import Tuning
 
 _IN_PACKS = ("pairs_per_prefix", "random_negatives", "drop_all_titles", "label_smoothing")
 """Settings of tuning that change weights through the packs alone."""
-_NOT_IN_WEIGHTS = ("checkpoint_steps", "accumulation_steps", "gradient_checkpointing")
+_NOT_IN_WEIGHTS = ("checkpoint_steps", "accumulation_steps", "gradient_checkpointing", "eval_steps")
 logger = logging.getLogger(__name__)
 
 
@@ -53,16 +53,19 @@ def train_stage(
     limit: TimeLimit | None = None,
     *,
     template: PromptTemplate = BUILT_IN_TEMPLATE,
+    dev: DevSplit | None = None,
+    finish: bool = False,
 ) -> PairScorer:
     """Train on packs and write the trained folder, in one piece, when all is done.
 
     A training that was stopped goes on from its last checkpoint, to the weights that it would have had. One that has
-    ended is not run again while its packs, start, tuning, labels, budgets and template stay the same. Under
+    ended is not run again while its packs, start, tuning, labels, budgets, template and dev split stay the same. Under
     csrm.training.processes all processes train, and this one alone writes files.
 
     The folder has history.json, a list in the order of steps: step, loss, learning_rate, and relevance_loss and
-    translation_loss where these were learnt, each the mean over the steps since the entry before.
-    `<output_dir>.logs` beside it has the same as TensorBoard files.
+    translation_loss where these were learnt, each the mean over the steps since the entry before; dev_roc_auc and
+    dev_ndcg_at_10 where dev was measured after that step. `<output_dir>.logs` beside it has the same as TensorBoard
+    files. Where dev was measured on the way, dev_scores.parquet has the scores of the kept step.
 
     Args:
         packs: see csrm.training.data.packs; made with the tokenizer that `start` has.
@@ -71,13 +74,18 @@ def train_stage(
         limit: when the training must end: as many steps are planned as fit, those of `tuning` at most, and none is kept
             to go on from. None: when its steps are done.
         template: of the packs' prompts.
+        dev: what measures the model while it is trained, see Tuning.eval_steps; the weights of the best step are kept.
+            None: those of the last step.
+        finish: do not train; a training that was stopped ends with its best step so far. Without `finish`, it still
+            goes on.
 
     Returns:
         Scorer of the trained model, in torch.
 
     Raises:
-        ConfigError: the loss is not a number, output_dir holds something else, the start is not where it should be, or
-            the packs of a step cannot be shared evenly among the processes.
+        ConfigError: the loss is not a number, output_dir holds something else, the start is not where it should be, the
+            packs of a step cannot be shared evenly among the processes, or there is nothing to finish.
+        StoppedError: a signal stopped the training; a checkpoint is kept.
     """
     tuning = tuning.model_copy(update={"precision": tuning.known_precision})
     check_replaceable(output_dir, MODEL_KIND)
@@ -89,6 +97,8 @@ def train_stage(
         prompts.append(template)
     if limit is not None:
         prompts.append({"max_minutes": limit.minutes})
+    if dev is not None and tuning.eval_steps != 0:
+        prompts.append({"dev": dev.digest(), "eval_steps": tuning.eval_steps})
     fingerprint = _fingerprint(work.pack_file, start, base_model_files, tuning, prompts)
     if has_ended(output_dir, fingerprint):
         shutil.rmtree(work.folder)
@@ -100,7 +110,26 @@ def train_stage(
     label_ids = tuple(prompt_tokenizer.label_ids(labels))
     paths = work.paths(fingerprint, logs=output_dir.with_name(output_dir.name + ".logs"))
     gains = tuple(label.gain for label in labels)
-    model, history = run_everywhere(partial(run_training, paths, start, tuning, label_ids, gains, limit))
+    scorer_of_stage = partial(
+        scorer_of,
+        tokenizer=prompt_tokenizer,
+        labels=tuple(labels),
+        pack_tokens=pack_tokens,
+        precision=tuning.known_precision,
+    )
+    if finish:
+        if paths.last_checkpoint is None:
+            raise ConfigError(
+                f"--finish: expected a training into {str(output_dir)!r} with these inputs and settings that was "
+                "stopped, found no checkpoint of one. Start it without --finish."
+            )
+        trained = ended_training(paths, start, tuning, label_ids, gains)
+        fingerprint = f"{fingerprint} after step {trained.history[-1]['step']}"
+    else:
+        paths = work.paths_to_train(paths, goes_on=limit is None)
+        measure = DevMeasure(dev, scorer_of_stage) if dev is not None else None
+        training = partial(run_training, paths, start, tuning, label_ids, gains, limit, measure)
+        trained = run_everywhere(training)
 
     card = ModelCard(
         base_model=base_model.model_dump(),
@@ -110,16 +139,18 @@ def train_stage(
         budgets=budgets,
         pack_tokens=pack_tokens,
         num_packs=work.num_packs,
-        loss=mean_loss(history),
+        loss=mean_loss(trained.history),
         fingerprint=fingerprint,
         versions={"csrm": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
         template=template,
+        kept_step=trained.kept_step,
     )
     finished = work.folder / "finished"
-    _write_folder(finished, model, tokenizer_json, card, history)
+    _write_folder(finished, trained, tokenizer_json, card)
     replace_folder(finished, output_dir, MODEL_KIND)
-    shutil.rmtree(work.folder)
-    return scorer_of(model, prompt_tokenizer, card, tuning.known_precision)
+    if not finish:
+        shutil.rmtree(work.folder)
+    return scorer_of_stage(trained.model)
 
 
 def _check_packs_per_step(tuning: Tuning) -> None:
@@ -155,32 +186,37 @@ class _StageWork(NamedTuple):
         return cls(folder, pack_file, num_packs)
 
     def paths(self, fingerprint: str, logs: Path) -> StagePaths:
-        """Files of the training; checkpoints of other inputs or settings are removed, and logs that do not go on."""
+        """Files of the training."""
         checkpoints = self.folder / "checkpoints" / fingerprint
-        for other in (self.folder / "checkpoints").glob("*"):
-            if other != checkpoints:
-                shutil.rmtree(other)
-        last = last_checkpoint(checkpoints)
-        if last is None:
-            shutil.rmtree(logs, ignore_errors=True)
-        return StagePaths(packs=self.pack_file, checkpoints=checkpoints, logs=logs, last_checkpoint=last)
+        return StagePaths(self.pack_file, checkpoints, logs, last_checkpoint(checkpoints))
+
+    def paths_to_train(self, paths: StagePaths, *, goes_on: bool) -> StagePaths:
+        """The same, once checkpoints of other inputs or settings are removed, and what does not go on."""
+        for folder in (self.folder / "checkpoints").glob("*"):
+            if folder != paths.checkpoints or not goes_on:
+                shutil.rmtree(folder)
+        paths = paths if goes_on else paths._replace(last_checkpoint=None)
+        if paths.last_checkpoint is None:
+            shutil.rmtree(paths.logs, ignore_errors=True)
+        return paths
 
 
 def _write_folder(
     folder: Path,
-    model: PackedRelevanceModel,
+    trained: Trained,
     tokenizer_json: str,
     card: ModelCard,
-    history: Sequence[Mapping[str, float]],
 ) -> None:
     """Write a trained folder with its manifest; what an attempt that was stopped left there is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     with quiet_libraries():
-        model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
+        trained.model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "model.json").write_text(card.to_json(), encoding="utf-8")
-    (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+    (folder / "history.json").write_text(json.dumps(trained.history, indent=2) + "\n", encoding="utf-8")
+    if trained.dev_scores is not None:
+        shutil.copyfile(trained.dev_scores, folder / DEV_SCORES)
     write_manifest(folder, MODEL_KIND)
 
 

@@ -8,14 +8,14 @@ import pandas as pd
 
 from csrm.evaluation.metrics import PAIR_METRICS, QUERY_METRICS
 from csrm.evaluation.report import format_evaluation
-from csrm.training.dev_metrics import SCORE
+from csrm.training.best_step import METRICS, SCORE, kept_step
 from csrm.training.distillation.label_quality import Calibration
 from csrm.training.distillation.rounds import Round
 from csrm.training.model.relevance import TASKS
 from csrm.training.report import RoundRecord, StageRecord, largest_moves, reliability, report_html
 from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
 from csrm.training.settings import TrainConfig, grade_gains
-from csrm.training.trained import trained_scorer
+from csrm.training.trained import read_history, trained_scorer
 
 NUM_SHOWN_ISSUES = 3
 """Label issues that are printed; the rest is in their own file."""
@@ -89,13 +89,25 @@ def _round_record(round_: Round, is_kept: bool) -> RoundRecord:
 
 def _stage_record(folder: Path) -> StageRecord:
     card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    history = read_history(folder)
     losses = {
         task: points
         for task in TASKS
         if (points := [(entry["step"], entry[f"{task}_loss"]) for entry in history if f"{task}_loss" in entry])
     }
-    return StageRecord(folder.name, num_packs=card["num_packs"], settings=card["tuning"], losses=losses)
+    dev = {
+        label: points
+        for name, label in METRICS.items()
+        if (points := [(entry["step"], entry[f"dev_{name}"]) for entry in history if f"dev_{name}" in entry])
+    }
+    return StageRecord(
+        folder.name,
+        num_packs=card["num_packs"],
+        settings=card["tuning"],
+        losses=losses,
+        dev=dev,
+        kept=kept_step(history, card.get("kept_step")),
+    )
 
 
 def format_training(result: TrainingResult) -> str:
@@ -106,6 +118,8 @@ def format_training(result: TrainingResult) -> str:
     if result.distillation is not None:
         blocks.append(format_distillation(result.distillation))
     blocks.append(f"trained on {result.num_pairs} pairs, {result.length}: {result.model_dir}")
+    if result.kept is not None:
+        blocks.append(f"{result.kept}.")
     if result.evaluation is not None:
         blocks.append(format_evaluation(result.evaluation))
     blocks.append(f"report: {result.report_path}")

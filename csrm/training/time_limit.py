@@ -16,7 +16,7 @@ _TRIAL_SHARE = 0.1
 """Of the time that is left, after which no more steps are tried."""
 _USED_SHARE = 0.9
 """Of the time that is planned with: a machine may become busier."""
-_FORWARD_SHARE = 1 / 3
+FORWARD_SHARE = 1 / 3
 """Of a step's time, that its forward pass takes."""
 _MOST_RESERVED = 0.5
 
@@ -58,7 +58,7 @@ class Pace:
 
     def reserved_s(self, limit: TimeLimit) -> float:
         """Seconds of the limit that scoring the measured pairs afterwards takes, half of it at most."""
-        pair_s = self.step_s * _FORWARD_SHARE / self.pairs_per_step if self.pairs_per_step else 0.0
+        pair_s = self.step_s * FORWARD_SHARE / self.pairs_per_step if self.pairs_per_step else 0.0
         return min(limit.num_measured * pair_s, _MOST_RESERVED * limit.seconds())
 
 

@@ -1,6 +1,7 @@
 """The trained folder: its card, its weights, its scorer."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +43,16 @@ class ModelCard:
     versions: dict[str, str]
     template: PromptTemplate = BUILT_IN_TEMPLATE
     """Of its prompts; not written where it is the built-in one."""
+    kept_step: int | None = None
+    """Step whose weights these are, where dev chose one; not written where it is None: the last step."""
 
     def to_json(self) -> str:
         """What `model.json` holds."""
         values = asdict(self)
         if self.template == BUILT_IN_TEMPLATE:
             del values["template"]
+        if self.kept_step is None:
+            del values["kept_step"]
         return json.dumps(values, indent=2) + "\n"
 
 
@@ -72,8 +77,14 @@ class TrainingLength(NamedTuple):
 def training_length(model_dir: Path) -> TrainingLength:
     """How long the model of a trained folder was trained in its last stage."""
     card = read_card(model_dir)
-    history = json.loads((model_dir / "history.json").read_text(encoding="utf-8"))
-    return TrainingLength(int(history[-1]["step"]), card.tuning["packs_per_step"], card.num_packs)
+    num_steps = int(read_history(model_dir)[-1]["step"])
+    return TrainingLength(num_steps, card.tuning["packs_per_step"], card.num_packs)
+
+
+def read_history(model_dir: Path) -> list[dict[str, float]]:
+    """The history of a trained folder; see csrm.training.stage.train_stage."""
+    history: list[dict[str, float]] = json.loads((model_dir / "history.json").read_text(encoding="utf-8"))
+    return history
 
 
 def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScorer, ModelCard]:
@@ -84,7 +95,8 @@ def load_trained(model_dir: str | Path) -> tuple[PackedRelevanceModel, PairScore
         ConfigError: the base model is not where it was.
     """
     model, tokenizer, card = _load(Path(model_dir))
-    return model, scorer_of(model, tokenizer, card, "fp32"), card
+    scorer = scorer_of(model, tokenizer, card.labels, pack_tokens=card.pack_tokens, precision="fp32")
+    return model, scorer, card
 
 
 def trained_scorer(model_dir: str | Path, precision: TrainingPrecision) -> PairScorer:
@@ -96,7 +108,7 @@ def trained_scorer(model_dir: str | Path, precision: TrainingPrecision) -> PairS
     model, tokenizer, card = _load(Path(model_dir))
     if torch.cuda.is_available():
         model.to("cuda")
-    return scorer_of(model, tokenizer, card, precision)
+    return scorer_of(model, tokenizer, card.labels, pack_tokens=card.pack_tokens, precision=precision)
 
 
 def start_tokenizer_json(start: BaseModel | Path) -> str:
@@ -199,12 +211,18 @@ def _load(folder: Path) -> tuple[PackedRelevanceModel, PromptTokenizer, ModelCar
 
 
 def scorer_of(
-    model: PackedRelevanceModel, tokenizer: PromptTokenizer, card: ModelCard, precision: TrainingPrecision
+    model: PackedRelevanceModel,
+    tokenizer: PromptTokenizer,
+    labels: Sequence[Label],
+    *,
+    pack_tokens: int,
+    precision: TrainingPrecision,
 ) -> PairScorer:
+    """Scorer of a model where its weights are."""
     return PairScorer(
         tokenizer,
-        card.labels,
+        labels,
         pack_scorer=torch_pack_scorer(model, precision),
-        tokens_per_call=card.pack_tokens,
+        tokens_per_call=pack_tokens,
         provider="torch",
     )

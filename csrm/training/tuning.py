@@ -56,6 +56,11 @@ class Tuning(Settings):
     for it is refused. auto: bf16 where the device has them, else fp32."""
     translation_weight: float = Field(default=0.25, gt=0)
     """Factor of the translation loss in steps that also judge relevance: a token of text has a larger loss."""
+    eval_steps: int | None = Field(default=None, ge=0)
+    """Steps between evaluations on the dev split; the step of the largest ROC-AUC is kept. None: so many that there are
+    six, the last one after the last step, or fewer, so that those before it take no more than about a tenth of the
+    training's time. 0: none but the one that measures the trained model, whose last step is then kept. Distillation
+    has none: there, dev chooses the round."""
     checkpoint_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints, from which a training that was stopped goes on."""
     seed: int = Field(default=0, ge=0)

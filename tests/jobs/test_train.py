@@ -38,28 +38,36 @@ def settings(market_settings: dict[str, Any], tmp_path_factory: pytest.TempPathF
 
 
 KILLED = """
-import os, runpy, signal, sys
+import os, runpy, sys
 from transformers import Trainer
 
-folder, step = sys.argv[1], int(sys.argv[2])
+folder, step, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 training_step = Trainer.training_step
 
 def killed_at_its_step(trainer, *args):
     if folder in trainer.args.output_dir and trainer.state.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
     return training_step(trainer, *args)
 
 Trainer.training_step = killed_at_its_step
-sys.argv[:] = sys.argv[3:]
+sys.argv[:] = sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def signal_training(
+    arguments: list[str], folder: str, step: int, number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
+    """Run a training that gets a signal in the step after `step` of the stage whose checkpoints are in `folder`."""
+    job = [str(ROOT / "jobs" / "train.py"), *arguments]
+    command = [sys.executable, "-c", KILLED, folder, str(step), str(int(number)), *job]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
 def kill_training(arguments: list[str], folder: str, step: int) -> None:
     """Run a training that is killed after `step` steps of the stage whose checkpoints are in `folder`."""
-    job = [str(ROOT / "jobs" / "train.py"), *arguments]
-    killed = subprocess.run([sys.executable, "-c", KILLED, folder, str(step), *job], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL
+    killed = signal_training(arguments, folder, step, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def test_a_trained_model_becomes_a_bundle_that_scores(
@@ -119,6 +127,7 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     assert "given labels look wrong, the clearest first: " in printed
     assert "  kept\n" in printed
     assert "3 queries have a title that names them" in caplog.text
+    assert "scoring the" not in caplog.text  # dev again, after it chose the round
     stages = tmp_path / "model.stages"
     assert {path.name for path in stages.iterdir() if path.suffix != ".logs"} == {
         *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),
@@ -179,6 +188,57 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=0, msg=name)
     assert not (tmp_path / "killed.unfinished").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_a_signal_stops_goes_on_or_becomes_a_model(
+    number: signal.Signals, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tuning = {"method": "lora", "max_steps": 12, "packs_per_step": 1, "learning_rate": 1e-3, "eval_steps": 3}
+    whole, stopped = (
+        setting_arguments(**{**settings, "tuning": tuning, "model_dir": str(tmp_path / name)})
+        for name in ("whole", "stopped")
+    )
+    assert run_job(train.main, whole) == 0
+    got = signal_training(stopped, "stopped.unfinished", 7, number)
+    assert got.returncode == 128 + number, got.stderr
+    message = f"error: training: {number.name} stopped it after step 8 of 12; a checkpoint is kept in "
+    assert message in got.stderr
+    assert "Start it again to go on, or with --finish to make a model of its best step so far." in got.stderr
+    assert "Traceback" not in got.stderr
+    assert not (tmp_path / "stopped").exists()
+
+    assert run_job(train.main, [*stopped, "--finish"]) == 0
+    card = json.loads((tmp_path / "stopped" / "model.json").read_text())
+    assert card["kept_step"] in (3, 6)
+    assert json.loads((tmp_path / "stopped" / "history.json").read_text())[-1]["step"] == 8
+    export = {"inputs": settings["inputs"], "model_dir": str(tmp_path / "stopped"), "parity_pairs": 40}
+    bundle = tmp_path / "bundle"
+    assert run_job(export_bundle.main, setting_arguments(**export, bundle_dir=str(bundle))) == 0
+
+    assert run_job(train.main, stopped) == 0
+    weights = [load_file(next((tmp_path / name / "weights").glob("*.safetensors"))) for name in ("whole", "stopped")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=0, msg=name)
+    assert not (tmp_path / "stopped.unfinished").exists()
+
+
+@pytest.mark.slow
+def test_a_training_of_limited_time_that_a_signal_stops_becomes_a_model(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = {"method": "full", "max_steps": 12, "packs_per_step": 1, "learning_rate": 1e-3, "eval_steps": 0}
+    changes = {"tuning": tuning, "max_minutes": 30, "model_dir": str(tmp_path / "model")}
+    arguments = setting_arguments(**{**settings, **changes})
+    got = signal_training(arguments, "model.unfinished", 4, signal.SIGTERM)
+    assert got.returncode == 128 + signal.SIGTERM, got.stderr
+    assert "Start it again to begin anew, for its time is limited, or with --finish" in got.stderr
+    assert run_job(train.main, [*arguments, "--finish"]) == 0
+    assert "5 steps of 1 packs" in capsys.readouterr().out
+    assert verify_manifest(tmp_path / "model", "model")
+    assert run_job(train.main, arguments) == 0  # and begun anew
+    assert "12 steps of 1 packs" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -47,7 +47,9 @@ def config(loud_base_model: Path, tmp_path: Path) -> TrainConfig:
 
 
 def test_steps_that_are_left_out_have_no_result(config: TrainConfig, tmp_path: Path) -> None:
+    config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"eval_steps": 0})})
     result = train_relevance(config)
+    assert result.kept is None
     assert (result.model_dir, result.num_pairs) == (tmp_path / "model", 6)
     assert verify_manifest(result.model_dir, "model")
     assert result.translation is None
@@ -87,12 +89,35 @@ def test_a_limit_of_time_is_said_and_kept(
     translation = TranslationSettings(parallel_text=parallel, max_steps=1)
     result = train_relevance(config.model_copy(update={"max_minutes": 30.0, "translation": translation}))
     assert sum("minutes are left to train" in message for message in caplog.messages) == 2  # a stage each
-    assert "scoring the 4 pairs of split dev" in caplog.messages
+    assert result.kept is not None
     assert result.length.num_steps == 2
     assert result.evaluation is not None
     assert result.translation is not None
     assert result.translation.quality is None
     assert "; not measured, for the time is limited" in format_training(result)
+
+
+def test_what_dev_showed_on_the_way_is_not_measured_again(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = train_relevance(config)
+    again = train_relevance(config)
+    assert "not trained again" in caplog.text
+    assert not [message for message in caplog.messages if message.startswith("scoring")]
+    assert first.kept == again.kept
+    assert first.kept is not None
+    assert first.kept.num_steps == 2
+    for result in (first, again):
+        assert result.evaluation is not None
+        metrics = result.evaluation.metrics.query("metric == 'ROC-AUC' and ranking == 'relevance_score'")
+        assert metrics["value"].tolist() == [first.kept.value]
+        assert f"dev chose step {first.kept.step} of 2: ROC-AUC" in format_training(result)
+        assert "So dev flatters the model" in result.report_path.read_text(encoding="utf-8")
+
+    plain = config.model_copy(update={"tuning": config.tuning.model_copy(update={"eval_steps": 0})})
+    assert train_relevance(plain).kept is None
+    assert "scoring the 4 pairs of split dev" in caplog.messages
 
 
 def test_a_limit_of_time_is_for_one_model(config: TrainConfig) -> None:
