@@ -34,7 +34,7 @@ LAW = {
     "doctor": ["scoring", "bundle", "embedding", "spark", "night"],
     "capacity": ["scoring", "bundle", "embedding", "night"],
     "start": ["scoring"],
-    "training": ["scoring", "evaluation", "pages"],
+    "training": ["scoring", "bundle", "embedding", "evaluation", "pages"],
     "export": ["scoring", "bundle", "embedding", "evaluation", "training"],
     "commands": None,  # parser, configuration, one call: any room
 }

@@ -8,7 +8,7 @@ import pandas as pd
 
 from csrm.errors import InputError
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.training.data.judged import JudgedPairs, MeasuredQueries
+from csrm.training.data.judged import TAUGHT, UNLABELLED, JudgedPairs, MeasuredQueries, UnlabelledInputs
 from csrm.training.distillation.rounds import check_folds
 from csrm.training.settings import TrainConfig
 from csrm.training.targets import one_hot_targets
@@ -64,14 +64,27 @@ def _check_splits(splits: Mapping[str, int], config: TrainConfig) -> None:
 
 def _add_unlabelled(pairs: JudgedPairs, config: TrainConfig) -> None:
     """Add the pairs that teachers judge though nobody did, where these are configured."""
-    unlabelled = config.distillation.unlabelled if config.distillation is not None else None
-    if unlabelled is None:
-        return
-    num_pairs = pairs.add_unlabelled(
-        unlabelled.inputs, unlabelled.markets, unlabelled.pairs_per_query, config.tuning.seed
-    )
-    if not num_pairs:
-        raise InputError(f"candidates {unlabelled.inputs.candidates.path!r}: no pairs for {dict(unlabelled.markets)}.")
+    teacher, distillation = config.teacher, config.distillation
+    if teacher is not None:
+        _add(pairs, config, TAUGHT, teacher.pair_inputs, teacher.markets, teacher.pairs_per_query)
+    if distillation is not None and distillation.unlabelled is not None:
+        unlabelled = distillation.unlabelled
+        _add(pairs, config, UNLABELLED, unlabelled.inputs, unlabelled.markets, unlabelled.pairs_per_query)
+
+
+def _add(
+    pairs: JudgedPairs,
+    config: TrainConfig,
+    split: str,
+    inputs: UnlabelledInputs,
+    markets: Mapping[str, str],
+    pairs_per_query: int,
+) -> None:
+    if not pairs.add_unlabelled(inputs, markets, pairs_per_query, config.tuning.seed, split):
+        raise InputError(
+            f"candidates {inputs.candidates.path!r}: no pairs of {dict(markets)} but judged ones and those of queries "
+            "that measure the model."
+        )
 
 
 def warn_of_unknown_scripts(pairs: JudgedPairs, tokenizer: PromptTokenizer) -> None:

@@ -13,18 +13,19 @@ from csrm.manifest import check_replaceable, only_writer, replace_folder, verify
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.best_step import kept_step, known_scores
-from csrm.training.checks import check_data, warn_of_unknown_scripts
+from csrm.training.checks import TrainingData, check_data, warn_of_unknown_scripts
 from csrm.training.data.judged import JudgedPairs
 from csrm.training.dev_metrics import dev_metrics, evaluate_scored, scored_pairs
 from csrm.training.distillation.rounds import DevMetrics, Distillation, RoundSetup, best_round, self_distill
-from csrm.training.distillation.soft_labels import label_issues
+from csrm.training.distillation.soft_labels import TargetsOf, label_issues
+from csrm.training.distillation.teacher import TaughtPairs, teach
 from csrm.training.model.base import BaseModel
 from csrm.training.model.families import check_model
 from csrm.training.processes import num_processes
 from csrm.training.relevance import RelevanceStage, read_phrasebook
 from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
 from csrm.training.settings import TrainConfig
-from csrm.training.summary import format_translation, write_report
+from csrm.training.summary import format_taught, format_translation, write_report
 from csrm.training.targets import one_hot_targets
 from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import (
@@ -81,7 +82,11 @@ def _train(config: TrainConfig, limit: TimeLimit | None, finish: bool) -> Traini
         translation = _translation(config, tokenizer, limit, finish)
         start: BaseModel | Path = config.base_model if translation is None else translation.model_dir
         limit = None if limit is None else limit.part(num_measured=len(data.dev_pairs))
-        stage = RelevanceStage(config, data, tokenizer, start, read_phrasebook(config), limit, finish)
+        taught = _taught(config, data)
+        taught_path = None if taught is None else taught.path
+        stage = RelevanceStage(
+            config, data, tokenizer, start, read_phrasebook(config), limit, finish=finish, taught=taught_path
+        )
         scorer, distillation = _relevance(stage)
     model_dir = Path(config.model_dir)
     scored = known_scores(model_dir, data.dev_pairs)
@@ -97,6 +102,7 @@ def _train(config: TrainConfig, limit: TimeLimit | None, finish: bool) -> Traini
         kept=kept_step(read_history(model_dir), read_card(model_dir).kept_step),
         translation=translation,
         distillation=distillation,
+        taught=taught,
         evaluation=None if scored is None else evaluate_scored(scored, config),
         report_path=write_report(config, scored, translation, distillation),
     )
@@ -153,6 +159,21 @@ def _translation(
     return result
 
 
+def _taught(config: TrainConfig, data: TrainingData) -> TaughtPairs | None:
+    """What the teacher thinks of pairs that nobody judged, where one is configured."""
+    if config.teacher is None:
+        return None
+    taught = teach(
+        config.teacher, data.pairs, config.labels, _targets_of(config), config.stages_dir, seed=config.tuning.seed
+    )
+    logger.info("%s", format_taught(taught))
+    return taught
+
+
+def _targets_of(config: TrainConfig) -> TargetsOf:
+    return partial(one_hot_targets, labels=config.labels, grade_labels=config.grade_labels)
+
+
 def _relevance(stage: RelevanceStage) -> tuple[PairScorer, DistillationResult | None]:
     """Train the model of the given labels, or the best one of the rounds that repair them."""
     config = stage.config
@@ -187,7 +208,7 @@ def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult
             settings=settings,
             labels=config.labels,
             train=stage.train_and_load,
-            targets_of=partial(one_hot_targets, labels=config.labels, grade_labels=config.grade_labels),
+            targets_of=_targets_of(config),
             work_dir=config.stages_dir,
             dev_split=None if data.dev_pairs.empty else config.dev_split,
             dev_metrics=measured if settings.choose_by == "dev" else None,
@@ -200,9 +221,8 @@ def distill(stage: RelevanceStage, settings: Distillation) -> DistillationResult
     issues_path = config.stages_dir / "label_issues.parquet"
     issues.to_parquet(issues_path)
     _keep(best.model_dir, config)
-    teachers_saw_labels = settings.num_folds == 1 and settings.teacher_scores is None
     best_scored = scored.get(verify_manifest(best.model_dir, MODEL_KIND))
-    return DistillationResult(rounds, best, issues, issues_path, teachers_saw_labels, best_scored)
+    return DistillationResult(rounds, best, issues, issues_path, settings.num_folds == 1, best_scored)
 
 
 def _keep(round_dir: Path, config: TrainConfig) -> None:

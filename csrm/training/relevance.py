@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.best_step import DevSplit
 from csrm.training.checks import TrainingData
-from csrm.training.data.judged import Fold
+from csrm.training.data.judged import TAUGHT, Fold
 from csrm.training.data.packs import (
     TrainingPack,
     judged_packs,
@@ -53,6 +54,9 @@ class RelevanceStage:
     """When a model must be trained; None: when its steps are done."""
     finish: bool = False
     """Do not train, but end with what there is; see train_stage."""
+    taught: Path | None = None
+    """What a teacher thinks of the pairs of split TAUGHT, see csrm.training.distillation.teacher; None: there are none.
+    """
 
     def train(
         self,
@@ -98,7 +102,7 @@ class RelevanceStage:
         return scorer
 
     def packs(self, soft_labels: Path | None = None, without: Fold | None = None) -> Iterator[TrainingPack]:
-        """Packs of the training pairs with their targets, then of title pairs; translations stand among them.
+        """Packs of the training pairs with their targets, then of taught and title pairs; translations are among them.
 
         Args:
             soft_labels: see JudgedPairs.groups.
@@ -114,19 +118,17 @@ class RelevanceStage:
         return with_translations(packs, translations, translation.mixed_share)
 
     def _sources(self, soft_labels: Path | None, without: Fold | None) -> list[Iterator[pd.DataFrame]]:
-        """Groups of judged pairs, and of title pairs where these are configured."""
+        """Groups of judged pairs, and of taught pairs and title pairs where these are configured."""
         config, tuning = self.config, self.config.tuning
-        judged = self.data.pairs.groups(
-            "train",
-            tuning.pairs_per_prefix,
-            tuning.seed,
-            tuning.random_negatives,
-            without=without,
-            soft_labels=soft_labels,
-        )
-        if config.title_pairs is None:
-            return [judged]
-        return [judged, title_pairs(config.title_pairs, config.labels, tuning.seed, self.data.measured, without)]
+        groups = partial(self.data.pairs.groups, pairs_per_group=tuning.pairs_per_prefix, seed=tuning.seed)
+        sources = [
+            groups("train", random_negatives=tuning.random_negatives, without=without, soft_labels=soft_labels),
+        ]
+        if self.taught is not None:
+            sources.append(groups(TAUGHT, without=without, soft_labels=self.taught))
+        if config.title_pairs is not None:
+            sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, self.data.measured, without))
+        return sources
 
     def _packed(self, groups: Iterator[pd.DataFrame]) -> Iterator[TrainingPack]:
         tuning, translation = self.config.tuning, self.config.translation

@@ -9,6 +9,7 @@ import pandas as pd
 from csrm.evaluation.metrics import Evaluation
 from csrm.training.best_step import KeptStep
 from csrm.training.distillation.rounds import Round
+from csrm.training.distillation.teacher import TaughtPairs
 from csrm.training.trained import TrainingLength
 from csrm.training.translation_quality import TranslationQuality
 
@@ -59,6 +60,7 @@ class TrainingResult:
     """The step that dev chose; None where it chose none, and the last one is kept."""
     translation: TranslationResult | None
     distillation: DistillationResult | None
+    taught: TaughtPairs | None
     evaluation: Evaluation | None
     """Metrics on the dev split; None where it has no pairs."""
     report_path: Path

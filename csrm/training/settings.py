@@ -8,9 +8,10 @@ from csrm.config import InputSpec, Markets, Settings
 from csrm.scoring.labels import ESCI_LABELS, Label, check_labels
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
-from csrm.training.data.judged import JudgedInputs
+from csrm.training.data.judged import TAUGHT, UNLABELLED, JudgedInputs
 from csrm.training.data.title_pairs import TitlePairs
 from csrm.training.distillation.rounds import Distillation
+from csrm.training.distillation.teacher import Teacher
 from csrm.training.model.base import BaseModel
 from csrm.training.tuning import Tuning
 
@@ -77,6 +78,8 @@ class TrainConfig(Settings):
     """Learn to translate first; without it, this stage is left out."""
     title_pairs: TitlePairs | None = None
     """Learn from titles that name their query too, in markets that have no labels; without it, only judged pairs."""
+    teacher: Teacher | None = None
+    """Learn what a ranker that exists thinks of pairs that nobody judged; without it, there are none."""
     distillation: Distillation | None = None
     """Repair the labels in rounds; without it, the given labels are learnt once."""
     max_minutes: float | None = Field(default=None, gt=0)
@@ -120,7 +123,7 @@ class TrainConfig(Settings):
         names = [label.name for label in self.labels]
         if unknown := sorted(set((self.grade_labels or {}).values()) - set(names)):
             raise ValueError(f"grade_labels name {unknown}; labels are {names}")
-        if self.dev_split in ("train", "unlabelled"):
+        if self.dev_split in ("train", UNLABELLED, TAUGHT):
             raise ValueError(f"dev_split is {self.dev_split!r}, what is learnt: name a split that is not")
         return self
 

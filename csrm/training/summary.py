@@ -11,6 +11,7 @@ from csrm.evaluation.report import format_evaluation
 from csrm.training.best_step import METRICS, SCORE, kept_step
 from csrm.training.distillation.label_quality import Calibration
 from csrm.training.distillation.rounds import Round
+from csrm.training.distillation.teacher import TaughtPairs
 from csrm.training.model.relevance import TASKS
 from csrm.training.report import RoundRecord, StageRecord, largest_moves, reliability, report_html
 from csrm.training.results import DistillationResult, TrainingResult, TranslationResult
@@ -115,6 +116,8 @@ def format_training(result: TrainingResult) -> str:
     blocks = []
     if result.translation is not None:
         blocks.append(format_translation(result.translation))
+    if result.taught is not None:
+        blocks.append(format_taught(result.taught))
     if result.distillation is not None:
         blocks.append(format_distillation(result.distillation))
     blocks.append(f"trained on {result.num_pairs} pairs, {result.length}: {result.model_dir}")
@@ -124,6 +127,15 @@ def format_training(result: TrainingResult) -> str:
         blocks.append(format_evaluation(result.evaluation))
     blocks.append(f"report: {result.report_path}")
     return "\n".join(blocks)
+
+
+def format_taught(taught: TaughtPairs) -> str:
+    """One line: the pairs that a teacher scored, and how well its scores tell labels."""
+    trusted = "assumed, for too few judged pairs have a score"
+    if taught.num_judged:
+        auc = "" if taught.auc is None else f", ROC-AUC {taught.auc:.3f}"
+        trusted = f"by {taught.num_judged:,} judged pairs{auc}"
+    return f"teacher: {taught.num_pairs:,} pairs without a label to learn; label probabilities {trusted}"
 
 
 def format_translation(result: TranslationResult) -> str:

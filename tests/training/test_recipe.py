@@ -8,14 +8,16 @@ import torch
 from pydantic import ValidationError
 
 from csrm.config import InputSpec
-from csrm.errors import ConfigError
+from csrm.errors import ConfigError, InputError
 from csrm.manifest import only_writer, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.training.data.judged import JudgedInputs
+from csrm.training.distillation.teacher import Teacher
 from csrm.training.model.base import BaseModel
 from csrm.training.recipe import train_relevance
 from csrm.training.settings import TrainConfig, TranslationSettings
 from csrm.training.summary import format_training
+from csrm.training.trained import trained_scorer
 from csrm.training.tuning import Tuning
 
 
@@ -147,3 +149,45 @@ def test_labels_of_one_gain_are_refused(config: TrainConfig) -> None:
     values = config.model_dump() | {"labels": [Label("I", " no", 0.0), Label("E", " yes", 0.0)]}
     with pytest.raises(ValidationError, match="all have the gain 0, so every pair would have this score"):
         TrainConfig.model_validate(values)
+
+
+def test_a_student_learns_the_order_of_a_teacher_in_a_market_without_labels(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    titles = ["tent", "mug", "stove", "lamp"]
+    rows = [(f"q{query}", f"t{product}") for query in range(12) for product in range(4)]
+    scores = pd.DataFrame(rows, columns=["query_id", "product_id"]).assign(market="tw")
+    scores["score"] = -scores["product_id"].str[1:].astype(float)
+    texts = {
+        "catalog": pd.DataFrame({"market": "tw", "product_id": [f"t{n}" for n in range(4)], "title": titles}),
+        "queries": pd.DataFrame(
+            {"market": "tw", "query_id": [f"q{n}" for n in range(12)], "query": [f"camp {n}" for n in range(12)]}
+        ),
+        "scores": scores,
+    }
+    specs = {}
+    for name, table in texts.items():
+        table.to_parquet(tmp_path / f"tw_{name}.parquet")
+        specs[name] = {"path": str(tmp_path / f"tw_{name}.parquet"), "format": "parquet"}
+    values = config.model_dump() | {
+        "teacher": {"inputs": specs, "markets": {"tw": "zh-TW"}},
+        "tuning": {"method": "full", "max_steps": 60, "learning_rate": 3e-3, "packs_per_step": 4},
+    }
+    taught = TrainConfig.model_validate(values)
+    result = train_relevance(taught)
+    assert result.taught is not None
+    assert result.taught.num_pairs == 48
+    assert "teacher: 48 pairs without a label to learn; label probabilities assumed" in format_training(result)
+    new = pd.DataFrame({"market": "tw", "language": "zh-TW", "query": "camp 77", "title": titles})
+    found = trained_scorer(result.model_dir, "fp32").score(new)["relevance_score"]
+    assert found.is_monotonic_decreasing
+
+
+def test_a_teacher_has_pairs_that_nobody_judged(config: TrainConfig) -> None:
+    inputs = {name: getattr(config.inputs, name) for name in ("catalog", "queries")}
+    inputs["candidates"] = config.inputs.judgments
+    teacher = Teacher.model_validate({"model": "any", "inputs": inputs, "markets": {"us": "en"}})
+    with pytest.raises(
+        InputError, match=r"no pairs of \{'us': 'en'\} but judged ones and those of queries that measure"
+    ):
+        train_relevance(config.model_copy(update={"teacher": teacher}))

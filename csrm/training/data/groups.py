@@ -37,7 +37,7 @@ def read_groups(
         condition: SQL that a query of `query_texts` fulfils.
     """
     pair_order = f"{random_number(seed, 'query_number', 'product_number')}, query_number, product_number"
-    _choose_pairs(database, split, condition, has_unlabelled=soft_labels is not None)
+    _choose_pairs(database, split, condition, has_unlabelled=soft_labels is not None and split == "train")
     if random_negatives:
         _add_random_negatives(database, random_negatives, pair_order)
     num_pairs = _place_pairs(database, pairs_per_group, seed, pair_order)
@@ -109,7 +109,8 @@ def _groups_between(
         rows AS (FROM product_texts JOIN asked USING (product_number))
         SELECT {PAIR_COLUMNS_SQL}, soft_label, coalesce(weight, 1) AS weight,
             {num_before} + dense_rank() OVER (ORDER BY place, query_number, part) AS group_number
-        FROM {_with_soft_labels(soft_labels)} ORDER BY group_number, product_number"""
+        FROM {_with_soft_labels(soft_labels)}
+        WHERE soft_label IS NOT NULL OR split NOT IN ('unlabelled', 'taught') ORDER BY group_number, product_number"""
     )
 
 

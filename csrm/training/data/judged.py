@@ -26,6 +26,8 @@ from csrm.training.data.pair_tables import (
     read_frames,
 )
 
+UNLABELLED, TAUGHT = "unlabelled", "taught"
+"""Splits of pairs that nobody judged: those for the teachers of distillation, and those for a ranker that exists."""
 _IS_MEASURED = "coalesce(split, 'train') NOT IN ('train', 'unlabelled')"
 
 
@@ -155,13 +157,19 @@ class JudgedPairs:
         self._folder.cleanup()
 
     def add_unlabelled(
-        self, inputs: UnlabelledInputs, markets: Mapping[str, str], pairs_per_query: int, seed: int
+        self,
+        inputs: UnlabelledInputs,
+        markets: Mapping[str, str],
+        pairs_per_query: int,
+        seed: int,
+        split: str = UNLABELLED,
     ) -> int:
-        """Add candidates that have no judgment, with split unlabelled and grade null; none of measured_queries.
+        """Add candidates that have no judgment, with grade null; none of measured_queries, nor pairs added before.
 
         Args:
             markets: market to language.
             pairs_per_query: at most, drawn at random.
+            split: of the pairs, UNLABELLED or TAUGHT.
 
         Returns:
             How many they are.
@@ -175,7 +183,7 @@ class JudgedPairs:
             add_measured_texts(database)
             database.execute(
                 f"""CREATE TEMP TABLE added AS
-                SELECT market, query_id, product_id, NULL::VARCHAR AS grade, 'unlabelled' AS split FROM candidates
+                SELECT market, query_id, product_id, NULL::VARCHAR AS grade, '{split}' AS split FROM candidates
                 ANTI JOIN pairs USING (market, query_id, product_id)
                 ANTI JOIN measured_ids USING (market, query_id)
                 ANTI JOIN (
@@ -317,7 +325,8 @@ class JudgedPairs:
                 that was judged for another query of its market; such a pair has no grade.
             without: leave out the queries of this fold.
             soft_labels: Parquet file with market, query_id, product_id, soft_label, a list of numbers, and weight. With
-                it, the unlabelled pairs are among those of split train.
+                it, the unlabelled pairs are among those of split train. A pair that nobody judged is left out where it
+                has no soft label.
 
         Yields:
             Batches of the columns of `read`, soft_label (null where there is none), weight (1 there) and group_number;

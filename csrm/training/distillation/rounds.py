@@ -25,17 +25,16 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 from scipy.special import softmax
 
-from csrm.config import InputSpec, Settings
+from csrm.config import Settings
 from csrm.errors import InputError
 from csrm.schemas import PAIR_KEY
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
-from csrm.training.data.judged import Fold, JudgedPairs
+from csrm.training.data.judged import UNLABELLED, Fold, JudgedPairs
 from csrm.training.distillation.label_quality import Calibration, Flips, calibration, count_flips, fold_agreement
 from csrm.training.distillation.pseudo_labels import UnlabelledPairs
 from csrm.training.distillation.soft_labels import (
     TRAIN,
-    UNLABELLED,
     TargetsOf,
     read_beliefs,
     read_labelled,
@@ -45,7 +44,6 @@ from csrm.training.distillation.soft_labels import (
     write_shuffled_labels,
     write_soft_labels,
 )
-from csrm.training.distillation.teacher_scores import teacher_scores
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +72,6 @@ class Distillation(Settings):
     teacher_share: float = Field(default=0.5, gt=0, le=1)
     """Share of the teachers in a soft label; the rest is the given label. Up to 0.5, a doubted label is made
     softer, but remains the most probable one; above, they can outvote it."""
-    teacher_scores: InputSpec | None = None
-    """Table with the columns of relevance_scores, of one bundle: scores of all training and unlabelled pairs replace
-    the teachers of the only round. It should come from a bundle that was not trained on these labels."""
     unlabelled: UnlabelledPairs | None = None
     """Pairs that nobody judged; all teachers judge them, and students learn the mean."""
     min_gain: float = Field(default=0.005, ge=0)
@@ -91,12 +86,10 @@ class Distillation(Settings):
     @model_validator(mode="after")
     def _the_choice_can_be_made(self) -> "Distillation":
         if self.choose_by == "agreement":
-            if self.num_folds == 1 or self.teacher_scores is not None:
+            if self.num_folds == 1:
                 raise ValueError("choose_by agreement needs teachers that did not see their fold: set num_folds to 2")
             if self.control:
                 raise ValueError("control needs choose_by dev: the control is measured on the dev split")
-        if self.teacher_scores is not None and self.rounds != 1:
-            raise ValueError(f"teacher_scores serve one round: set rounds to 1, got {self.rounds}")
         return self
 
 
@@ -231,7 +224,7 @@ def check_folds(settings: Distillation, pairs: JudgedPairs, seed: int) -> None:
         InputError: one has none.
     """
     num_folds = settings.num_folds
-    if settings.teacher_scores is not None or num_folds == 1:
+    if num_folds == 1:
         return
     sizes = [pairs.num_queries(TRAIN, Fold(number, num_folds, seed)) for number in range(num_folds)]
     if 0 in sizes:
@@ -315,11 +308,6 @@ def _beliefs(round_: Round, setup: RoundSetup, pairs_digest: str) -> list[Path]:
     settings, index = setup.settings, round_.round_index + 1
     paths = []
     splits = [TRAIN, UNLABELLED, *([setup.dev_split] if setup.dev_split is not None else [])]
-    if settings.teacher_scores is not None:
-        path = setup.work_dir / f"round-{index}-scored-beliefs.parquet"
-        scored = teacher_scores(settings.teacher_scores, setup.pairs, splits[:2], setup.labels)
-        write_beliefs(path, scored, follows_from=None)
-        return [path]
     for number in range(settings.num_folds):
         fold = Fold(number, settings.num_folds, setup.seed) if settings.num_folds > 1 else None
         name = f"round-{index}-teacher-{number}"
@@ -378,7 +366,7 @@ def _next_round(round_: Round, beliefs: Sequence[Path], setup: RoundSetup) -> Ro
     doubts, flips = (count_flips(given, others, true_labels) for others in (teacher, soft))
     logger.info("round %d: %.1f%% of labels doubted, %.1f%% flipped", index, 100 * doubts.share, 100 * flips.share)
     dev_calibration = None
-    if setup.dev_split is not None and settings.teacher_scores is None:
+    if setup.dev_split is not None:
         dev = [read_beliefs(path, setup.dev_split, setup.targets_of) for path in beliefs]
         dev_calibration = calibration(*(np.concatenate(parts) for parts in zip(*dev, strict=True)))
     return Round(

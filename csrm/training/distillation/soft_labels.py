@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csrm.schemas import PAIR_KEY
+from csrm.training.data.judged import UNLABELLED
 from csrm.training.distillation.pseudo_labels import UnlabelledPairs, pseudo_label_weights
 
-TRAIN, UNLABELLED = "train", "unlabelled"
+TRAIN = "train"
 _KEY_FIELDS = [*((name, pa.string()) for name in PAIR_KEY), ("grade", pa.string())]
 BELIEFS_SCHEMA = pa.schema([*_KEY_FIELDS, ("split", pa.string()), ("teacher", pa.list_(pa.float32()))])
 SOFT_LABELS_SCHEMA = pa.schema(

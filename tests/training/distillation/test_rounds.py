@@ -329,21 +329,11 @@ def test_unlabelled_pairs_are_learnt_as_the_mean_of_all_teachers(run: Run, unlab
     assert len(done.models["round-0"].keys) == 120
 
 
-def test_scores_of_a_table_stand_in_for_the_teachers(run: Run, judgments: pd.DataFrame, tmp_path: Path) -> None:
-    scores = judgments[KEY].assign(relevance_score=judgments["true_grade"].map({"yes": 0.9, "no": 0.1}))
-    table = write_tables(tmp_path, scores=scores.assign(bundle_digest="d"))["scores"]
-    done = run([0.1, 0.2], rounds=1, teacher_scores=table)
-    assert names(done) == ["round-0", "round-1"]
-    flips = done.rounds[1].flips
-    assert (flips.precision, flips.repaired) == (1, 1)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"choose_by": "agreement", "num_folds": 1}, "teachers that did not see their fold"),
         ({"choose_by": "agreement", "control": True}, "control is measured on the dev split"),
-        ({"teacher_scores": {"path": "x"}}, "set rounds to 1, got 2"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
