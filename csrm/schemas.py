@@ -144,6 +144,17 @@ JUDGMENTS = Table(
     partition_by=("market",),
 )
 
+JUDGED_LABELS = replace(
+    JUDGMENTS,
+    comment="Relevance labels as training and export read them: one row a pair, or one for each judge of a pair",
+    columns=(
+        *JUDGMENTS.columns,
+        Column("judge", "string", "Who gave the grade: a person, a language model, a service", required=False),
+        Column("weight", "double", "How much the grade counts, above 0; 1 where null", required=False),
+    ),
+    key=(*PAIR_KEY, "judge"),
+)
+
 COMPARED_SCORES = Table(
     name="compared_scores",
     comment="Scores of another ranker, bundle or night, to measure beside the published ones",

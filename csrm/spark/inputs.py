@@ -25,7 +25,7 @@ from csrm.conversions import (
     warning_of_replaced,
 )
 from csrm.errors import InputError
-from csrm.schemas import Table
+from csrm.schemas import JUDGMENTS, Table
 from csrm.spark.conversions import converted, json_example
 from csrm.spark.session import require_names, require_names_on_executors
 from csrm.spark.sources import Source, located, open_sources, reason
@@ -326,7 +326,10 @@ def _problems_of_values(rows_df: DataFrame, table: Table, spec: InputSpec, where
             ", ".join(f"{name}={example[name]!r}" for name in table.key) + f" ({example['num_rows']} rows)"
             for example in repeated
         )
-        problems.append(f"{row['duplicate_keys']} keys ({', '.join(table.key)}) are not unique, for example {listed}")
+        several = ". Labels of several judges are for training: name a table with one a pair here"
+        way_out = several if table.name == JUDGMENTS.name else ""
+        key = ", ".join(table.key)
+        problems.append(f"{row['duplicate_keys']} keys ({key}) are not unique, for example {listed}{way_out}")
     num_blank = row["blank_language"] if "blank_language" in counters else 0
     for warning in (
         warning_of_replaced({column.name: row[f"replaced_{column.name}"] for column in texts}),

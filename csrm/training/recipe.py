@@ -103,8 +103,9 @@ def _train(config: TrainConfig, limit: TimeLimit | None, finish: bool) -> Traini
         translation=translation,
         distillation=distillation,
         taught=taught,
+        agreement=data.pairs.agreement,
         evaluation=None if scored is None else evaluate_scored(scored, config),
-        report_path=write_report(config, scored, translation, distillation),
+        report_path=write_report(config, scored, translation, distillation, data.pairs.agreement),
     )
 
 

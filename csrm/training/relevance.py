@@ -29,7 +29,7 @@ from csrm.training.data.title_pairs import title_pairs
 from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig
 from csrm.training.stage import train_stage
-from csrm.training.targets import one_hot_targets, smoothed_targets
+from csrm.training.targets import smoothed_targets, voted_targets
 from csrm.training.time_limit import TimeLimit
 from csrm.training.trained import MODEL_KIND, trained_scorer
 
@@ -140,9 +140,9 @@ class RelevanceStage:
 
 
 def with_targets(batch: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
-    """Pairs with column target: the soft label, else the smoothed given one, times the pair's weight."""
-    one_hot = one_hot_targets(batch["grade"], config.labels, config.grade_labels)
-    given = smoothed_targets(one_hot, config.tuning.label_smoothing)
+    """Pairs with column target: the soft label, else the smoothed given one or votes, times the pair's weight."""
+    targets = voted_targets(batch["grade"], batch["votes"], config.labels, config.grade_labels)
+    given = smoothed_targets(targets, config.tuning.label_smoothing)
     rows = zip(given, batch["soft_label"], batch["weight"], strict=True)
     return batch.assign(target=[weight * (own if soft is None else soft) for own, soft, weight in rows])
 

@@ -10,6 +10,7 @@ from sklearn.calibration import calibration_curve
 
 from csrm.pages.page import is_known, render, rows, seen
 from csrm.pages.plots import COLOURS, INK, new_figure, svg
+from csrm.training.data.judges import Agreement
 
 NUM_RELIABILITY_BINS = 10
 MOST_ROWS = 20
@@ -118,6 +119,7 @@ def report_html(
     reliability: Reliability | None = None,
     label_issues: pd.DataFrame | None = None,
     moves: pd.DataFrame | None = None,
+    agreement: Agreement | None = None,
 ) -> str:
     """The page. What is not given, or holds nothing, has no section.
 
@@ -128,6 +130,7 @@ def report_html(
         reliability: of the kept model's scores on the dev split.
         label_issues: query, title, grade, suggested_label, given_probability, suggested_probability; clearest first.
         moves: of `largest_moves`.
+        agreement: of the judges.
 
     Returns:
         HTML that can be written as UTF-8.
@@ -145,6 +148,7 @@ def report_html(
         num_issues=len(issues),
         issues=rows(issues.head(MOST_ROWS)),
         moves=rows(moves) if moves is not None else [],
+        agreement=agreement,
     )
 
 

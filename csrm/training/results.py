@@ -8,6 +8,7 @@ import pandas as pd
 
 from csrm.evaluation.metrics import Evaluation
 from csrm.training.best_step import KeptStep
+from csrm.training.data.judges import Agreement
 from csrm.training.distillation.rounds import Round
 from csrm.training.distillation.teacher import TaughtPairs
 from csrm.training.trained import TrainingLength
@@ -61,6 +62,8 @@ class TrainingResult:
     translation: TranslationResult | None
     distillation: DistillationResult | None
     taught: TaughtPairs | None
+    agreement: Agreement | None
+    """How far judges agree; None where the judgments name none."""
     evaluation: Evaluation | None
     """Metrics on the dev split; None where it has no pairs."""
     report_path: Path

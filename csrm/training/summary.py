@@ -9,6 +9,7 @@ import pandas as pd
 from csrm.evaluation.metrics import PAIR_METRICS, QUERY_METRICS
 from csrm.evaluation.report import format_evaluation
 from csrm.training.best_step import METRICS, SCORE, kept_step
+from csrm.training.data.judges import Agreement
 from csrm.training.distillation.label_quality import Calibration
 from csrm.training.distillation.rounds import Round
 from csrm.training.distillation.teacher import TaughtPairs
@@ -27,11 +28,15 @@ def write_report(
     scored: pd.DataFrame | None,
     translation: TranslationResult | None,
     distillation: DistillationResult | None,
+    agreement: Agreement | None = None,
 ) -> Path:
     """Write the one-page report of a training; returns where it is.
 
     Args:
         scored: pairs of the dev split with their scores; None where it has none.
+        translation: what the translation step gave; None where it was left out.
+        distillation: what the rounds gave; None where they were left out.
+        agreement: how far judges agree; None where the judgments name none.
     """
     model_dir = Path(config.model_dir)
     rounds = distillation.rounds if distillation is not None else []
@@ -52,6 +57,7 @@ def write_report(
         reliability=calibration,
         label_issues=distillation.label_issues if distillation is not None else None,
         moves=moves,
+        agreement=agreement,
     )
     config.stages_dir.mkdir(parents=True, exist_ok=True)
     path = config.stages_dir / "report.html"
@@ -114,6 +120,8 @@ def _stage_record(folder: Path) -> StageRecord:
 def format_training(result: TrainingResult) -> str:
     """The result as plain text, one block a step."""
     blocks = []
+    if result.agreement is not None:
+        blocks.append(format_agreement(result.agreement))
     if result.translation is not None:
         blocks.append(format_translation(result.translation))
     if result.taught is not None:
@@ -127,6 +135,20 @@ def format_training(result: TrainingResult) -> str:
         blocks.append(format_evaluation(result.evaluation))
     blocks.append(f"report: {result.report_path}")
     return "\n".join(blocks)
+
+
+def format_agreement(agreement: Agreement) -> str:
+    """How far judges agree: a line of all, and one of each judge."""
+    shared = f"{agreement.num_shared / agreement.num_pairs:.1%} of {agreement.num_pairs:,} pairs have more than one"
+    lines = [f"judges: {len(agreement.judges)}; {shared}"]
+    if agreement.agreement is not None:
+        kappa = "" if agreement.kappa is None else f", Fleiss' kappa {agreement.kappa:.2f}"
+        lines[0] += f"; two of a pair agree in {agreement.agreement:.1%}{kappa}"
+    for judge in agreement.judges:
+        agrees = "" if judge.agreement is None else f", agrees with the others in {judge.agreement:.1%}"
+        name = "(without a name)" if judge.name is None else judge.name
+        lines.append(f"  {name}: {judge.num_labels:,} labels, mean weight {judge.mean_weight:g}{agrees}")
+    return "\n".join(lines)
 
 
 def format_taught(taught: TaughtPairs) -> str:

@@ -36,6 +36,30 @@ def one_hot_targets(
     return one_hot
 
 
+def voted_targets(
+    grades: pd.Series, votes: pd.Series, labels: Sequence[Label], grade_labels: Mapping[str, str] | None
+) -> np.ndarray:
+    """Distributions over the labels: the shares of the judges' grades where these differ, else all on the one grade.
+
+    Args:
+        grades: see one_hot_targets.
+        votes: grade and share of each, which sum to 1, as a list of two; null where judges agree.
+        labels: see one_hot_targets.
+        grade_labels: see one_hot_targets.
+
+    Returns:
+        Shape (num_pairs, num_labels), float32.
+
+    Raises:
+        InputError: see one_hot_targets.
+    """
+    targets = one_hot_targets(grades, labels, grade_labels)
+    for place in np.flatnonzero(votes.notna()):
+        voted, shares = zip(*votes.iloc[place], strict=True)
+        targets[place] = np.array(shares) @ one_hot_targets(pd.Series(voted), labels, grade_labels)
+    return targets
+
+
 def smoothed_targets(targets: np.ndarray, label_smoothing: float) -> np.ndarray:
     """Distributions with a share of each spread evenly over the labels; shape (num_pairs, num_labels), as given."""
     smoothed: np.ndarray = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]

@@ -174,6 +174,14 @@ def test_all_problems_of_the_values_come_in_one_message(spark: SparkSession, tmp
     ]
 
 
+def test_labels_of_several_judges_are_refused_with_the_way_out(spark: SparkSession, tmp_path: Path) -> None:
+    rows = "market,query_id,product_id,grade,judge\nkr,1,1,E,person\nkr,1,1,I,model\n"
+    with pytest.raises(
+        InputError, match=r"\(2 rows\)\. Labels of several judges are for training: name a table with one"
+    ):
+        read_input(spark, JUDGMENTS, csv_spec(write_text(tmp_path / "judgments.csv", rows)))
+
+
 def test_only_the_markets_asked_for_are_read_and_checked(spark: SparkSession, tmp_path: Path) -> None:
     path = write_text(tmp_path / "candidates.csv", "market,query_id,product_id\nkr,1,1\ntw,1,1\ntw,1,1\n")
 

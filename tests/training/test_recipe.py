@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,10 +12,13 @@ from csrm.config import InputSpec
 from csrm.errors import ConfigError, InputError
 from csrm.manifest import only_writer, verify_manifest
 from csrm.scoring.labels import Label
-from csrm.training.data.judged import JudgedInputs
+from csrm.training.data.judged import JudgedInputs, JudgedPairs
+from csrm.training.distillation.rounds import Distillation
+from csrm.training.distillation.soft_labels import read_labelled
 from csrm.training.distillation.teacher import Teacher
 from csrm.training.model.base import BaseModel
 from csrm.training.recipe import train_relevance
+from csrm.training.relevance import with_targets
 from csrm.training.settings import TrainConfig, TranslationSettings
 from csrm.training.summary import format_training
 from csrm.training.trained import trained_scorer
@@ -181,6 +185,49 @@ def test_a_student_learns_the_order_of_a_teacher_in_a_market_without_labels(
     new = pd.DataFrame({"market": "tw", "language": "zh-TW", "query": "camp 77", "title": titles})
     found = trained_scorer(result.model_dir, "fp32").score(new)["relevance_score"]
     assert found.is_monotonic_decreasing
+
+
+def test_labels_of_judges_are_learnt_by_their_weight_and_how_far_they_agree_is_told(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    judgments = pd.read_parquet(tmp_path / "judgments.parquet")
+    person = judgments.assign(judge="person", weight=1.0)
+    other = {"E": "S", "S": "E", "I": "I"}
+    model = judgments.assign(judge="<model>", weight=0.25, grade=judgments["grade"].map(other))
+    pd.concat([person, model]).to_parquet(tmp_path / "judgments.parquet")
+    result = train_relevance(config)
+    assert result.num_pairs == 6
+    assert result.agreement is not None
+    # I of both splits, 4 of 10 pairs; shares E 6, S 6 and I 8 of 20: 0.34 by chance
+    lines = format_training(result).splitlines()
+    assert lines[:3] == [
+        "judges: 2; 100.0% of 10 pairs have more than one; two of a pair agree in 40.0%, Fleiss' kappa 0.09",
+        "  <model>: 10 labels, mean weight 0.25, agrees with the others in 40.0%",
+        "  person: 10 labels, mean weight 1, agrees with the others in 40.0%",
+    ]
+    page = result.report_path.read_text(encoding="utf-8")
+    assert "&lt;model&gt;" in page
+    assert "40.0%" in page
+    with JudgedPairs(config.inputs, config.markets) as pairs:
+        (batch,) = pairs.groups("train", 8, 0)
+    targets = with_targets(batch, config).set_index("grade")["target"]
+    assert set(map(tuple, targets["E"].tolist())) == {(0, 0, np.float32(0.2), np.float32(0.8))}
+    assert set(map(tuple, targets["I"].tolist())) == {(1, 0, 0, 0)}
+
+
+def test_distillation_starts_from_the_grade_of_the_largest_weight(config: TrainConfig, tmp_path: Path) -> None:
+    judgments = pd.read_parquet(tmp_path / "judgments.parquet")
+    person = judgments.assign(judge="person", weight=0.5)
+    pd.concat([person, person.assign(judge="model", weight=0.25, grade="C")]).to_parquet(tmp_path / "judgments.parquet")
+    distillation = Distillation(rounds=1, num_folds=1, min_gain=0)
+    result = train_relevance(config.model_copy(update={"distillation": distillation}))
+    assert result.distillation is not None
+    soft_labels = result.distillation.rounds[1].soft_labels
+    given = read_labelled(soft_labels).to_pandas()
+    assert given["grade"].value_counts().to_dict() == {"E": 2, "S": 2, "I": 2}
+    with JudgedPairs(config.inputs, config.markets) as pairs:
+        (batch,) = pairs.groups("train", 8, 0, soft_labels=soft_labels)
+    assert batch["weight"].tolist() == [0.5] * 6
 
 
 def test_a_teacher_has_pairs_that_nobody_judged(config: TrainConfig) -> None:

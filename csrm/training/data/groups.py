@@ -107,9 +107,9 @@ def _groups_between(
         f"""WITH placed_here AS (FROM placed WHERE place >= {start} AND place < {end}),
         asked AS (FROM query_texts JOIN placed_here USING (query_number)),
         rows AS (FROM product_texts JOIN asked USING (product_number))
-        SELECT {PAIR_COLUMNS_SQL}, soft_label, coalesce(weight, 1) AS weight,
+        SELECT {PAIR_COLUMNS_SQL}, soft_label, coalesce(weight, 1) * coalesce(judge_weight, 1) AS weight, votes,
             {num_before} + dense_rank() OVER (ORDER BY place, query_number, part) AS group_number
-        FROM {_with_soft_labels(soft_labels)}
+        FROM (FROM {_with_soft_labels(soft_labels)}) LEFT JOIN votes USING (query_number, product_number)
         WHERE soft_label IS NOT NULL OR split NOT IN ('unlabelled', 'taught') ORDER BY group_number, product_number"""
     )
 

@@ -11,9 +11,10 @@ import pandas as pd
 
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
-from csrm.schemas import CANDIDATES, JUDGMENTS, PAIR_KEY, Table
+from csrm.schemas import CANDIDATES, JUDGED_LABELS, PAIR_KEY, Table
 from csrm.training.data.database import add_table, check_markets, open_database, random_number
 from csrm.training.data.groups import read_groups
+from csrm.training.data.judges import VOTES_TABLE, add_judged, add_votes, judge_agreement
 from csrm.training.data.pair_tables import (
     PAIR_COLUMNS_SQL,
     PAIR_TABLES,
@@ -126,20 +127,25 @@ class JudgedPairs:
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
         self._database = open_database(self._folder.name)
         try:
-            self._database.execute(PAIR_TABLES)
+            self._database.execute(PAIR_TABLES + VOTES_TABLE)
             with self._database.cursor() as database:
-                add_tables(database, JUDGMENTS, inputs.judgments, inputs, markets)
+                add_tables(database, JUDGED_LABELS, inputs.judgments, inputs, markets)
                 database.execute(
                     f"""CREATE TABLE measured_ids AS
-                    SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED};
-                    CREATE TEMP TABLE added AS FROM judgments"""
+                    SELECT DISTINCT market, query_id FROM judgments_of_all_markets WHERE {_IS_MEASURED}"""
                 )
+                add_judged(database, inputs.judgments)
+                self.agreement = judge_agreement(database)
+                """How far judges agree; None where the table names no judge."""
                 add_measured_texts(database)
                 add_texts(database, markets)
-                add_keys(database, JUDGMENTS, inputs.judgments)
+                add_keys(database, JUDGED_LABELS, inputs.judgments)
+                add_votes(database)
                 if inputs.labels_from_behaviour and inputs.retrieval_table is not None:
                     check_titles(database, inputs.retrieval_table)
-                database.execute("CREATE TABLE true_grades AS FROM judgments WHERE true_grade IS NOT NULL")
+                database.execute(f"""CREATE TABLE true_grades AS
+                    SELECT {", ".join(PAIR_KEY)}, any_value(true_grade) AS true_grade, any_value(split) AS split
+                    FROM judgments WHERE true_grade IS NOT NULL GROUP BY ALL""")
         except BaseException:
             self.close()
             raise
@@ -210,7 +216,9 @@ class JudgedPairs:
 
     def grades(self) -> list[str]:
         """Of the judgments, sorted."""
-        rows = self._database.execute("SELECT DISTINCT grade FROM keys WHERE grade IS NOT NULL ORDER BY grade")
+        rows = self._database.execute("""SELECT DISTINCT grade FROM (
+                SELECT grade FROM keys WHERE grade IS NOT NULL UNION SELECT unnest(map_keys(votes)) FROM votes
+            ) ORDER BY grade""")
         return [grade for (grade,) in rows.fetchall()]
 
     def true_grades(self) -> list[str]:
@@ -283,8 +291,9 @@ class JudgedPairs:
         return frame
 
     def digest(self) -> str:
-        """Of every pair and its texts."""
-        sql = "SELECT md5(sum(md5_number_lower(pairs::VARCHAR))::VARCHAR) FROM pairs"
+        """Of every pair, its texts and its votes."""
+        sql = """SELECT md5(concat_ws(' ', (SELECT sum(md5_number_lower(pairs::VARCHAR)) FROM pairs),
+            (SELECT sum(md5_number_lower(votes::VARCHAR)) FROM votes)))"""
         ((digest,),) = self._database.execute(sql).fetchall()
         return str(digest)
 
@@ -329,8 +338,9 @@ class JudgedPairs:
                 has no soft label.
 
         Yields:
-            Batches of the columns of `read`, soft_label (null where there is none), weight (1 there) and group_number;
-            rows of a group stand side by side.
+            Batches of the columns of `read`, soft_label (null where there is none), weight (1 there; times that of the
+            judges), votes (grade and share, null where judges agree) and group_number; rows of a group stand side by
+            side.
         """
         outside = "true" if without is None else f"NOT {without.sql()}"
         with self._database.cursor() as database:

@@ -119,7 +119,7 @@ def title_pairs(
                 rows.append((*key, other.product_id, *told, other.said, soft_label, settings.weight, num_groups))
         names = [*PAIR_KEY, "language", "query", "retrieved_titles", "title"]
         frame = pd.DataFrame(rows, columns=[*names, "soft_label", "weight", "group_number"])
-        yield frame.assign(grade=None, split="train", brand=None, category=None, attributes=None)
+        yield frame.assign(grade=None, split="train", brand=None, category=None, attributes=None, votes=None)
         if num_groups == most:
             break
     if not num_groups:
