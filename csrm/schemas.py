@@ -182,6 +182,19 @@ PARALLEL_TEXT = Table(
     key=(),
 )
 
+TRANSLATED_TEXTS = Table(
+    name="translated_texts",
+    comment="Whole queries and product titles in other languages, by a person or a service: more rows to train on",
+    columns=(
+        MARKET,
+        Column("kind", "string", "query or product"),
+        Column("id", "string", "query_id or product_id"),
+        Column("language", "string", "Language of the translation, BCP 47"),
+        Column("text", "string", "The query or the title in that language; null where there is none", required=False),
+    ),
+    key=("market", "kind", "id", "language"),
+)
+
 UNCOVERED_PRODUCTS = Table(
     name="uncovered_products",
     comment="Products that no candidate pair with an existing query names, with the reason",

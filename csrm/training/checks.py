@@ -33,7 +33,7 @@ class TrainingData:
 
 
 def check_data(pairs: JudgedPairs, config: TrainConfig) -> TrainingData:
-    """Check judged pairs, and add the unlabelled ones where these are configured.
+    """Check judged pairs, and add translated and unlabelled ones where these are configured.
 
     Raises:
         InputError: a split that is needed has no pairs, a query text is in two splits, a grade has no label, a fold has
@@ -48,6 +48,8 @@ def check_data(pairs: JudgedPairs, config: TrainConfig) -> TrainingData:
         true_grades = pd.Series(pairs.true_grades(), dtype=object)
         one_hot_targets(true_grades, config.labels, config.grade_labels, column="true_grade")
         check_folds(config.distillation, pairs, config.tuning.seed)
+    if config.translated_rows is not None:
+        pairs.add_translated(config.translated_rows, config.inputs.retrieval_table)
     _add_unlabelled(pairs, config)
     return TrainingData(pairs, splits["train"], pairs.read(config.dev_split), pairs.measured_queries())
 

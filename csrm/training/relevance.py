@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from csrm.training.data.packs import (
 from csrm.training.data.parallel_text import ParallelText
 from csrm.training.data.phrasebook import with_switched_languages
 from csrm.training.data.title_pairs import title_pairs
+from csrm.training.data.translated_rows import TRANSLATED
 from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig
 from csrm.training.stage import train_stage
@@ -102,13 +102,16 @@ class RelevanceStage:
         return scorer
 
     def packs(self, soft_labels: Path | None = None, without: Fold | None = None) -> Iterator[TrainingPack]:
-        """Packs of the training pairs with their targets, then of taught and title pairs; translations are among them.
+        """Packs of judged pairs with their targets, then of other pairs; parallel texts are among them.
 
         Args:
             soft_labels: see JudgedPairs.groups.
             without: leave out the queries of this fold.
         """
         packs = chain.from_iterable(map(self._packed, self._sources(soft_labels, without)))
+        if self.config.translated_rows is not None:
+            translated = self._judged(TRANSLATED, soft_labels, without)
+            packs = chain(packs, self._packed(translated, may_switch=False))
         translation = self.config.translation
         if translation is None or not translation.mixed_share:
             return packs
@@ -120,20 +123,31 @@ class RelevanceStage:
     def _sources(self, soft_labels: Path | None, without: Fold | None) -> list[Iterator[pd.DataFrame]]:
         """Groups of judged pairs, and of taught pairs and title pairs where these are configured."""
         config, tuning = self.config, self.config.tuning
-        groups = partial(self.data.pairs.groups, pairs_per_group=tuning.pairs_per_prefix, seed=tuning.seed)
-        sources = [
-            groups("train", random_negatives=tuning.random_negatives, without=without, soft_labels=soft_labels),
-        ]
+        sources = [self._judged("train", soft_labels, without)]
         if self.taught is not None:
-            sources.append(groups(TAUGHT, without=without, soft_labels=self.taught))
+            taught = self.data.pairs.groups(
+                TAUGHT, tuning.pairs_per_prefix, tuning.seed, without=without, soft_labels=self.taught
+            )
+            sources.append(taught)
         if config.title_pairs is not None:
             sources.append(title_pairs(config.title_pairs, config.labels, tuning.seed, self.data.measured, without))
         return sources
 
-    def _packed(self, groups: Iterator[pd.DataFrame]) -> Iterator[TrainingPack]:
+    def _judged(self, split: str, soft_labels: Path | None, without: Fold | None) -> Iterator[pd.DataFrame]:
+        tuning = self.config.tuning
+        return self.data.pairs.groups(
+            split,
+            tuning.pairs_per_prefix,
+            tuning.seed,
+            tuning.random_negatives,
+            without=without,
+            soft_labels=soft_labels,
+        )
+
+    def _packed(self, groups: Iterator[pd.DataFrame], may_switch: bool = True) -> Iterator[TrainingPack]:
         tuning, translation = self.config.tuning, self.config.translation
         groups = with_dropped_titles(groups, tuning.drop_all_titles, TITLE_DROP_PROBABILITY, tuning.seed)
-        if translation is not None and self.phrasebook is not None:
+        if may_switch and translation is not None and self.phrasebook is not None:
             groups = with_switched_languages(groups, self.phrasebook, translation.switched_share, tuning.seed)
         batches = (with_targets(batch, self.config) for batch in groups)
         return judged_packs(batches, self.tokenizer, self.config.pack_tokens)

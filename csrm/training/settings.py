@@ -10,6 +10,7 @@ from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
 from csrm.training.data.judged import TAUGHT, UNLABELLED, JudgedInputs
 from csrm.training.data.title_pairs import TitlePairs
+from csrm.training.data.translated_rows import TRANSLATED, TranslatedRows
 from csrm.training.distillation.rounds import Distillation
 from csrm.training.distillation.teacher import Teacher
 from csrm.training.model.base import BaseModel
@@ -76,6 +77,8 @@ class TrainConfig(Settings):
     """Judgments of this split measure the model; those without a split, and of split train, train it."""
     translation: TranslationSettings | None = None
     """Learn to translate first; without it, this stage is left out."""
+    translated_rows: TranslatedRows | None = None
+    """Learn the judged pairs in other languages too, from whole translations; without it, only as they were judged."""
     title_pairs: TitlePairs | None = None
     """Learn from titles that name their query too, in markets that have no labels; without it, only judged pairs."""
     teacher: Teacher | None = None
@@ -123,7 +126,7 @@ class TrainConfig(Settings):
         names = [label.name for label in self.labels]
         if unknown := sorted(set((self.grade_labels or {}).values()) - set(names)):
             raise ValueError(f"grade_labels name {unknown}; labels are {names}")
-        if self.dev_split in ("train", UNLABELLED, TAUGHT):
+        if self.dev_split in ("train", UNLABELLED, TAUGHT, TRANSLATED):
             raise ValueError(f"dev_split is {self.dev_split!r}, what is learnt: name a split that is not")
         return self
 

@@ -26,6 +26,7 @@ from csrm.training.data.pair_tables import (
     check_titles,
     read_frames,
 )
+from csrm.training.data.translated_rows import TRANSLATED, TRANSLATED_TABLE, TranslatedRows, add_translated_rows
 
 UNLABELLED, TAUGHT = "unlabelled", "taught"
 """Splits of pairs that nobody judged: those for the teachers of distillation, and those for a ranker that exists."""
@@ -124,10 +125,11 @@ class JudgedPairs:
             InputError: inputs cannot be read or have problems (all problems of an input in one message), a market has
                 no judgment, judged queries or products are missing, or retrieved titles tell labels.
         """
+        self._markets = markets
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
         self._database = open_database(self._folder.name)
         try:
-            self._database.execute(PAIR_TABLES + VOTES_TABLE)
+            self._database.execute(PAIR_TABLES + VOTES_TABLE + TRANSLATED_TABLE)
             with self._database.cursor() as database:
                 add_tables(database, JUDGED_LABELS, inputs.judgments, inputs, markets)
                 database.execute(
@@ -200,6 +202,11 @@ class JudgedPairs:
             add_texts(database, markets)
             return add_keys(database, CANDIDATES, inputs.candidates)
 
+    def add_translated(self, settings: TranslatedRows, retrieval_table: InputSpec | None) -> int:
+        """Add pairs of split train in other languages, with split TRANSLATED; see add_translated_rows."""
+        with self._database.cursor() as database:
+            return add_translated_rows(database, settings, retrieval_table, self._markets)
+
     def splits(self) -> dict[str, int]:
         """Split to its number of pairs; pairs without a split are in train."""
         rows = self._database.execute("SELECT split, count(*) FROM keys GROUP BY split ORDER BY split").fetchall()
@@ -271,7 +278,7 @@ class JudgedPairs:
         return self._joined(
             keyed,
             """SELECT keyed.*, pairs.query, pairs.title FROM pairs
-            JOIN keyed USING (market, query_id, product_id) ORDER BY place""",
+            JOIN keyed USING (market, query_id, product_id) WHERE split <> 'translated' ORDER BY place""",
         )
 
     def with_true_grades(self, keyed: pd.DataFrame) -> pd.DataFrame:
@@ -343,6 +350,11 @@ class JudgedPairs:
             side.
         """
         outside = "true" if without is None else f"NOT {without.sql()}"
+        if split == TRANSLATED:  # a translation goes where its query goes
+            outside = f"""query_number IN (
+                SELECT translated_queries.query_number FROM translated_queries
+                JOIN query_texts ON query_texts.query_number = own_number WHERE {outside}
+            )"""
         with self._database.cursor() as database:
             yield from read_groups(
                 database,

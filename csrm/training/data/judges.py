@@ -14,7 +14,7 @@ _KEY = ", ".join(PAIR_KEY)
 VOTES_TABLE = """
     CREATE TABLE votes (
         query_number BIGINT, product_number BIGINT, judge_weight FLOAT, votes MAP(VARCHAR, DOUBLE)
-    )
+    );
 """
 """SQL of the pairs that have a weight other than 1, or grades that differ: each grade with its share of the weights."""
 

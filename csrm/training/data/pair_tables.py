@@ -41,7 +41,8 @@ PAIR_COLUMNS_SQL = """
 _ROWS_AT_ONCE = 8_192
 _NO_TITLES = """
     CREATE TEMP VIEW retrieval_table AS
-    SELECT NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::INT AS rank, NULL::VARCHAR AS title LIMIT 0
+    SELECT NULL::VARCHAR AS market, NULL::VARCHAR AS query_id, NULL::INT AS rank, NULL::VARCHAR AS product_id,
+        NULL::VARCHAR AS title LIMIT 0
 """
 
 
@@ -78,6 +79,13 @@ def add_text_tables(
     """
     add_table(database, QUERIES, queries, markets)
     add_table(database, CATALOG, catalog, markets)
+    add_retrieval_table(database, retrieval_table, markets)
+
+
+def add_retrieval_table(
+    database: duckdb.DuckDBPyConnection, retrieval_table: InputSpec | None, markets: Mapping[str, str]
+) -> None:
+    """Make retrieved titles known to a database; where there is no table of them, it is there and has no rows."""
     if retrieval_table is None:
         database.execute(_NO_TITLES)
     else:
