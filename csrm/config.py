@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from csrm.errors import ConfigError
@@ -192,14 +192,26 @@ class InputSpec(Settings):
 
 
 class SharedInputs(Settings):
-    """Tables of the markets; a job reads those that its own `inputs` know."""
+    """Tables of the markets; a job reads those that its own `inputs` know.
+
+    Candidates are not among them: build_candidates adds what it is given to what it finds, a night scores nothing else.
+    """
 
     catalog: InputSpec | None = None
     queries: InputSpec | None = None
     behaviour: InputSpec | None = None
     judgments: InputSpec | None = None
-    candidates: InputSpec | None = None
     parallel_text: InputSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_candidates(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "candidates" in values:
+            raise ValueError(
+                "candidates would replace those that the night builds; name them in build_candidates.yaml, which adds "
+                "them to what it finds, or in score_catalog.yaml, which then scores nothing else"
+            )
+        return values
 
 
 class SharedSettings(Settings):

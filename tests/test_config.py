@@ -284,6 +284,11 @@ def test_an_optional_table_is_left_out_by_null(tmp_path: Path) -> None:
         ("extends: 7", SHARED, r"extends: expected the name of a file beside it, got 7"),
         ("extends: market.yaml", "tabel: x", r"config '.*market\.yaml': 1 problem:\n.*tabel: .*Is it tables\?"),
         ("extends: market.yaml", "inputs: {catalogue: {path: x}}", r"inputs\.catalogue: .*Is it catalog\?"),
+        (
+            "extends: market.yaml",
+            "inputs: {candidates: {path: x}}",
+            r"candidates would replace those",
+        ),
         ("extends: market.yaml", "- a", r"market\.yaml': expected a mapping"),
         ("extends: market.yaml\ninputs: 3", SHARED, r"inputs: .*\(got 3\)"),
     ],

@@ -48,7 +48,7 @@ def configuration(
     written = folder_of_tables(tables, "--tables").rstrip("/")
     shared = {
         "markets": proposal.markets,
-        "inputs": {name: _spec(spec) for name, spec in proposal.inputs.items()},
+        "inputs": {name: _spec(spec) for name, spec in proposal.inputs.items() if name != "candidates"},
         "tables": tables,
         "bundle": bundle,
         "device": "cpu",
@@ -60,6 +60,8 @@ def configuration(
     files |= {f"{job}.yaml": f"# {text}\n{_EXTENDS}" for job, text in _PLAIN.items()}
     for job, (text, output) in _WITH_OUTPUT.items():
         files[f"{job}.yaml"] = f"# {text}\n{_EXTENDS}" + _yaml({"output": _inside(folder, output)})
+    if "candidates" in proposal.inputs:
+        files["build_candidates.yaml"] += _yaml({"inputs": {"candidates": _spec(proposal.inputs["candidates"])}})
     recipe = proposal.recipe
     if recipe.judged:
         files["evaluate.yaml"] = _evaluate(proposal, folder)

@@ -8,6 +8,7 @@ import pytest
 from csrm.bundle.loading import load_bundle
 from csrm.cli import run_job
 from csrm.commands import init
+from csrm.commands.build_candidates import CandidateConfig
 from csrm.commands.init import copy_configuration, shipped_configuration
 from csrm.commands.run import NIGHT
 from csrm.config import InputSpec, Settings, load_config
@@ -205,6 +206,15 @@ def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pyt
     assert (train.translation, train.title_pairs, train.tuning.max_steps) == (None, None, None)
     assert "launch_report" not in loaded(tmp_path / "mine")
     assert "recipe own-labels: every market has judgments" in capsys.readouterr().out
+
+
+def test_a_night_scores_the_candidates_that_it_builds_with_the_given_ones_among_them(tmp_path: Path) -> None:
+    pairs = {"locale": ["kr"], "qid": ["1"], "sku": ["1"]}
+    assert run_job(init.main, init_words(tmp_path, "catalog", "queries", "candidates", candidates=pairs)) == 0
+    assert load_config(tmp_path / "mine" / "score_catalog.yaml", ScoringConfig).inputs.candidates is None
+    built = load_config(tmp_path / "mine" / "build_candidates.yaml", CandidateConfig)
+    assert built.inputs.candidates is not None
+    assert built.inputs.candidates.path == str(tmp_path / "candidates.parquet")
 
 
 def test_without_labels_a_reranker_judges_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
