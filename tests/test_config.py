@@ -139,7 +139,7 @@ def test_a_market_that_no_partition_can_be_called_is_refused(tmp_path: Path, nam
         load_config(written(tmp_path, f"markets: {{'{name}': ko}}\ntables: ''"), MarketsConfig)
 
 
-@pytest.mark.parametrize("tables", ["schema:", "schema:?folder=x", "schema:csrm?folder=", "schema:csrm?path=x"])
+@pytest.mark.parametrize("tables", ["schema:?folder=x", "schema:csrm?folder=", "schema:csrm?path=x"])
 def test_a_place_of_tables_that_names_no_schema_is_refused(tables: str) -> None:
     with pytest.raises(ConfigError, match=r"tables: .*expected schema:NAME or schema:NAME\?folder=URI"):
         load_config(CONF / "rollback.yaml", RollbackConfig, [f"tables={tables}"])

@@ -87,7 +87,7 @@ def init_words(folder: Path, *names: str, **changes: dict[str, list[object]]) ->
     words = [str(folder / "mine"), *LANGUAGES]
     for name in names:
         path = folder / f"{name}.parquet"
-        pq.write_table(pa.table(changes.get(name, TABLES[name])), path)
+        pq.write_table(pa.table(changes.get(name) or TABLES[name]), path)
         words += [f"--{name}", str(path)]
     return words
 
