@@ -209,7 +209,7 @@ def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pyt
 
 
 def test_a_night_scores_the_candidates_that_it_builds_with_the_given_ones_among_them(tmp_path: Path) -> None:
-    pairs = {"locale": ["kr"], "qid": ["1"], "sku": ["1"]}
+    pairs: dict[str, list[object]] = {"locale": ["kr"], "qid": [1], "sku": ["p1"]}
     assert run_job(init.main, init_words(tmp_path, "catalog", "queries", "candidates", candidates=pairs)) == 0
     assert load_config(tmp_path / "mine" / "score_catalog.yaml", ScoringConfig).inputs.candidates is None
     built = load_config(tmp_path / "mine" / "build_candidates.yaml", CandidateConfig)
