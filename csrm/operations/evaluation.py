@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import AfterValidator, Field
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 import csrm
 from csrm.config import InputSpec, LocalPath, Markets, Settings, TablesSettings
-from csrm.embedding.encoder import read_encoder
 from csrm.errors import InputError
 from csrm.evaluation.calibration import calibration, threshold_metrics
 from csrm.evaluation.examples import (
@@ -29,8 +28,8 @@ from csrm.evaluation.report import BM25, ENCODER, SCORE
 from csrm.operations.findings import Key, Text
 from csrm.operations.texts import collect_texts
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
+from csrm.retrieval.semantic import cosine_scores
 from csrm.schemas import CATALOG, COMPARED_SCORES, JUDGMENTS, PAIR_KEY, QUERIES, RELEVANCE_SCORES
-from csrm.spark.embedding import embed_udf
 from csrm.spark.inputs import Input, read_inputs
 from csrm.spark.session import persisted
 from csrm.spark.tables import open_table, read_table, table_path
@@ -246,50 +245,6 @@ def collect_judged(
     asked_df = queries_df.join(judged_queries_df, _QUERY)
     with persisted(product_terms(catalog_df)) as products_df, persisted(query_terms(asked_df)) as terms_df:
         return _to_pandas(judged_df.join(bm25_scores(products_df, terms_df), key, "left").fillna({BM25: 0.0}), compared)
-
-
-def cosine_scores(
-    judgments_df: DataFrame, catalog_df: DataFrame, queries_df: DataFrame, *, encoder: str, device: str
-) -> DataFrame:
-    """How near the titles of judged products are to their queries, by an encoder's vectors as they are.
-
-    Args:
-        judgments_df: market, query_id, product_id.
-        catalog_df: the products.
-        queries_df: the queries.
-        encoder: folder of the encoder, the same path on every machine; or its URI.
-        device: that embeds.
-
-    Returns:
-        market, query_id, product_id, score: the cosine, in [-1, 1]; null where a text is null or blank.
-
-    Raises:
-        BundleError: no encoder there, or another one on a worker's machine.
-    """
-    digest = read_encoder(encoder)[1]
-    vector = {kind: embed_udf(encoder, kind, device=device, digest=digest) for kind in ("passage", "query")}
-    products, queries = ["market", "product_id"], _QUERY
-    titles_df = catalog_df.join(judgments_df.select(*products).distinct(), products, "left_semi").select(
-        *products, vector["passage"]("title").alias("passage")
-    )
-    asked_df = queries_df.join(judgments_df.select(*queries).distinct(), queries, "left_semi").select(
-        *queries, vector["query"]("query").alias("asked")
-    )
-    return (
-        judgments_df.select(*PAIR_KEY)
-        .join(titles_df, products)
-        .join(asked_df, queries)
-        .select(*PAIR_KEY, _cosine("passage", "asked").alias("score"))
-    )
-
-
-def _cosine(one: str, other: str) -> Column:
-    return F.expr(f"{_dot(one, other)} / sqrt({_dot(one, one)} * {_dot(other, other)})")
-
-
-def _dot(one: str, other: str) -> str:
-    """Summed in double."""
-    return f"aggregate(zip_with({one}, {other}, (x, y) -> double(x) * y), 0D, (sum, x) -> sum + x)"
 
 
 def _to_pandas(judged_df: DataFrame, compared: Collection[str]) -> pd.DataFrame:

@@ -3,14 +3,17 @@
 from typing import Annotated
 
 from pydantic import Field
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.config import Settings
 from csrm.embedding.contents import TextKind
+from csrm.embedding.encoder import read_encoder
 from csrm.retrieval.expansion import compared_vectors
 from csrm.retrieval.nearest import near_pairs
 from csrm.retrieval.vectors import embed_catalog_and_queries, read_vectors, text_digest
+from csrm.schemas import PAIR_KEY
+from csrm.spark.embedding import embed_udf
 from csrm.spark.session import persisted
 from csrm.spark.text import is_blank
 
@@ -83,3 +86,47 @@ def semantic_scores(
             min_similarity=settings.min_similarity,
             device=settings.device,
         )
+
+
+def cosine_scores(
+    judgments_df: DataFrame, catalog_df: DataFrame, queries_df: DataFrame, *, encoder: str, device: str
+) -> DataFrame:
+    """How near the titles of judged products are to their queries, by an encoder's vectors as they are.
+
+    Args:
+        judgments_df: market, query_id, product_id.
+        catalog_df: the products.
+        queries_df: the queries.
+        encoder: folder of the encoder, the same path on every machine; or its URI.
+        device: that embeds.
+
+    Returns:
+        market, query_id, product_id, score: the cosine, in [-1, 1]; null where a text is null or blank.
+
+    Raises:
+        BundleError: no encoder there, or another one on a worker's machine.
+    """
+    digest = read_encoder(encoder)[1]
+    vector = {kind: embed_udf(encoder, kind, device=device, digest=digest) for kind in ("passage", "query")}
+    products, queries = ["market", "product_id"], ["market", "query_id"]
+    titles_df = catalog_df.join(judgments_df.select(*products).distinct(), products, "left_semi").select(
+        *products, vector["passage"]("title").alias("passage")
+    )
+    asked_df = queries_df.join(judgments_df.select(*queries).distinct(), queries, "left_semi").select(
+        *queries, vector["query"]("query").alias("asked")
+    )
+    return (
+        judgments_df.select(*PAIR_KEY)
+        .join(titles_df, products)
+        .join(asked_df, queries)
+        .select(*PAIR_KEY, _cosine("passage", "asked").alias("score"))
+    )
+
+
+def _cosine(one: str, other: str) -> Column:
+    return F.expr(f"{_dot(one, other)} / sqrt({_dot(one, one)} * {_dot(other, other)})")
+
+
+def _dot(one: str, other: str) -> str:
+    """Summed in double."""
+    return f"aggregate(zip_with({one}, {other}, (x, y) -> double(x) * y), 0D, (sum, x) -> sum + x)"

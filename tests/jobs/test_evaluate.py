@@ -15,7 +15,8 @@ from csrm.commands.evaluate import main
 from csrm.config import load_config
 from csrm.embedding.encoder import load_encoder
 from csrm.errors import ConfigError, InputError
-from csrm.operations.evaluation import EvaluationConfig, cosine_scores
+from csrm.operations.evaluation import EvaluationConfig
+from csrm.retrieval.semantic import cosine_scores
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import replace_rows, spark_schema, table_path
 
