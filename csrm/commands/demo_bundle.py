@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tuning.random_negatives": 0.5,
         "tuning.drop_all_titles": 0.3,
         "tuning.ranking_weight": 1.0,
+        "tuning.eval_steps": 0,  # dev is Korean, and the demo has two other markets
         "distillation": None,
         "model_dir": work / "model",
     }
