@@ -165,7 +165,7 @@ def _local_profile(master: str) -> dict[str, str]:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.session.timeZone": "UTC",
-        # CSRM makes no tables by name; an existing folder spares the user an empty spark-warehouse
+        # CSRM makes no schemas; an existing folder spares the user an empty spark-warehouse
         "spark.sql.warehouse.dir": tempfile.gettempdir(),
         "spark.sql.shuffle.partitions": str(num_cores),
         "spark.databricks.delta.snapshotPartitions": "2",

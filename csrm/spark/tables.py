@@ -140,6 +140,8 @@ def forget_table(spark: SparkSession, table: Table, path: str) -> None:
 def _location_of_name(spark: SparkSession, name: str) -> str | None:
     """Where a table of the catalog is; None where it has none of this name, or says nothing of it."""
     try:
+        if not spark.catalog.tableExists(name):  # pyspark logs errors of SQL, even those that are caught
+            return None
         described_df = spark.sql(f"DESCRIBE TABLE EXTENDED IDENTIFIER({sql_literal(name)})")
         row = described_df.where("col_name = 'Location'").head()
     except (PySparkException, Py4JJavaError):

@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from csrm.cli import setting_arguments
 from csrm.commands import generate_market
 from tests.metastore import ROOT, Metastore, ended, hive_metastore
 
-pytestmark = [pytest.mark.spark, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.spark, pytest.mark.long, pytest.mark.timeout(2000)]
 TABLES = "schema:csrm"
 MARKETS = {"us": "en", "kr": "ko"}
 OWN = ["candidates", "relevance_scores", "retrieval_table", "run_pairs", "scores_staging", "scoring_runs"]
@@ -66,8 +67,10 @@ def test_nights_and_all_that_follows_go_by_the_name_of_a_schema(
 
     # another process reads by name; then a person drops the name, and the next night has other titles
     scores = "SELECT market, count(*) > 0 FROM csrm.relevance_scores GROUP BY market ORDER BY market"
-    catalog = pd.read_parquet(market / "catalog.parquet")
-    catalog.assign(title=catalog["title"] + " 2").to_parquet(market / "catalog.parquet")
+    catalog = pq.read_table(market / "catalog.parquet")
+    titles = [title and f"{title} 2" for title in catalog["title"].to_pylist()]
+    catalog = catalog.set_column(catalog.schema.get_field_index("title"), "title", pa.array(titles))
+    pq.write_table(catalog, market / "catalog.parquet")
     warning = {"limit": 0.0001, "severity": "warning"}
     audit = {"fewest_pairs": 1, "changed_ks": 0.0001, "changed_psi": warning, "grade_shift": warning}
     results, printed = metastore.run(
