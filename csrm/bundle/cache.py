@@ -1,8 +1,9 @@
 """Artefacts from far away: fetched once to each machine, checked, and shared by all its processes.
 
-A folder on the machine is used where it is. A URI (`s3://...`, `gs://...`, `hdfs://...`, `file://...`: whatever
-pyarrow.fs reads) is copied into a cache, whose entries are named by the digest of what they hold. A process keeps a
-shared lock on the entries that it uses, so that none is deleted under it; whoever copies or deletes has the lock alone.
+A folder on the machine is used where it is. A URI is copied into a cache, whose entries are named by the digest of what
+they hold: `s3://...`, `gs://...`, `hdfs://...`, `file://...`, whatever pyarrow.fs reads, and `models:/name/version` or
+`models:/name@alias` of MLflow's registry. A process keeps a shared lock on the entries that it uses, so that none is
+deleted under it; whoever copies or deletes has the lock alone.
 A copy gets its name when it is whole and checked: what a killed process leaves is never used.
 
 Environment: CSRM_CACHE_DIR, the cache (default: csrm in the user's cache folder); CSRM_CACHE_GB, its limit (50).
@@ -14,7 +15,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -24,9 +25,11 @@ import pyarrow.fs as pa_fs
 
 from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME, Manifest, parse_manifest, verify_manifest
+from csrm.tracking import MODEL_SCHEME, download_model, pinned_model, read_model_text
 
 DEFAULT_CACHE_GB = 50.0
 _PATIENCE_S = 30.0
+_Copy = Callable[[Path, Iterable[str]], None]
 logger = logging.getLogger(__name__)
 _used: dict[Path, BinaryIO] = {}
 """Folder in the cache to the open file whose shared lock keeps it, until the process ends."""
@@ -39,21 +42,45 @@ def artefact_kind(place: str | Path) -> str | None:
         place: a path, or a URI.
     """
     try:
-        if "://" in str(place):
-            *_, text = _open_manifest(str(place))
+        if is_far(place):
+            text, _ = _open(str(place))
         else:
             text = (Path(place) / MANIFEST_NAME).read_text(encoding="utf-8")
         kind = json.loads(text)["kind"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException, BundleError):
         return None
     return kind if isinstance(kind, str) else None
 
 
-def _open_manifest(uri: str) -> tuple[pa_fs.FileSystem, str, str]:
-    """File system and path of a URI, and the text of the manifest there."""
+def is_far(place: str | Path) -> bool:
+    """Whether a place is a URI, and not a folder of this machine."""
+    return "://" in str(place) or str(place).startswith(MODEL_SCHEME)
+
+
+def pinned(place: str) -> str:
+    """The place for good: an alias of a registered model becomes its version of now, other places are as they are.
+
+    Raises:
+        BundleError: there is no such model or alias.
+    """
+    return pinned_model(place) if place.startswith(MODEL_SCHEME) else place
+
+
+def _open(uri: str) -> tuple[str, _Copy]:
+    """The text of the manifest at a URI, and what copies the artefact's files into a folder."""
+    if uri.startswith(MODEL_SCHEME):
+        version = pinned_model(uri)
+        return read_model_text(version, MANIFEST_NAME), lambda folder, names: download_model(version, folder)
     filesystem, path = pa_fs.FileSystem.from_uri(uri)
+
+    def copy(folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pa_fs.copy_files(f"{path}/{name}", str(target), filesystem, pa_fs.LocalFileSystem())
+
     with filesystem.open_input_stream(f"{path}/{MANIFEST_NAME}") as stream:
-        return filesystem, path, stream.read().decode("utf-8", errors="replace")
+        return stream.read().decode("utf-8", errors="replace"), copy
 
 
 def fetch_folder(place: str | Path, kind: str) -> Path:
@@ -66,11 +93,11 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
     Raises:
         BundleError: there is no such artefact, it does not arrive whole, or it does not fit into the cache.
     """
-    if "://" not in str(place):
+    if not is_far(place):
         return Path(place)
     uri = str(place)
     try:
-        filesystem, path, text = _open_manifest(uri)
+        text, copy = _open(uri)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise BundleError(f"{kind} {uri!r}: {MANIFEST_NAME} cannot be read: {error}. Is the URI right?") from error
     manifest = parse_manifest(text, f"{kind} {uri!r}", kind)
@@ -88,7 +115,7 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
             if not _is_whole(folder, kind):  # between the two locks another process may have copied it
                 shutil.rmtree(folder, ignore_errors=True)
                 _make_room(cache, sum(entry.bytes for entry in manifest.files.values()), manifest.digest)
-                _copy(filesystem, path, folder, manifest, kind, uri, text)
+                _copy(copy, folder, manifest, kind, uri, text)
     except BaseException:
         lock.close()
         raise
@@ -143,16 +170,11 @@ def _lock_alone(lock: BinaryIO, folder: Path) -> None:
             time.sleep(0.1)
 
 
-def _copy(
-    filesystem: pa_fs.FileSystem, path: str, folder: Path, manifest: Manifest, kind: str, uri: str, text: str
-) -> None:
+def _copy(copy: _Copy, folder: Path, manifest: Manifest, kind: str, uri: str, text: str) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     try:
-        for name in manifest.files:
-            target = unfinished / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            pa_fs.copy_files(f"{path}/{name}", str(target), filesystem, pa_fs.LocalFileSystem())
+        copy(unfinished, manifest.files)
         (unfinished / MANIFEST_NAME).write_text(text, encoding="utf-8")
         verify_manifest(unfinished, kind)
         unfinished.rename(folder)

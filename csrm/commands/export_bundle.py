@@ -12,6 +12,7 @@ from csrm.cli import job_parser, job_settings
 from csrm.export.bundle import export_bundle
 from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
+from csrm.tracking import check_reached, register_bundle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [f"{name}={getattr(args, name)}" for name in ("precision", "device") if getattr(args, name)]
     config = job_settings(args, ExportConfig, [*args.overrides, *named])
     start = time.monotonic()
+    check_reached(config.tracking)
     pairs, judged = proof_pairs(config)
     bundle = export_bundle(
         config.model,
@@ -32,6 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.device,
         config.grade_labels,
     )
-    print(bundle_card(bundle))
+    card = bundle_card(bundle)
+    print(card)
     print(f"\nexported in {time.monotonic() - start:.0f} s; look at it again: csrm bundle show {bundle.folder}")
+    if config.tracking is not None:
+        uri = register_bundle(
+            bundle.folder,
+            card,
+            config,
+            name=config.registered_model_name,
+            digest=bundle.digest,
+            trained_model=bundle.settings.origin.trained_model or "",
+        )
+        print(f"registered as {uri}")
     return 0

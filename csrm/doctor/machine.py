@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import csrm
-from csrm.bundle.cache import cache_dir
+from csrm.bundle.cache import cache_dir, is_far
 from csrm.bundle.contents import other_cpu
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.doctor.checks import Check, CheckWarning, checked
@@ -77,7 +77,7 @@ def checks_of_scoring(
         yield checked("spill", check_disk, folder, "SPARK_LOCAL_DIRS")
     if settings is None:
         return
-    if "://" in settings.bundle:
+    if is_far(settings.bundle):
         yield checked("cache", lambda: check_disk(cache_dir(), "CSRM_CACHE_DIR"))
     bundle = checked("bundle", check_bundle, settings, digest)
     yield bundle

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from csrm.config import InputSpec, Markets, Settings
 from csrm.export.source import Reranker
+from csrm.tracking import Tracker
 
 
 class ExportInputs(Settings):
@@ -52,6 +53,12 @@ class ExportConfig(Settings):
     """Split whose pairs the quality gate ranks; it should not be one that the model was trained on."""
     grade_labels: dict[str, str] | None = None
     """Grade of a judgment to the name of its label; None where both have the same names."""
+
+    tracking: Tracker | None = None
+    """mlflow: the bundle goes to MLflow too, into the run of its training, and becomes a version of a registered model
+    with its card; see csrm.tracking."""
+    registered_model_name: str = Field(default="csrm", pattern=r"^[^/:@]+$")
+    """Name of that registered model. `bundle: models:/csrm/3` or `bundle: models:/csrm@alias` then names the bundle."""
 
     @model_validator(mode="after")
     def _has_one_model(self) -> "ExportConfig":

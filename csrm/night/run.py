@@ -11,6 +11,7 @@ from datetime import date, datetime
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.bundle.cache import pinned
 from csrm.bundle.loading import Bundle, load_bundle
 from csrm.cli import Console
 from csrm.config import InputSpec
@@ -140,6 +141,7 @@ def run_night(
         AuditError: nothing was published.
         LeaseError: another run holds a market or works under the same id, or took one over.
     """
+    config = config.model_copy(update={"bundle": pinned(config.bundle)})  # an alias may move before a worker reads it
     bundle = load_bundle(config.bundle, config.bundle_digest)
     if config.inputs.judgments is not None:
         for module in ("ir_measures", "sklearn"):

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import arrow_udf
 
 from csrm import errors
+from csrm.bundle.cache import pinned
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_kept, refusal
 from csrm.errors import BundleError, CsrmError, InputError
@@ -269,6 +270,7 @@ def relevance_score_udf(
     >>> [0 <= row["relevance_score"] <= 1 for row in scored_df.collect()]
     [True]
     """
+    bundle_dir = pinned(str(bundle_dir))
     place, digest = ScorerPlace(bundle_dir, device, threads, tokens_per_call), load_bundle(bundle_dir).digest
 
     def score(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:

@@ -9,6 +9,7 @@ import yaml
 
 from csrm.config import InputSpec, folder_of_tables, parse_yaml
 from csrm.start.proposal import Proposal, base_model_setting
+from csrm.tracking import MODEL_SCHEME
 
 SHARED = "market.yaml"
 _EXTENDS = f"extends: {SHARED}\n"
@@ -161,7 +162,7 @@ def _markets(proposal: Proposal, names: tuple[str, ...]) -> dict[str, str]:
 
 def _bundle_dir(folder: Path, bundle: str) -> str:
     """Where an export writes, which needs a folder of this machine."""
-    return _inside(folder, "bundle") if "://" in bundle else bundle
+    return _inside(folder, "bundle") if "://" in bundle or bundle.startswith(MODEL_SCHEME) else bundle
 
 
 def _inside(folder: Path, name: str) -> str:

@@ -1,5 +1,7 @@
 """How well a model judges the dev split."""
 
+import re
+
 import pandas as pd
 
 from csrm.evaluation.metrics import QUERY_METRICS, Evaluation, evaluate_scores
@@ -19,6 +21,15 @@ def evaluate_scored(scored: pd.DataFrame, config: TrainConfig) -> Evaluation:
     """Metrics of scored judged pairs, with the gains of the configured labels."""
     gains, relevant, irrelevant = grade_gains(config)
     return evaluate_scores(scored, [SCORE], gains=gains, relevant_grades=relevant, irrelevant_grades=irrelevant)
+
+
+def dev_values(evaluation: Evaluation | None) -> dict[str, float]:
+    """What a tracker shows of the model: final/ndcg_at_10 and the like, over all markets; none that is undefined."""
+    if evaluation is None:
+        return {}
+    own = evaluation.metrics[evaluation.metrics["ranking"] == SCORE].groupby("metric")["value"].last().dropna()
+    names = {metric: re.sub(r"\W+", "_", metric.replace("@", "_at_")).lower() for metric in own.index}
+    return {f"final/{names[metric]}": float(value) for metric, value in own.items()}
 
 
 def dev_metrics(scored: pd.DataFrame, config: TrainConfig) -> DevMetrics:

@@ -12,10 +12,11 @@ from csrm.errors import ConfigError
 from csrm.manifest import check_replaceable, only_writer, replace_folder, verify_manifest
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
+from csrm.tracking import tracked_run
 from csrm.training.best_step import kept_step, known_scores
 from csrm.training.checks import TrainingData, check_data, warn_of_unknown_scripts
 from csrm.training.data.judged import JudgedPairs
-from csrm.training.dev_metrics import dev_metrics, evaluate_scored, scored_pairs
+from csrm.training.dev_metrics import dev_metrics, dev_values, evaluate_scored, scored_pairs
 from csrm.training.distillation.rounds import DevMetrics, Distillation, RoundSetup, best_round, self_distill
 from csrm.training.distillation.soft_labels import TargetsOf, label_issues
 from csrm.training.distillation.teacher import TaughtPairs, teach
@@ -58,6 +59,7 @@ def train_relevance(config: TrainConfig, *, finish: bool = False) -> TrainingRes
         InputError: a table cannot be read, has problems, or lacks what a step needs.
         ConfigError: model_dir holds something else, or another process trains into it; the base model is missing or
             broken or of a family that cannot be exported, a loss is not a number, or there is nothing to finish.
+        ConfigError, MissingDependencyError: `tracking` cannot be used; said before anything is read.
         StoppedError: SIGINT or SIGTERM stopped the training; a checkpoint is kept.
 
     Example:
@@ -71,7 +73,14 @@ def train_relevance(config: TrainConfig, *, finish: bool = False) -> TrainingRes
     limit = None if config.max_minutes is None else TimeLimit.begin(config.max_minutes)
     check_replaceable(Path(config.model_dir), MODEL_KIND)
     with only_writer(Path(config.model_dir)):
-        return _train(config, limit, finish)
+        model_dir = Path(config.model_dir)
+        with tracked_run(config.tracking, model_dir.name, config) as run:
+            result = _train(config, limit, finish)
+            if run is not None:
+                run.log_metrics(model_dir.name, dev_values(result.evaluation))
+                files = [result.report_path, model_dir / "model.json", model_dir / "history.json"]
+                run.log_training(model_dir, verify_manifest(model_dir, MODEL_KIND), files)
+        return result
 
 
 def _train(config: TrainConfig, limit: TimeLimit | None, finish: bool) -> TrainingResult:

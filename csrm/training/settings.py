@@ -8,6 +8,7 @@ from csrm.config import InputSpec, Markets, Settings
 from csrm.scoring.labels import ESCI_LABELS, Label, check_labels
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
+from csrm.tracking import Tracker
 from csrm.training.data.judged import TAUGHT, UNLABELLED, JudgedInputs
 from csrm.training.data.title_pairs import TitlePairs
 from csrm.training.data.translated_rows import TRANSLATED, TranslatedRows
@@ -89,6 +90,9 @@ class TrainConfig(Settings):
     """Minutes that the training may take, from its start to its metrics on dev. As many steps are planned as fit, those
     of `tuning` at most, and the last one ends in time. Such a training has no checkpoints. It is for one process, and
     without distillation, which trains many models."""
+    tracking: Tracker | None = None
+    """mlflow: settings, losses, dev metrics and the report go to MLflow too, which its environment names; see
+    csrm.tracking. Each start is a run."""
     model_dir: str
     """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
     <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""

@@ -31,6 +31,7 @@ from transformers.integrations import TensorBoardCallback
 
 from csrm.errors import ConfigError
 from csrm.scoring.scorer import PairScorer
+from csrm.tracking import TrackedRun, current_run
 from csrm.training.best_step import DEV_SCORES, METRICS, DevSplit, evaluation_steps, joined_history
 from csrm.training.data.packs import PackFile, TrainingPack, collate
 from csrm.training.model.base import BaseModel, load_language_model
@@ -50,6 +51,7 @@ _TRIED_STEPS = 3
 _WEIGHTS = "changed.safetensors"
 _HISTORY = ("step", "loss", *(f"{task}_loss" for task in TASKS), "learning_rate")
 """What history.json keeps of a log entry."""
+_DEV_NAMES = tuple(f"dev_{name}" for name in METRICS)
 
 
 class StagePaths(NamedTuple):
@@ -166,6 +168,8 @@ def run_training(
             )
         with SummaryWriter(str(paths.logs), purge_step=first_step + 1) as writer, StopOnSignal(plan.way_on) as stop:
             trainer.add_callback(stop)
+            if (run := current_run()) is not None:
+                trainer.add_callback(_Tracked(run, paths.logs.stem))
             trainer.add_callback(TensorBoardCallback(writer))
             trainer.train(resume_from_checkpoint=_text(paths.last_checkpoint))
     if trainer.state.global_step < steps:
@@ -313,6 +317,19 @@ class _Progress(TrainerCallback):
             logs["learning_rate"],
             tqdm.format_interval(pace * (state.max_steps - state.global_step)),
         )
+
+
+class _Tracked(TrainerCallback):
+    """The log entries of a stage, in the run of its training."""
+
+    def __init__(self, run: TrackedRun, stage: str) -> None:
+        self._run, self._stage = run, stage
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        values = {name.replace("eval_", "dev_"): value for name, value in (logs or {}).items()}
+        shown = {name: value for name, value in values.items() if name in (*_HISTORY[1:], *_DEV_NAMES)}
+        if shown:
+            self._run.log_metrics(self._stage, shown, state.global_step)
 
 
 class _StageTrainer(Trainer):
