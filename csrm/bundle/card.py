@@ -17,6 +17,9 @@ def bundle_card(bundle: Bundle) -> str:
     settings, origin, parity = bundle.settings, bundle.settings.origin, bundle.settings.parity
     labels = ", ".join(f"{label.name} {label.gain:g} ({label.token!r})" for label in settings.labels)
     trained = f", trained model {origin.trained_model[:12]}" if origin.trained_model else ", as it is"
+    if origin.ensemble is not None:
+        shares = (f"{share:g} of bundle {digest[:12]}" for digest, share in origin.ensemble.items())
+        trained = f", ensemble: {', '.join(shares)}"
     template = f"template {settings.template_version}"
     if settings.template != BUILT_IN_TEMPLATE:
         template = f"own template, cue {settings.template.cue!r}"

@@ -101,6 +101,9 @@ class Origin(Settings):
     """Digest of the trained folder; None where the base model was exported as it is."""
     training_run: str | None = None
     """Digest of all that the training follows from: packs, start and tuning."""
+    ensemble: dict[str, float] | None = None
+    """Digest of each bundle that it was joined of, to its share in the probabilities; None, and not written: of one
+    model."""
 
 
 class BundleSettings(Settings):
@@ -137,6 +140,8 @@ class BundleSettings(Settings):
         values: dict[str, Any] = as_usual(self)
         if self.template == BUILT_IN_TEMPLATE:
             del values["template"]
+        if self.origin.ensemble is None:
+            del values["origin"]["ensemble"]
         return values
 
     @property

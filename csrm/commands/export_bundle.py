@@ -10,6 +10,7 @@ from pathlib import Path
 from csrm.bundle.card import bundle_card
 from csrm.cli import job_parser, job_settings
 from csrm.export.bundle import export_bundle
+from csrm.export.ensemble import export_ensemble
 from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
 from csrm.tracking import check_reached, register_bundle
@@ -25,15 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     check_reached(config.tracking)
     pairs, judged = proof_pairs(config)
-    bundle = export_bundle(
-        config.model,
-        Path(config.bundle_dir),
-        pairs,
-        judged,
-        config.precision,
-        config.device,
-        config.grade_labels,
-    )
+    bundle_dir = Path(config.bundle_dir)
+    if config.ensemble is not None:
+        bundle = export_ensemble(
+            config.ensemble,
+            bundle_dir,
+            pairs=pairs,
+            judged=judged,
+            precision=config.precision,
+            device=config.device,
+            grade_labels=config.grade_labels,
+        )
+    else:
+        bundle = export_bundle(
+            config.model, bundle_dir, pairs, judged, config.precision, config.device, config.grade_labels
+        )
     card = bundle_card(bundle)
     print(card)
     print(f"\nexported in {time.monotonic() - start:.0f} s; look at it again: csrm bundle show {bundle.folder}")

@@ -48,7 +48,7 @@ def measure_quality(
     resampled = [
         resampled_pair_metrics(relevant, scores, query_of_pair, weights)[:, 0] for scores in (expected, actual)
     ]
-    ndcgs = np.array([_query_ndcgs(query_of_pair, gains, scores) for scores in (expected, actual)])
+    ndcgs = np.array([query_ndcgs(query_of_pair, gains, scores) for scores in (expected, actual)])
     defined = np.isfinite(ndcgs[0])
     losses = (ndcgs[0] - ndcgs[1])[defined]
     drawn = weights[:, defined]
@@ -115,7 +115,7 @@ def plot_precisions(reports: list[PrecisionReport], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _query_ndcgs(query_of_pair: np.ndarray, gains: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def query_ndcgs(query_of_pair: np.ndarray, gains: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """nDCG@10 of each query with a gain: linear gains, log2 discount, ties shared; NaN for the others."""
     ndcgs = np.full(query_of_pair.max() + 1, np.nan)
     for query in range(len(ndcgs)):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from csrm.config import InputSpec, Markets, Settings
+from csrm.export.ensemble import Ensemble
 from csrm.export.source import Reranker
 from csrm.tracking import Tracker
 
@@ -37,6 +38,8 @@ class ExportConfig(Settings):
     """Folder that jobs/train.py wrote."""
     reranker: Reranker | None = None
     """A model that others trained to judge relevance, exported as it is; in place of model_dir."""
+    ensemble: Ensemble | None = None
+    """Bundles that become one, whose score is the weighted mean of theirs; in place of model_dir."""
     bundle_dir: str
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
     markets: Markets
@@ -62,13 +65,15 @@ class ExportConfig(Settings):
 
     @model_validator(mode="after")
     def _has_one_model(self) -> "ExportConfig":
-        if (self.model_dir is None) == (self.reranker is None):
-            raise ValueError("name either model_dir, a trained folder, or reranker, a model as it is")
+        if sum(given is not None for given in (self.model_dir, self.reranker, self.ensemble)) != 1:
+            raise ValueError(
+                "name one of model_dir, a trained folder, reranker, a model as it is, and ensemble, bundles to join"
+            )
         return self
 
     @property
     def model(self) -> str | Reranker:
-        """What is exported."""
+        """What is exported, where it is no ensemble."""
         model = self.model_dir if self.reranker is None else self.reranker
         assert model is not None
         return model

@@ -85,7 +85,7 @@ def write_best_precision(
         ParityError: none passed.
     """
     tokenizer = PromptTokenizer.from_file(folder / TOKENIZER_NAME, settings.budgets, template=settings.template)
-    gains = None if judged is None or judged.empty else _grade_gains(judged, settings.labels, grade_labels)
+    gains = None if judged is None or judged.empty else grade_gains(judged, settings.labels, grade_labels)
     trials = _Trials(settings, tokenizer, pairs.iloc[:SPREAD_PAIRS], judged if gains is not None else None, gains)
     with logged_step("fp32: speed, packs, quality"):
         graphs = [trials.measure(fp32_path, RECIPES["fp32"][0], fp32_scorer)]
@@ -297,7 +297,7 @@ def wanted_precisions(precision: str, device: str, has_labels: bool) -> list[Pre
     return wanted
 
 
-def _grade_gains(judged: pd.DataFrame, labels: Sequence[Label], grade_labels: Mapping[str, str] | None) -> np.ndarray:
+def grade_gains(judged: pd.DataFrame, labels: Sequence[Label], grade_labels: Mapping[str, str] | None) -> np.ndarray:
     """Gain of each pair's grade, shape (num_pairs,)."""
     names = judged["grade"].map(grade_labels) if grade_labels else judged["grade"]
     gains = names.map({label.name: label.gain for label in labels})

@@ -185,8 +185,8 @@ def test_what_is_trained_with_the_built_in_template_is_written_as_before(tiny_bu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_dir": "model"}, "name either model_dir, a trained folder, or reranker"),
-        ({"reranker": None}, "name either model_dir, a trained folder, or reranker"),
+        ({"model_dir": "model"}, "name one of model_dir, a trained folder, reranker, a model as it is, and ensemble"),
+        ({"reranker": None}, "name one of model_dir, a trained folder, reranker, a model as it is, and ensemble"),
         ({"inputs": {name: {"path": name} for name in ("catalog", "queries")}}, "name judgments, or candidates"),
     ],
 )
