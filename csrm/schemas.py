@@ -358,18 +358,22 @@ REJECTED_PAIRS = Table(
 
 SCORING_RUNS = Table(
     name="scoring_runs",
-    comment="One row for each run of the scoring job",
+    comment="One row for each run of the scoring job, and for each rollback and retirement",
     columns=(
         RUN_ID,
-        Column("data_date", "date", "Day whose inputs were scored"),
-        Column("markets", "array<string>", "Markets that were scored, sorted"),
+        Column("data_date", "date", "Day whose inputs were scored; null: none were", required=False),
+        Column("markets", "array<string>", "Markets that were scored, rolled back or retired, sorted"),
         Column("started_at", "timestamp", "Start of the last attempt, UTC"),
         Column("finished_at", "timestamp", "End, UTC; null while it runs, or where it died", required=False),
-        Column("verdict", "string", "running (or died), published, already_published, rejected, superseded, discarded"),
+        Column(
+            "verdict",
+            "string",
+            "running (or died), published, already_published, rejected, superseded, discarded, rolled_back, retired",
+        ),
         Column("inputs", "map<string,string>", "Input table to its path, with @v and the version of a Delta table"),
-        Column("bundle_digest", "string", "sha256 that names the bundle"),
-        Column("precision", "string", "Precision of the bundle"),
-        Column("device", "string", "Device and provider that scored"),
+        Column("bundle_digest", "string", "sha256 that names the bundle; null: nothing was scored", required=False),
+        Column("precision", "string", "Precision of the bundle; null: nothing was scored", required=False),
+        Column("device", "string", "Device and provider that scored; null: nothing did", required=False),
         Column("versions", "map<string,string>", "Package to version"),
         Column("num_candidates", "bigint", "Candidate pairs", required=False),
         Column("num_unchanged", "bigint", "Pairs whose published score was still right", required=False),
@@ -389,9 +393,16 @@ SCORING_RUNS = Table(
         Column("base_version", "bigint", "Version of relevance_scores that the run compared with", required=False),
         Column("published_version", "bigint", "Version of relevance_scores after this run", required=False),
         Column("table_id", "string", "Delta's id of relevance_scores, which its versions belong to", required=False),
+        Column(
+            "intervention",
+            "map<string,string>",
+            "Of a rollback rollback_to (the run whose state is back), of a retirement retired (the market) and reason; "
+            "user, who did it. Null of a run of the scoring job",
+            required=False,
+        ),
     ),
     key=("run_id",),
-    schema_version=4,
+    schema_version=5,
 )
 
 OUTPUTS = (

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = folder / f"{quote(findings.runs[0]['run_id'], safe=' ')}.html"
     page.write_text(night_report_html(findings, datetime.now(UTC)), encoding="utf-8")
     if metrics_file is not None:
-        write_run_metrics(findings.runs, metrics_file)
+        is_taken_back = findings.runs[0]["run_id"] in findings.taken_back
+        write_run_metrics(findings.runs, metrics_file, is_taken_back=is_taken_back)
     print(f"report of run {findings.runs[0]['run_id']}: {page}")
     return 0

@@ -24,6 +24,8 @@ from csrm.spark.tables import (
 
 PUBLISHED = ("published", "already_published")
 """Verdicts of a run whose scores are in relevance_scores, or were before it."""
+INTERVENED = ("rolled_back", "retired")
+"""Verdicts of a rollback and of a retirement that came to their end."""
 
 
 def create_output_tables(spark: SparkSession, tables_dir: str) -> None:
@@ -55,6 +57,11 @@ def read_run_rows(
 def read_newest(spark: SparkSession, table: Table, tables_dir: str) -> DataFrame:
     """A table that CSRM wrote, as it is whenever the frame is computed."""
     return read_table(spark, table, table_path(tables_dir, table))
+
+
+def read_nights(spark: SparkSession, tables_dir: str) -> DataFrame:
+    """Rows of scoring_runs that are of runs of the scoring job: neither rollbacks nor retirements."""
+    return read_newest(spark, SCORING_RUNS, tables_dir).where("intervention IS NULL")
 
 
 def record_run(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], *, keep_published: bool = False) -> None:
@@ -126,7 +133,7 @@ def require_run(spark: SparkSession, tables_dir: str, run_id: str) -> dict[str, 
         path = table_path(tables_dir, SCORING_RUNS)
         newest: list[str] = []
         if table_exists(spark, path):
-            runs_df = read_newest(spark, SCORING_RUNS, tables_dir).orderBy(F.desc("started_at")).limit(5)
+            runs_df = read_nights(spark, tables_dir).orderBy(F.desc("started_at")).limit(5)
             newest = [run["run_id"] for run in runs_df.collect()]
         raise InputError(f"run {run_id!r}: no run of this name in {path!r}; the newest are {newest}.")
     audit = row["audit"]
@@ -140,7 +147,7 @@ def in_utc(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -> None:
-    """Refuse a run id that names a run of other markets, or under which scores of another bundle were published.
+    """Refuse a run id that names a run of other markets or no night, or under which another bundle's scores are.
 
     Args:
         earlier: the row of the run that has the id.
@@ -148,8 +155,12 @@ def check_same_run(earlier: Row, markets: Collection[str], bundle_digest: str) -
         bundle_digest: that of the new run.
 
     Raises:
-        ConfigError: the markets or the bundle differ.
+        ConfigError: the markets or the bundle differ, or it is a rollback or a retirement.
     """
+    if earlier["intervention"] is not None:
+        raise ConfigError(
+            f"--run-id {earlier['run_id']!r}: names a rollback or a retirement of {earlier['markets']}. Choose another."
+        )
     expected = (sorted(earlier["markets"]), earlier["bundle_digest"])
     found = (sorted(markets), bundle_digest)
     is_same = found == expected if earlier["verdict"] in PUBLISHED else found[0] == expected[0]

@@ -16,7 +16,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.night.publish import newest_scores
 from csrm.night.published import commits_since
-from csrm.night.runs import PUBLISHED, in_utc
+from csrm.night.runs import PUBLISHED, in_utc, read_nights
 from csrm.operations.findings import (
     NUM_PLOT_BINS,
     SMALLEST_MOVE,
@@ -24,6 +24,7 @@ from csrm.operations.findings import (
     Key,
     RunFindings,
 )
+from csrm.operations.interventions import recorded_interventions
 from csrm.operations.texts import TextSource, read_texts
 from csrm.schemas import CATALOG, PAIR_KEY, QUERIES, RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
 from csrm.spark.commits import Commit
@@ -119,7 +120,10 @@ def read_findings(
 
 
 def taken_back(spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What was done to the published scores of runs by commits that are no run's, as far as the table's history goes.
+    """What was done to the published scores of runs by commits that are no run's.
+
+    Rollbacks and retirements are rows of scoring_runs. What others did, and what is older than these rows, is known as
+    far as the table's history goes.
 
     Args:
         spark: the session.
@@ -171,7 +175,10 @@ def interventions(
 def _commits_of_no_run(
     spark: SparkSession, tables_dir: str, runs: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Mapping[str, Any]], list[Commit]]:
-    """The runs that published to the table as it is; the commits after the oldest of them that are no run's."""
+    """The runs that published to the table as it is; the commits after the oldest of them that are no run's.
+
+    Each commit is there once: a row of scoring_runs counts, and the table's history where there is no such row.
+    """
     path = table_path(tables_dir, RELEVANCE_SCORES)
     if not table_exists(spark, path):
         return [], []
@@ -184,8 +191,15 @@ def _commits_of_no_run(
     if not published:
         return [], []
     markets = {market for run in published for market in run["markets"]}
-    commits = commits_since(spark, path, min(run["published_version"] for run in published), markets=markets)
-    return published, [commit for commit in commits if "run_id" not in commit.carried]
+    oldest = min(run["published_version"] for run in published)
+    commits = {
+        commit.version: commit
+        for commit in commits_since(spark, path, oldest, markets=markets)
+        if "run_id" not in commit.carried
+    }
+    recorded = recorded_interventions(spark, tables_dir, oldest)
+    commits |= {commit.version: commit for commit in recorded if commit.carried["market"] in markets}
+    return published, [commits[version] for version in sorted(commits)]
 
 
 def _what_was_done(commit: Commit) -> str:
@@ -203,6 +217,8 @@ def read_runs(
 ) -> tuple[list[dict[str, Any]], int]:
     """A run's row and those of the runs that started before it, newest first; and how many started later.
 
+    Rollbacks and retirements are left out: no report is about one.
+
     Args:
         spark: the session.
         tables_dir: the folder of CSRM's tables.
@@ -216,7 +232,7 @@ def read_runs(
         InputError: no such run, or no table of runs.
     """
     path = table_path(tables_dir, SCORING_RUNS)
-    runs_df = read_table(spark, SCORING_RUNS, path).withColumn("place", F.struct(F.unix_micros("started_at"), "run_id"))
+    runs_df = read_nights(spark, tables_dir).withColumn("place", F.struct(F.unix_micros("started_at"), "run_id"))
     newest_first_df = runs_df.orderBy(F.col("place").desc())
     run = (newest_first_df if run_id is None else newest_first_df.where(F.col("run_id") == run_id)).head()
     if run is None:

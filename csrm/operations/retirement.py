@@ -6,10 +6,11 @@ from pyspark.sql import functions as F
 from csrm.config import TablesSettings
 from csrm.errors import ConfigError
 from csrm.night.leases import hold_leases
-from csrm.night.publish import Publication, publish_changes
+from csrm.night.publish import Publication
 from csrm.night.published import published_markets, require_unique_pairs
 from csrm.night.runs import read_newest
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
+from csrm.operations.interventions import publish_intervention
 from csrm.operations.rollback import exact_changes
 from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.session import persisted
@@ -30,7 +31,7 @@ def retire_market(spark: SparkSession, config: RetirementConfig, market: str, *,
         spark: the session.
         config: settings of the job.
         market: the market.
-        reason: why; it stays in the commit.
+        reason: why; it stays in the commit, and in the row of scoring_runs.
 
     Raises:
         ConfigError: no reason, or nothing is published of the market.
@@ -46,6 +47,13 @@ def retire_market(spark: SparkSession, config: RetirementConfig, market: str, *,
         published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
         require_unique_pairs(spark, published_df, table_path(config.tables, RELEVANCE_SCORES))
         with persisted(exact_changes(published_df.limit(0), published_df)) as changes_df:
-            num_changes = {market: {"delete": changes_df.count()}}
-            metadata = {"retired": market, "reason": reason}
-            return publish_changes(spark, config.tables, changes_df, num_changes, leases, metadata)
+            return publish_intervention(
+                spark,
+                config.tables,
+                changes_df,
+                market=market,
+                lease=leases[market],
+                verdict="retired",
+                metadata={"retired": market, "reason": reason},
+                inputs={},
+            )

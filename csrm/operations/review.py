@@ -77,11 +77,13 @@ def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, cons
     """Throw away the scores that a run would publish: those that it staged, and those that it reused of other runs.
 
     Raises:
-        ConfigError: the run was published.
+        ConfigError: the run was published, or is a rollback or a retirement.
         InputError: none of its scores is there any more.
         LeaseError: a run holds one of its markets.
     """
     with _held_run(spark, config, run_id) as (run, _):
+        if run["intervention"] is not None:
+            raise ConfigError(f"run {run_id!r}: is a rollback or a retirement, which has no scores to discard.")
         if run["verdict"] in PUBLISHED:
             raise ConfigError(
                 f"run {run_id!r}: was published, which discarding would not undo. To go back to an earlier state: "

@@ -6,15 +6,17 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.cli import without_credentials
 from csrm.config import TablesSettings
 from csrm.errors import ConfigError, InputError
 from csrm.night.leases import hold_leases
-from csrm.night.publish import Publication, count_changes, publish_changes
+from csrm.night.publish import Publication
 from csrm.night.published import is_same_table, require_unique_pairs
-from csrm.night.runs import PUBLISHED, read_newest, require_run
+from csrm.night.runs import PUBLISHED, read_newest, read_nights, require_run
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
+from csrm.operations.interventions import publish_intervention
 from csrm.operations.maintenance import market_files, missing_files
-from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES, SCORING_RUNS
+from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.session import persisted
 from csrm.spark.tables import read_table, table_path
 
@@ -42,12 +44,22 @@ def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_i
     run = require_run(spark, config.tables, run_id)
     read_published_state(spark, config.tables, run, market)  # says what is wrong before a lease is taken
     with hold_leases(spark, config.tables, [market], f"jobs/rollback.py to {run_id}", config.lease_seconds) as leases:
-        wanted_df = read_published_state(spark, config.tables, require_run(spark, config.tables, run_id), market)
+        run = require_run(spark, config.tables, run_id)
+        wanted_df = read_published_state(spark, config.tables, run, market)
         published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
-        require_unique_pairs(spark, published_df, table_path(config.tables, RELEVANCE_SCORES))
+        path = table_path(config.tables, RELEVANCE_SCORES)
+        require_unique_pairs(spark, published_df, path)
         with persisted(exact_changes(wanted_df, published_df)) as changes_df:
-            metadata = {"rollback_to": run_id}
-            return publish_changes(spark, config.tables, changes_df, count_changes(changes_df), leases, metadata)
+            return publish_intervention(
+                spark,
+                config.tables,
+                changes_df,
+                market=market,
+                lease=leases[market],
+                verdict="rolled_back",
+                metadata={"rollback_to": run_id},
+                inputs={RELEVANCE_SCORES.name: f"{without_credentials(path)}@v{run['published_version']}"},
+            )
 
 
 def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], market: str) -> DataFrame:
@@ -93,7 +105,7 @@ def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str,
 def published_runs(spark: SparkSession, tables_dir: str, market: str) -> list[tuple[str, int]]:
     """Names of the runs that published a market, or found it published, with their versions, oldest first."""
     is_published = F.col("verdict").isin(*PUBLISHED) & F.array_contains("markets", F.lit(market))
-    runs_df = read_newest(spark, SCORING_RUNS, tables_dir).where(is_published)
+    runs_df = read_nights(spark, tables_dir).where(is_published)
     rows = runs_df.select("run_id", "published_version").orderBy("published_version", "started_at").collect()
     return [(row["run_id"], row["published_version"]) for row in rows]
 

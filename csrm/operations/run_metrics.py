@@ -12,12 +12,13 @@ from csrm.pages.page import seen
 _COUNTS = ("candidates", "unchanged", "reused", "scored")
 
 
-def write_run_metrics(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_run_metrics(runs: Sequence[Mapping[str, Any]], path: Path, *, is_taken_back: bool = False) -> None:
     """Replace the file by the metrics of a run, in one piece: a scrape never reads half of it.
 
     Args:
         runs: rows of scoring_runs with times in UTC: the run, then those before it, newest first; see read_runs.
         path: of the file, which the collector expects to end in .prom; its folder must exist.
+        is_taken_back: whether the scores that the run published were rolled back, retired or changed by others since.
 
     Raises:
         MissingDependencyError: prometheus_client is not installed (extra eval).
@@ -47,7 +48,8 @@ def write_run_metrics(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         "End of the run; not there while it runs, or where it died.",
         {(): finished_at and finished_at.timestamp()},
     )
-    gauge("run_is_published", "1 where the run's scores are published, else 0.", {(): run["verdict"] in PUBLISHED})
+    is_published = run["verdict"] in PUBLISHED and not is_taken_back
+    gauge("run_is_published", "1 where the run's scores are published still, else 0.", {(): is_published})
     gauge("run_pairs", "Candidate pairs, by what was done.", {(name,): run[f"num_{name}"] for name in _COUNTS}, "state")
     for name, label, help_text in (
         ("rejected", "reason", "Pairs that could not be scored."),

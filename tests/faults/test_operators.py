@@ -262,11 +262,17 @@ def test_a_rollback_killed_anywhere_is_whole_or_did_not_happen(spark: SparkSessi
     arguments = ["--market", KR, "--to-run", "first", *tables(night, lease_seconds=LEASE_SECONDS)]
     version = night.version("relevance_scores")
 
+    recorded: list[tuple[str, bool]] = []
     # The second one takes over a lease that was not given back, which is a commit, too.
     for file, made, expected in ((commit_file, version + 1, new), (checksum_file, version + 2, old)):
         killed_at(night, file("relevance_scores", made), "rollback", *arguments)
         assert scores_of(night, KR).equals(expected)
         assert scores_of(night, TW).equals(other)
+        rows = night.table("scoring_runs").query("intervention.notna()").sort_values("started_at")
+        recorded = [(row["verdict"], pd.isna(row["published_version"])) for _, row in rows.iterrows()]
+    assert recorded == [("running", True)] * 2  # neither says that it was done
+    runs, _ = read_runs(spark, str(night.folder / "tables"), None, 9)
+    assert len(taken_back(spark, str(night.folder / "tables"), runs)["second"]) == 1  # the table's history knows it
 
     assert rollback.main(["--market", KR, "--to-run", "first", *tables(night)]) == 0
     assert scores_of(night, KR)[KEY].equals(old[KEY])

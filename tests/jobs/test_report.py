@@ -11,7 +11,12 @@ from pyspark.sql import SparkSession
 from csrm.cli import run_job
 from csrm.commands.report import build_parser, main
 from csrm.errors import ConfigError
+from csrm.operations.history import read_runs, taken_back
+from csrm.operations.rollback import RollbackConfig, roll_back
+from csrm.operations.run_metrics import write_run_metrics
 from csrm.schemas import RELEVANCE_SCORES, RUN_PAIRS, SCORES_STAGING, SCORING_RUNS
+from csrm.spark.tables import table_id, table_path
+from tests.consumers.publishing import publish, record
 from tests.operations.test_history import DIGEST, STARTED, run_row, scores, write
 from tests.operations.test_report import HOSTILE, SHOWN, Page
 
@@ -126,6 +131,37 @@ def test_the_row_of_a_run_is_written_as_metrics(folder: Path, tmp_path: Path) ->
     assert values["csrm_run_audit_failed", "deleted", "kr", "error"] == 1
     assert values["csrm_last_published_timestamp_seconds",] < values["csrm_run_started_timestamp_seconds",]
     assert [path.name for path in file.parent.iterdir()] == ["csrm.prom"]
+
+
+def test_a_run_that_was_rolled_back_is_not_published_any_more_and_the_page_says_so_once(
+    spark: SparkSession, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    tables, file = str(tmp_path), tmp_path / "csrm.prom"
+    for day, score in ((1, 0.25), (2, 0.75)):
+        version = publish(spark, tables, f"n{day}", {"kr": {("q", "p"): score}}, day=day)
+        known = {"published_version": version, "table_id": table_id(spark, table_path(tables, RELEVANCE_SCORES))}
+        record(spark, tables, f"n{day}", ["kr"], "published", day, base_version=version - 1, **known)
+    words = ["--set", f"tables={tables}", "--set", f"metrics_file={file}"]
+
+    def is_published() -> float:
+        text = file.read_text(encoding="utf-8")
+        samples = [sample for each in parser.text_string_to_metric_families(text) for sample in each.samples]
+        (info,) = [sample.labels for sample in samples if sample.name == "csrm_run_info"]
+        assert info["run_id"] == "n2"
+        return float(next(sample.value for sample in samples if sample.name == "csrm_run_is_published"))
+
+    roll_back(spark, RollbackConfig(tables=tables), "kr", run_id="n1")
+    html, path = page_of(folder, capsys, *words)
+
+    assert (path.name, is_published()) == ("n2.html", 0)
+    assert "Published, then changed" in Page(html).text
+    assert Page(html.partition('id="history"')[2]).text.count("Market kr was rolled back to run n1 in version") == 1
+    roll_back(spark, RollbackConfig(tables=tables), "kr", run_id="n2")
+    runs, _ = read_runs(spark, tables, None, 9)
+    assert taken_back(spark, tables, runs) == {}
+    write_run_metrics(runs, file)
+    assert is_published() == 1
 
 
 def test_a_folder_is_no_file_for_metrics(folder: Path, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
-from csrm.cli import setting_arguments
+from csrm.cli import Console, setting_arguments
 from csrm.commands import retire, rollback
 from csrm.errors import ConfigError, InputError
 from csrm.night.published import published_markets
-from csrm.schemas import RELEVANCE_SCORES
+from csrm.night.runs import check_same_run, read_newest
+from csrm.operations.review import PublishConfig, discard_run
+from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS
 from csrm.spark.tables import read_table, sql_path, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 
@@ -36,6 +38,14 @@ def test_a_retired_market_leaves_in_one_commit_and_can_be_brought_back(
     assert published_markets(spark, tables) == ["kr"]
     commit = DeltaTable.forPath(spark, path).history(1).head()
     assert (commit["version"], "closed" in commit["userMetadata"]) == (version + 1, True)
+    (run,) = read_newest(spark, SCORING_RUNS, tables).where("verdict = 'retired'").collect()
+    assert (run["markets"], run["published_version"], run["changes"]) == ([HOSTILE_MARKET], version + 1, {"delete": 2})
+    assert (run["intervention"]["reason"], run["data_date"], run["bundle_digest"]) == ("closed", None, None)
+    config = PublishConfig(tables=tables)
+    with pytest.raises(ConfigError, match="is a rollback or a retirement, which has no scores to discard"):
+        discard_run(spark, config, run["run_id"], console=Console())
+    with pytest.raises(ConfigError, match=r"names a rollback or a retirement of .*Choose another"):
+        check_same_run(run, [HOSTILE_MARKET], "d")
     with pytest.raises(ConfigError, match=r"nothing of it is published; relevance_scores has \['kr'\]"):
         retire.main([*arguments, "--reason", "closed"])
 
@@ -81,4 +91,5 @@ def test_a_market_is_neither_rolled_back_nor_retired_where_the_change_feed_was_t
         rollback.main([*arguments, "--to-run", "r1"])
     with pytest.raises(InputError, match=refused):
         retire.main([*arguments, "--reason", "closed"])
+    assert read_newest(spark, SCORING_RUNS, tables).count() == 1  # of r1
     assert table_version(spark, path) == before

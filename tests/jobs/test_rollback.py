@@ -14,15 +14,15 @@ from csrm.commands import rollback
 from csrm.errors import ConfigError, InputError
 from csrm.night import publish as night_publish
 from csrm.night.published import is_still_published
-from csrm.night.runs import require_run
+from csrm.night.runs import read_newest, require_run
 from csrm.operations import rollback as rollback_of
 from csrm.operations.history import interventions, read_runs, taken_back
 from csrm.operations.maintenance import remove_old_files, set_retention
 from csrm.operations.rollback import RollbackConfig, published_runs, read_published_state, roll_back
-from csrm.schemas import RELEVANCE_SCORES, Column
+from csrm.schemas import RELEVANCE_SCORES, SCORING_RUNS, Column
 from csrm.spark.migration import migrate_table
 from csrm.spark.storage import delete_table
-from csrm.spark.tables import read_table, sql_path, table_id, table_path, table_version
+from csrm.spark.tables import overwrite_table, read_table, sql_path, table_id, table_path, table_version
 from tests.consumers.publishing import HOSTILE_MARKET, publish, record
 from tests.docs.pages import python_blocks
 
@@ -47,6 +47,11 @@ def publish_nights(spark: SparkSession, tables_dir: str) -> None:
 def market_rows(spark: SparkSession, path: str, market: str, version: int | None = None) -> list[Row]:
     table_df = read_table(spark, RELEVANCE_SCORES, path, version).where(F.col("market") == market)
     return table_df.orderBy(*RELEVANCE_SCORES.key).collect()
+
+
+def intervention_rows(spark: SparkSession, tables_dir: str) -> list[Row]:
+    runs_df = read_newest(spark, SCORING_RUNS, tables_dir).where("intervention IS NOT NULL")
+    return runs_df.orderBy("started_at").collect()
 
 
 def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
@@ -81,15 +86,28 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     assert capsys.readouterr().out == f"5 {HOSTILE_MARKET} is again as after run r1\n"
 
     runs, _ = read_runs(spark, tables_dir, None, 9)
+    assert [run["run_id"] for run in runs] == ["r4", "r3", "r2", "r1"]
     (sentence,) = taken_back(spark, tables_dir, runs).pop("r2")  # r1 is what it went back to; r3 has no such market
     assert sentence.startswith(
         f"Market {HOSTILE_MARKET} was rolled back to run r1 in version 5 of relevance_scores, 20"
     )
     assert taken_back(spark, tables_dir, runs).keys() == {"r2"}
 
+    (row,) = intervention_rows(spark, tables_dir)
+    assert (row["verdict"], row["markets"], row["changes"]) == (
+        *("rolled_back", [HOSTILE_MARKET]),
+        {"delete": 1, "insert": 1, "update": 1},
+    )
+    assert (row["base_version"], row["published_version"]) == (4, 5)
+    assert (row["intervention"]["rollback_to"], row["inputs"]["relevance_scores"][-3:]) == ("r1", "@v2")
+    assert row["started_at"] <= row["finished_at"]
+    with pytest.raises(ConfigError, match="expected a run that was published, it is rolled_back"):
+        rollback.main(["--market", HOSTILE_MARKET, "--to-run", row["run_id"], *arguments[4:]])
+
     assert rollback.main(arguments) == 0
     assert "is as run r1 left it already; nothing changed" in capsys.readouterr().out
     assert table_version(spark, path) == 5
+    assert len(intervention_rows(spark, tables_dir)) == 1
 
     assert rollback.main(["--market", "kr", "--to-run", "r3", *arguments[4:]]) == 0
     assert "is as run r3 left it already" in capsys.readouterr().out
@@ -109,6 +127,12 @@ def test_a_rollback_is_one_commit_that_restores_one_market_to_the_last_bit(
     assert [at for at, _ in events] == sorted((at for at, _ in events), reverse=True)
     assert events[-1][1] == sentence
     assert interventions(spark, tables_dir, of_other_table) == []
+    runs_df = read_newest(spark, SCORING_RUNS, tables_dir)
+    runs_path = table_path(tables_dir, SCORING_RUNS)
+    own_df = spark.createDataFrame(runs_df.where("intervention IS NULL").collect(), runs_df.schema)
+    overwrite_table(own_df, SCORING_RUNS, runs_path)  # as before there were such rows
+    older = interventions(spark, tables_dir, runs)
+    assert [sentence for _, sentence in older] == [sentence for _, sentence in events]
 
 
 def test_any_published_state_within_the_retention_can_be_rebuilt_from_the_runs(
@@ -209,6 +233,7 @@ def test_what_was_published_is_not_proven_where_the_log_since_was_cleaned_up(
     path = table_path(tables_dir, RELEVANCE_SCORES)
     publish_nights(spark, tables_dir)
     assert is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r1"))
+    roll_back(spark, RollbackConfig(tables=tables_dir), "kr", run_id="r1")
     spark.sql(f"ALTER TABLE {sql_path(path)} SET TBLPROPERTIES ('delta.checkpointInterval' = '1')")
     version = publish(spark, tables_dir, "r5", {"kr": {("q1", "p1"): 0.9}}, day=5)
     record(spark, tables_dir, "r5", ["kr"], "published", 5, published_version=version, table_id=table_id(spark, path))
@@ -218,6 +243,9 @@ def test_what_was_published_is_not_proven_where_the_log_since_was_cleaned_up(
             file.unlink()
     spark.sparkContext._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
 
+    (run,), _ = read_runs(spark, tables_dir, "r2", 1)
+    ((_, sentence),) = interventions(spark, tables_dir, [run])  # its row is left
+    assert "market kr was rolled back to run r1 in version 5 " in sentence.lower()
     assert not is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r1"))
     assert is_still_published(spark, tables_dir, require_run(spark, tables_dir, "r5"))
     with pytest.raises(InputError, match=r"'r2': its state of market 'kr'.*was removed. The oldest that is left: r5"):

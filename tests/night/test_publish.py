@@ -110,7 +110,9 @@ def planned(spark: SparkSession, *pairs: tuple[str, str, int | None]) -> DataFra
 def test_a_run_id_is_not_used_again_for_other_markets_or_another_bundle(
     verdict: str, markets: list[str], digest: str, named: str
 ) -> None:
-    earlier = Row(run_id="a", started_at=SCORED_AT, verdict=verdict, markets=["kr", "tw"], bundle_digest="d1")
+    earlier = Row(
+        run_id="a", started_at=SCORED_AT, verdict=verdict, markets=["kr", "tw"], bundle_digest="d1", intervention=None
+    )
 
     check_same_run(earlier, ["tw", "kr"], "d1")
     with pytest.raises(ConfigError, match=named):
@@ -118,7 +120,14 @@ def test_a_run_id_is_not_used_again_for_other_markets_or_another_bundle(
 
 
 def test_a_run_that_was_not_published_goes_on_with_another_bundle() -> None:
-    earlier = Row(run_id="a", started_at=SCORED_AT, verdict="rejected", markets=["kr", "tw"], bundle_digest="d1")
+    earlier = Row(
+        run_id="a",
+        started_at=SCORED_AT,
+        verdict="rejected",
+        markets=["kr", "tw"],
+        bundle_digest="d1",
+        intervention=None,
+    )
 
     check_same_run(earlier, ["kr", "tw"], "d2")
 
