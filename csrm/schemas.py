@@ -277,7 +277,13 @@ LAUNCH_FINDINGS = Table(
 _SCORE_CHECKS = (
     ("score_range", "relevance_score >= 0 AND relevance_score <= 1"),
     ("score_not_nan", "NOT isnan(relevance_score)"),
+    (
+        "probabilities",
+        "label_probabilities IS NULL OR (array_min(map_values(label_probabilities)) >= 0 AND "
+        "array_max(map_values(label_probabilities)) <= 1)",
+    ),
 )
+"""Without `->`, which Delta's ADD CONSTRAINT writes as `- >`: so none holds the sum of probabilities."""
 _SCORE_COLUMNS = (
     MARKET,
     QUERY_ID,
@@ -289,15 +295,22 @@ _SCORE_COLUMNS = (
     Column("scored_at", "timestamp", "When the pair was scored, UTC"),
 )
 _SCORE_VALUES = ("relevance_score", "predicted_grade")
+LABEL_PROBABILITIES = Column(
+    "label_probabilities",
+    "map<string,float>",
+    "Label to its probability, all of them 1 together; null unless the night was asked for them",
+    required=False,
+)
 
 RELEVANCE_SCORES = Table(
     name="relevance_scores",
     comment="Published relevance of (query, product) pairs, one row a pair",
-    columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that published the row")),
+    columns=(*_SCORE_COLUMNS, Column("run_id", "string", "Run that published the row"), LABEL_PROBABILITIES),
     key=PAIR_KEY,
     partition_by=("market",),
     checks=_SCORE_CHECKS,
     change_feed=True,
+    schema_version=2,
 )
 
 SCORES_STAGING = Table(
@@ -307,10 +320,11 @@ SCORES_STAGING = Table(
         *(replace(column, required=column.name not in _SCORE_VALUES) for column in _SCORE_COLUMNS),
         Column("run_id", "string", "Run that scored the pair"),
         Column("reason", "string", "Why the pair has no score, as in rejected_pairs; null where it has one", False),
+        LABEL_PROBABILITIES,
     ),
     key=("run_id", *PAIR_KEY),
     partition_by=("run_id", "market"),
-    schema_version=2,
+    schema_version=3,
 )
 
 RUN_PAIRS = Table(

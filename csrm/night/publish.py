@@ -9,11 +9,12 @@ from pyspark.sql import functions as F
 
 from csrm.errors import LeaseError
 from csrm.night.leases import Lease
-from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
+from csrm.schemas import LABEL_PROBABILITIES, PAIR_KEY, RELEVANCE_SCORES
 from csrm.spark.commits import merge_changes
 from csrm.spark.tables import require_as_made, table_path, table_version
 
 _SCORED = ("scored_at", "relevance_score", "predicted_grade", "bundle_digest")
+_PROBABILITIES = LABEL_PROBABILITIES.name
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Publication:
 def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataFrame, run_id: str) -> DataFrame:
     """What turns the published scores of some markets into a run's.
 
-    Pairs whose published row has the planned key stay untouched. Of several staged scores of a key the newest counts.
+    Pairs whose published row has the planned key stay untouched, but where it lacks label probabilities that were
+    staged. Of several staged scores of a key the newest counts.
 
     Args:
         planned_df: columns of run_pairs: all pairs of one run in these markets.
@@ -52,19 +54,26 @@ def run_changes(planned_df: DataFrame, published_df: DataFrame, staged_df: DataF
         F.col("pair_key").alias("old_key"),
         F.col("relevance_score").alias("old_score"),
         F.col("predicted_grade").alias("old_grade"),
+        F.col(_PROBABILITIES).isNull().alias("is_bare"),
     )
-    scorable_df = planned_df.where(F.col("reason").isNull()).select(*key, "pair_key", F.lit(True).alias("is_planned"))
+    is_new = F.col("state") != "unchanged"
+    scorable_df = planned_df.where(F.col("reason").isNull()).select(
+        *key, "pair_key", is_new.alias("is_new"), F.lit(True).alias("is_planned")
+    )
+    is_changed = F.col("is_planned").isNull() | F.col("old_key").isNull() | (F.col("old_key") != F.col("pair_key"))
     operation = (
         F.when(F.col("is_planned").isNull(), "delete").when(F.col("old_key").isNull(), "insert").otherwise("update")
     )
     return (
         scorable_df.join(old_df, on=key, how="full")
-        .where(F.col("is_planned").isNull() | F.col("old_key").isNull() | (F.col("old_key") != F.col("pair_key")))
+        .where(is_changed | (F.col("is_new") & F.col("is_bare")))
         .join(newest_scores(staged_df), on=[*key, "pair_key"], how="left")
+        .where(is_changed | F.col(_PROBABILITIES).isNotNull())
         .select(
             *key,
             "pair_key",
             *_SCORED,
+            _PROBABILITIES,
             F.lit(run_id).alias("run_id"),
             operation.alias("operation"),
             "old_score",
@@ -80,11 +89,14 @@ def newest_scores(staged_df: DataFrame) -> DataFrame:
         staged_df: columns of scores_staging.
 
     Returns:
-        market, query_id, product_id, pair_key, scored_at, relevance_score, predicted_grade, bundle_digest.
+        market, query_id, product_id, pair_key, scored_at, relevance_score, predicted_grade, bundle_digest,
+        label_probabilities.
     """
-    newest = F.max(F.struct(*_SCORED)).alias("newest")
-    scored_df = staged_df.where(F.col("reason").isNull())
-    return scored_df.groupBy(*PAIR_KEY, "pair_key").agg(newest).select(*PAIR_KEY, "pair_key", "newest.*")
+    entries = F.map_entries(_PROBABILITIES).alias("entries")  # Spark compares no maps
+    newest = F.max(F.struct(*_SCORED, entries)).alias("newest")
+    newest_df = staged_df.where(F.col("reason").isNull()).groupBy(*PAIR_KEY, "pair_key").agg(newest)
+    probabilities = F.map_from_entries("newest.entries").alias(_PROBABILITIES)
+    return newest_df.select(*PAIR_KEY, "pair_key", *[f"newest.{name}" for name in _SCORED], probabilities)
 
 
 def count_changes(changes_df: DataFrame) -> dict[str, dict[str, int]]:

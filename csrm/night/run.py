@@ -211,12 +211,17 @@ def plan_run(context: RunContext) -> RunPlan:
     warn_of_query_languages(context.bundle, num_queries, markets=config.markets, console=context.console)
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
+    published_df = context.published_df
+    staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
+    if config.label_probabilities:  # a score without them is not right any more
+        published_df = published_df.where("label_probabilities IS NOT NULL")
+        staged_df = staged_df.where("label_probabilities IS NOT NULL OR reason IS NOT NULL")
     planned_df = plan_pairs(
         context.inputs["candidates"].df,
         _augmented_queries(context),
         context.inputs["catalog"].df,
-        context.published_df,
-        read_open_staging(spark, config.tables, config.markets, run_id),
+        published_df,
+        staged_df,
         context.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
     context.require_leases()
@@ -453,4 +458,5 @@ def _with_scores(
         progress=progress,
         attempts_dir=context.attempts_dir,
         is_repeated=context.is_repeated,
+        label_probabilities=config.label_probabilities,
     )

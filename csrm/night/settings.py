@@ -68,6 +68,9 @@ class ScoringConfig(NightSettings):
     """Most tokens of one forward pass; halved where memory does not suffice. Default: 16,384 on a GPU, else 1,024."""
     use_retrieved_titles: bool = True
     """Whether retrieved titles augment the queries."""
+    label_probabilities: bool = False
+    """Whether rows get the probability of each label too. The first night with it scores the published pairs again that
+    have none; without it, new rows have none."""
     broadcast_limit_mb: int = Field(default=BROADCAST_LIMIT_MB, ge=0)
     """Retrieved titles up to this size (estimated, MiB) are broadcast; larger ones are joined by a shuffle."""
     num_partitions: int | None = Field(default=None, ge=1)

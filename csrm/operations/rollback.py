@@ -121,14 +121,17 @@ def exact_changes(wanted_df: DataFrame, published_df: DataFrame) -> DataFrame:
         The columns of relevance_scores and `operation`: insert, update, or delete (then only the key is set).
     """
     key = list(PAIR_KEY)
-    values = [name for name in RELEVANCE_SCORES.column_names if name not in key]
-    new_df = wanted_df.select(*key, F.struct(*values).alias("new"))
-    old_df = published_df.select(*key, F.struct(*values).alias("old"))
+    values = [column for column in RELEVANCE_SCORES.columns if column.name not in key]
+    maps = [column.name for column in values if column.type.startswith("map")]  # Spark compares their entries only
+    comparable = [F.map_entries(c.name).alias(c.name) if c.name in maps else F.col(c.name) for c in values]
+    new_df = wanted_df.select(*key, F.struct(*comparable).alias("new"))
+    old_df = published_df.select(*key, F.struct(*comparable).alias("old"))
     operation = F.when(F.col("old").isNull(), "insert").when(F.col("new").isNull(), "delete").otherwise("update")
     return (
         new_df.join(old_df, on=key, how="full")
         .where(~F.col("new").eqNullSafe(F.col("old")))
         .select(*key, "new.*", operation.alias("operation"))
+        .withColumns({name: F.map_from_entries(name) for name in maps})
     )
 
 

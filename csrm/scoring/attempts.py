@@ -44,7 +44,7 @@ class Attempts:
             keys = self._read(info.path)
             (self._guilty if len(keys) == 1 else self._suspects).update(keys)
 
-    def score(self, scorer: PairScorer, pairs: pd.DataFrame) -> pd.DataFrame:
+    def score(self, scorer: PairScorer, pairs: pd.DataFrame, *, label_probabilities: bool = False) -> pd.DataFrame:
         """As PairScorer.score_or_reject, for pairs with their pair_key; also gives the reason PROCESS_DIED."""
         is_guilty = pairs["pair_key"].isin(self._guilty).to_numpy()
         is_suspect = pairs["pair_key"].isin(self._suspects).to_numpy() & ~is_guilty
@@ -52,12 +52,13 @@ class Attempts:
         for query, title in zip(guilty["query"], guilty["title"], strict=True):
             logger.warning("rejected, %s: query %.80r, product %.80r", PROCESS_DIED, query, title)
         no_score = {"relevance_score": np.float32("nan"), "predicted_grade": None, "reason": PROCESS_DIED}
+        no_score |= {"label_probabilities": None} if label_probabilities else {}
         scored = [pd.DataFrame(no_score, index=guilty.index)]
         for rows in (np.flatnonzero(~is_guilty & ~is_suspect), *np.flatnonzero(is_suspect)[:, np.newaxis]):
             if len(rows):
                 step = pairs.iloc[rows]
                 self._note(step["pair_key"])
-                scored.append(scorer.score_or_reject(step))
+                scored.append(scorer.score_or_reject(step, label_probabilities=label_probabilities))
         return pd.concat([frame for frame in scored if len(frame)]).loc[pairs.index]
 
     def close(self) -> None:

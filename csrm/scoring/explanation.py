@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from csrm.scoring.labels import softmax
 from csrm.scoring.prompts import neutralize
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, pair_texts
 
@@ -71,7 +72,5 @@ def label_probabilities(scorer: PairScorer, pairs: pd.DataFrame) -> pd.DataFrame
     >>> label_probabilities(scorer, pairs).columns.tolist()
     ['I', 'C', 'S', 'E']
     """
-    logits = scorer.logits(pairs).astype(np.float64)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     names = [label.name for label in scorer.labels]
-    return pd.DataFrame(weights / weights.sum(axis=1, keepdims=True), columns=names, index=pairs.index)
+    return pd.DataFrame(softmax(scorer.logits(pairs)), columns=names, index=pairs.index)

@@ -67,6 +67,17 @@ def check_labels(labels: Sequence[Label]) -> None:
         )
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of labels from their logits, shape (num_pairs, num_labels), float64; each row's sum is 1.
+
+    >>> softmax(np.log([[0.2, 0.8]])).round(3).tolist()
+    [[0.2, 0.8]]
+    """
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities: np.ndarray = weights / weights.sum(axis=1, keepdims=True)
+    return probabilities
+
+
 def expected_gain(logits: np.ndarray, gains: np.ndarray) -> np.ndarray:
     """Relevance scores of pairs from the logits of their label tokens.
 

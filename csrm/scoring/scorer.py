@@ -9,7 +9,7 @@ import pandas as pd
 
 from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import ConfigError, DeviceError, InputError
-from csrm.scoring.labels import Label, expected_gain
+from csrm.scoring.labels import Label, expected_gain, softmax
 from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.prompts import Product, Query, is_shown
 from csrm.scoring.tokenization import PromptTokenizer
@@ -166,7 +166,9 @@ class PairScorer:
         rows_of_packs = _split(rows, [len(pack.last_index) for pack in packs])
         return PreparedPairs(list(zip(rows_of_packs, packs, strict=True)))
 
-    def score_or_reject(self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None) -> pd.DataFrame:
+    def score_or_reject(
+        self, pairs: pd.DataFrame, prepared: PreparedPairs | None = None, *, label_probabilities: bool = False
+    ) -> pd.DataFrame:
         """Score pairs, and set those aside that cannot be scored.
 
         Where a pack fails, its pairs are halved until those that fail are alone: for one such pair at most twice the
@@ -176,10 +178,12 @@ class PairScorer:
         Args:
             pairs: see score.
             prepared: of these pairs; None: they are prepared now.
+            label_probabilities: whether the probability of each label is wanted too.
 
         Returns:
             relevance_score and predicted_grade as score gives them, NaN and None where there is a reason, and reason
-            (TOKENIZER_ERROR, MODEL_ERROR or NOT_FINITE; None for a pair with a score), on the index of `pairs`.
+            (TOKENIZER_ERROR, MODEL_ERROR or NOT_FINITE; None for a pair with a score), on the index of `pairs`. Where
+            they are wanted, also label_probabilities: label to probability, None where there is a reason.
 
         Raises:
             InputError: a column is missing.
@@ -192,9 +196,16 @@ class PairScorer:
         scores, grades = self._graded(logits)
         is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
         scores[is_rejected], grades[is_rejected] = np.nan, None
-        return pd.DataFrame(
-            {"relevance_score": scores, "predicted_grade": grades, "reason": reasons}, index=pairs.index
-        )
+        columns: dict[str, Any] = {"relevance_score": scores, "predicted_grade": grades, "reason": reasons}
+        if label_probabilities:
+            names = [label.name for label in self.labels]
+            rows = zip(is_rejected, softmax(logits).tolist(), strict=True)
+            columns["label_probabilities"] = pd.Series(
+                [None if rejected else dict(zip(names, row, strict=True)) for rejected, row in rows],
+                index=pairs.index,
+                dtype=object,
+            )
+        return pd.DataFrame(columns, index=pairs.index)
 
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""

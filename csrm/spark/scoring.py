@@ -24,7 +24,7 @@ from csrm.bundle.cache import pinned
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_kept, refusal
 from csrm.errors import BundleError, CsrmError, InputError
-from csrm.schemas import PAIR_KEY, SCORES_STAGING
+from csrm.schemas import LABEL_PROBABILITIES, PAIR_KEY, SCORES_STAGING
 from csrm.scoring.attempts import Attempts, open_attempts
 from csrm.scoring.prompts import is_shown
 from csrm.scoring.runtime import cpu_features
@@ -121,6 +121,8 @@ def score_pair_batches(
     scorer: PairScorer,
     on_scored: Callable[[int, int, int, int, int, int], None],
     attempts: Attempts | None = None,
+    *,
+    label_probabilities: bool = False,
 ) -> Iterator[pd.DataFrame]:
     """Scores of Arrow batches of pairs, or why they have none, in the order of their rows; tested without Spark.
 
@@ -131,6 +133,7 @@ def score_pair_batches(
             of tokens of their prompts, whose prefixes are computed once a pack, of packs that had to be halved, of
             milliseconds that the scorer waited for pairs to be prepared (but for the first), and that it scored.
         attempts: of earlier processes that may have died at one of these pairs; None: there were none.
+        label_probabilities: whether the probability of each label is wanted too.
     """
     steps = (
         batch.iloc[start : start + _PAIRS_PER_CALL].reset_index(drop=True)
@@ -141,7 +144,10 @@ def score_pair_batches(
         ready = _prepared_ahead(steps, scorer) if attempts is None else ((step, None, 0.0) for step in steps)
         for pairs, prepared, waited_s in ready:
             before, start = np.array(_counts(scorer)), time.monotonic()
-            scores = scorer.score_or_reject(pairs, prepared) if attempts is None else attempts.score(scorer, pairs)
+            if attempts is None:
+                scores = scorer.score_or_reject(pairs, prepared, label_probabilities=label_probabilities)
+            else:
+                scores = attempts.score(scorer, pairs, label_probabilities=label_probabilities)
             times = [round(1000 * waited_s), round(1000 * (time.monotonic() - start))]
             on_scored(len(pairs), *[*(np.array(_counts(scorer)) - before).tolist(), *times])
             yield pd.concat([pairs[_KEY_COLUMNS], scores], axis=1)
@@ -184,6 +190,7 @@ def with_relevance_score(
     progress: ScoringProgress | None = None,
     attempts_dir: str | None = None,
     is_repeated: bool = False,
+    label_probabilities: bool = False,
 ) -> DataFrame:
     """Pairs with their scores, or why they have none, as rows of scores_staging. One Python operator.
 
@@ -195,6 +202,7 @@ def with_relevance_score(
         progress: counts what is scored; None where there are no accumulators (Spark Connect).
         attempts_dir: where attempts of the run note what they are at (see csrm.scoring.attempts); None: they do not.
         is_repeated: whether the run was started before. Else the first attempt of a task notes nothing.
+        label_probabilities: whether the probability of each label is wanted too; else that column is null.
     """
     here = place.for_workers()
     counters = () if progress is None else progress.counters
@@ -208,12 +216,17 @@ def with_relevance_score(
         context = TaskContext.get()
         is_again = is_repeated or (context is not None and context.attemptNumber() > 0)
         attempts = open_attempts(attempts_dir) if is_again and attempts_dir is not None else None
-        yield from score_pair_batches(batches, scorer, on_scored, attempts)
+        yield from score_pair_batches(batches, scorer, on_scored, attempts, label_probabilities=label_probabilities)
 
     schema = (
         "market string, query_id string, product_id string, pair_key bigint, "
         "relevance_score float, predicted_grade string, reason string"
     )
+    column, none = LABEL_PROBABILITIES, {}
+    if label_probabilities:
+        schema += f", {column.name} {column.type}"
+    else:
+        none = {column.name: F.lit(None).cast(column.type)}
     return (
         pairs_df.select(*_KEY_COLUMNS, *[name for name in PAIR_COLUMNS if name not in _KEY_COLUMNS])
         .mapInPandas(score, schema, profile=place.profile)
@@ -222,6 +235,7 @@ def with_relevance_score(
                 "bundle_digest": F.lit(bundle_digest),
                 "scored_at": F.current_timestamp(),
                 "run_id": F.lit(run_id),
+                **none,
             }
         )
         .select(*SCORES_STAGING.column_names)

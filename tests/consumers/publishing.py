@@ -26,9 +26,9 @@ def publish(spark: SparkSession, tables_dir: str, run_id: str, changes: Mapping[
     at = START + timedelta(days=day)
     for market, scores in changes.items():
         rows = [
-            (market, *pair, score, "E", "digest", round(1000 * score), at, run_id, "update")
+            (market, *pair, score, "E", "digest", round(1000 * score), at, run_id, None, "update")
             if score is not None
-            else (market, *pair, 0.0, "", "", 0, at, "", "delete")
+            else (market, *pair, 0.0, "", "", 0, at, "", None, "delete")
             for pair, score in scores.items()
         ]
         changes_df = spark.createDataFrame(rows, schema)

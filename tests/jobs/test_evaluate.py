@@ -64,7 +64,7 @@ def folder(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
     judgments = pd.DataFrame(JUDGMENTS, columns=["market", "query_id", "product_id", "grade", "split"])
     judgments.to_parquet(folder / "judgments.parquet")
     scored_at = datetime(2026, 11, 1, tzinfo=UTC)
-    rows = [(*key_and_score, "E", "digest-1", 1, scored_at, "run-1") for key_and_score in SCORES]
+    rows = [(*key_and_score, "E", "digest-1", 1, scored_at, "run-1", None) for key_and_score in SCORES]
     scores_df = spark.createDataFrame(rows, spark_schema(RELEVANCE_SCORES))
     replace_rows(scores_df, RELEVANCE_SCORES, table_path(str(folder / "tables"), RELEVANCE_SCORES))
     return folder

@@ -134,6 +134,40 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, dict[str,
     return read
 
 
+def test_label_probabilities_are_filled_once_where_they_are_asked_for(
+    scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+) -> None:
+    market = scored_market
+    first = market.scores()
+    assert first["label_probabilities"].isna().all()
+
+    market.score("asked", label_probabilities=True)
+
+    asked = market.scores()
+    assert said()["plan"]["num_to_score"] == 48
+    assert market.run("asked")["changes"] == {"update": 48}
+    assert asked[[*KEY, "pair_key", "predicted_grade"]].equals(first[[*KEY, "pair_key", "predicted_grade"]])
+    assert (asked["relevance_score"] - first["relevance_score"]).abs().max() < 1e-5
+    for probabilities, grade in zip(asked["label_probabilities"].map(dict), asked["predicted_grade"], strict=True):
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert max(probabilities, key=probabilities.__getitem__) == grade
+
+    market.score("again", label_probabilities=True)
+    printed = said()
+    assert (printed["plan"]["num_unchanged"], printed["plan"]["num_to_score"]) == (48, 0)
+    assert "already_published" in printed
+
+    is_renamed = (market.catalog["market"] == KR) & (market.catalog["product_id"] == "p1")
+    market.catalog.loc[is_renamed, "title"] = "목욕 수건"
+    market.score("without")
+    assert said()["plan"]["num_to_score"] == 4
+    assert market.scores()["label_probabilities"].isna().sum() == 4
+
+    tables = setting_arguments(tables=market.folder / "tables", lease_seconds=3)
+    assert rollback.main(["--market", KR, "--to-run", "asked", *tables]) == 0
+    assert market.scores().equals(asked)
+
+
 def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
     spark: SparkSession, scored_market: Market, said: Callable[[], dict[str, dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -209,9 +209,8 @@ def test_a_market_is_rolled_back_across_a_migration(
     publish_nights(spark, tables_dir)
     wanted, other = market_rows(spark, path, HOSTILE_MARKET, 2), market_rows(spark, path, "kr")
     *columns, last = RELEVANCE_SCORES.columns
-    newer = replace(
-        RELEVANCE_SCORES, columns=(*columns, Column("note", "string", "New", required=False), last), schema_version=2
-    )
+    note, version = Column("note", "string", "New", required=False), RELEVANCE_SCORES.schema_version + 1
+    newer = replace(RELEVANCE_SCORES, columns=(*columns, note, last), schema_version=version)
     assert migrate_table(spark, newer, path) == ["note"]
     DeltaTable.forPath(spark, path).update("product_id = 'p1'", {"note": "'written since'"})
     for module in (rollback_of, night_publish):

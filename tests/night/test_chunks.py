@@ -44,7 +44,7 @@ def test_a_night_is_staged_in_chunks_of_the_measured_length(spark: SparkSession,
     def score(chunk: Chunk) -> DataFrame:
         chunks.append(chunk)
         time.sleep(0.2)
-        row = ("tw", "q", f"p{chunk.number}", 0.5, "E", "d", 1, datetime(2026, 1, 2, tzinfo=UTC), "r", None)
+        row = ("tw", "q", f"p{chunk.number}", 0.5, "E", "d", 1, datetime(2026, 1, 2, tzinfo=UTC), "r", None, None)
         return spark.createDataFrame([row], spark_schema(SCORES_STAGING))
 
     num_chunks = stage_scores(spark, tables, "app", pairs_in_bucket, score, chunk_seconds=1e-3, pairs_per_s=4_000)
@@ -71,10 +71,10 @@ def test_the_canary_is_a_sample_of_each_market_that_its_seed_chooses(spark: Spar
     ]
     planned_df = spark.createDataFrame(planned, spark_schema(RUN_PAIRS))
     at = datetime(2026, 1, 2, tzinfo=UTC)
-    scores = [(market, "q", product, n / 40, "E", "d", n, at, "r") for market, _, product, n, *_ in planned]
+    scores = [(market, "q", product, n / 40, "E", "d", n, at, "r", None) for market, _, product, n, *_ in planned]
     published_df = spark.createDataFrame(scores, spark_schema(RELEVANCE_SCORES))
     staged = [
-        (market, "q", product, score, "E", "d", n, scored_at, "r", None)
+        (market, "q", product, score, "E", "d", n, scored_at, "r", None, None)
         for market, _, product, n, *_ in planned
         for score, scored_at in ((0.5, at.replace(year=2025)), (1 - n / 40, at))
     ]

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.spark
 
 
 def changes(spark: SparkSession, score: float, run_id: str) -> DataFrame:
-    row = ("tw", "q", "p", score, "E", "digest", 1, datetime(2026, 1, 2, tzinfo=UTC), run_id)
+    row = ("tw", "q", "p", score, "E", "digest", 1, datetime(2026, 1, 2, tzinfo=UTC), run_id, None)
     rows_df = spark.createDataFrame([row], spark_schema(RELEVANCE_SCORES))
     return rows_df.selectExpr("*", "'update' AS operation")
 

@@ -35,7 +35,7 @@ from csrm.spark.tables import create_table, read_table, spark_schema, sql_path, 
 SCORED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SCHEMA = (
     "market string, query_id string, product_id string, relevance_score float, predicted_grade string, "
-    "bundle_digest string, pair_key bigint, scored_at timestamp, run_id string"
+    "bundle_digest string, pair_key bigint, scored_at timestamp, run_id string, label_probabilities map<string,float>"
 )
 RUN: dict[str, Any] = {
     "run_id": "a",
@@ -66,10 +66,11 @@ def scores(
     *rows: tuple[str, str, float | None, str, int],
     digest: str = "d1",
     scored_at: datetime = SCORED_AT,
+    probabilities: dict[str, float] | None = None,
 ) -> DataFrame:
     """Rows of (market, product_id, relevance_score, predicted_grade, pair_key) for query q."""
     values = [
-        (market, "q", product_id, score, grade, digest, key, scored_at, run_id)
+        (market, "q", product_id, score, grade, digest, key, scored_at, run_id, probabilities)
         for market, product_id, score, grade, key in rows
     ]
     return spark.createDataFrame(values, SCHEMA)
@@ -160,6 +161,33 @@ def test_a_run_changes_the_pairs_whose_key_differs(spark: SparkSession) -> None:
         ("new", "insert", pytest.approx(0.3), None, "r"),
         ("rejected", "delete", None, 0.5, "r"),
     ]
+
+
+@pytest.mark.spark
+def test_probabilities_are_added_to_rows_that_lack_them_and_never_taken_away(spark: SparkSession) -> None:
+    old_df = scores(spark, "old", ("kr", "bare", 0.5, "yes", 1), ("kr", "staged without", 0.5, "yes", 2)).union(
+        scores(spark, "old", ("kr", "full", 0.5, "yes", 3), ("kr", "gone", 0.5, "yes", 4), probabilities={"yes": 1.0})
+    )
+    keys = (("kr", "bare", 1), ("kr", "staged without", 2), ("kr", "full", 3), ("kr", "new", 5), ("kr", "tie", 6))
+    known, other = {"no": 0.5, "yes": 0.5}, {"no": 0.25, "yes": 0.75}
+    staged_df = (
+        staged(spark, "x", ("kr", "bare", 0.5, "yes", 1), ("kr", "full", 0.5, "yes", 3), probabilities=known)
+        .union(staged(spark, "x", ("kr", "staged without", 0.5, "yes", 2)))
+        .union(staged(spark, "x", ("kr", "new", 0.5, "yes", 5), ("kr", "tie", 0.5, "yes", 6), probabilities=known))
+        .union(staged(spark, "y", ("kr", "tie", 0.5, "yes", 6), probabilities=other))
+    )
+
+    changes_df = run_changes(planned(spark, *keys), old_df, staged_df, "r")
+
+    found = {row["product_id"]: (row["operation"], row["label_probabilities"]) for row in changes_df.collect()}
+    assert found == {
+        "bare": ("update", known),
+        "gone": ("delete", None),
+        "new": ("insert", known),
+        "tie": ("insert", known),
+    }
+    unchanged_df = planned(spark, *keys[:1]).withColumn("state", F.lit("unchanged"))
+    assert run_changes(unchanged_df, old_df.where("pair_key = 1"), staged_df, "r").isEmpty()
 
 
 @pytest.fixture

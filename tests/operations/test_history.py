@@ -97,6 +97,8 @@ def run_row(run_id: str, day: int, verdict: str, **values: Any) -> tuple[Any, ..
 
 
 def write(spark: SparkSession, tables: Path, table: Table, rows: list[tuple[Any, ...]]) -> int:
+    """Replace a table; last columns that the rows leave out are null."""
+    rows = [(*row, *[None] * (len(table.columns) - len(row))) for row in rows]
     return overwrite_table(spark.createDataFrame(rows, spark_schema(table)), table, table_path(str(tables), table))
 
 

@@ -27,6 +27,7 @@ from csrm.errors import BundleError, ConfigError, DeviceError, InputError, Scori
 from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
+from csrm.scoring.explanation import label_probabilities
 from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
@@ -46,7 +47,7 @@ class LengthScorer:
     def prepare(self, pairs: pd.DataFrame) -> str:
         return f"{len(pairs)} pairs"
 
-    def score_or_reject(self, pairs: pd.DataFrame, prepared: str) -> pd.DataFrame:
+    def score_or_reject(self, pairs: pd.DataFrame, prepared: str, **asked: bool) -> pd.DataFrame:
         assert prepared == f"{len(pairs)} pairs"
         self.num_tokens += 10 * len(pairs)
         self.num_prompt_tokens += 20 * len(pairs)
@@ -116,9 +117,9 @@ def test_the_next_pairs_are_prepared_while_some_are_scored() -> None:
                 self.is_second_prepared.set()
             return super().prepare(pairs)
 
-        def score_or_reject(self, pairs: pd.DataFrame, prepared: str) -> pd.DataFrame:
+        def score_or_reject(self, pairs: pd.DataFrame, prepared: str, **asked: bool) -> pd.DataFrame:
             assert self.is_second_prepared.wait(60)
-            return super().score_or_reject(pairs, prepared)
+            return super().score_or_reject(pairs, prepared, **asked)
 
     scorer = PatientScorer()
 
@@ -148,7 +149,9 @@ def test_time_in_which_the_model_waits_for_its_pairs_is_counted_and_said(capsys:
 
 @pytest.mark.spark
 @pytest.mark.parametrize("num_partitions", [1, 3])
-def test_spark_gives_the_scores_of_the_core(spark: SparkSession, tiny_bundle: Path, num_partitions: int) -> None:
+def test_spark_gives_the_scores_of_the_core(
+    spark: SparkSession, tiny_bundle: Path, tmp_path: Path, num_partitions: int
+) -> None:
     pdf = pairs_pdf()
     scorer = load_scorer(str(tiny_bundle), "cpu", threads=1)
     expected = scorer.score(pdf)
@@ -166,6 +169,21 @@ def test_spark_gives_the_scores_of_the_core(spark: SparkSession, tiny_bundle: Pa
     assert scored["pair_key"].tolist() == list(range(30))
     assert set(scored["bundle_digest"]) == {scorer.digest}
     assert set(scored["run_id"]) == {"run"}
+    assert scored["label_probabilities"].isna().all()
+    asked_df = with_relevance_score(
+        shuffled_df,
+        ScorerPlace(str(tiny_bundle)),
+        bundle_digest=scorer.digest,
+        run_id="run",
+        label_probabilities=True,
+        attempts_dir=str(tmp_path / "attempts"),
+        is_repeated=num_partitions == 3,
+    )
+    asked = asked_df.toPandas().astype({"product_id": int}).sort_values("product_id")
+    found = pd.DataFrame(asked["label_probabilities"].map(dict).tolist())
+    np.testing.assert_allclose(found, label_probabilities(scorer, pdf), atol=1e-5)
+    gains = np.array([label.gain for label in scorer.labels])
+    np.testing.assert_allclose(found.to_numpy() @ gains, asked["relevance_score"], atol=1e-5)
 
 
 @pytest.mark.spark

@@ -13,7 +13,7 @@ import deltalake
 import pytest
 from delta.tables import DeltaTable
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from csrm.cli import setting_arguments
@@ -42,7 +42,7 @@ SCORED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def scores(spark: SparkSession, *rows: tuple[str | None, str, str, float | None]) -> DataFrame:
-    values = [(*row, "E", "digest", 7, SCORED_AT, "run") for row in rows]
+    values = [(*row, "E", "digest", 7, SCORED_AT, "run", None) for row in rows]
     return spark.createDataFrame(values, spark_schema(replace(RELEVANCE_SCORES, columns=_nullable())))
 
 
@@ -121,7 +121,8 @@ def test_a_table_of_something_else_is_never_overwritten(spark: SparkSession, tmp
 
 def test_a_table_of_an_older_version_is_refused_until_it_is_migrated(spark: SparkSession, tmp_path: Path) -> None:
     path = str(tmp_path / "it's" / "scores")
-    older = replace(RELEVANCE_SCORES, columns=tuple(c for c in RELEVANCE_SCORES.columns if c.name != "predicted_grade"))
+    columns = tuple(c for c in RELEVANCE_SCORES.columns if c.name != "predicted_grade")
+    older = replace(RELEVANCE_SCORES, columns=columns, schema_version=1)
     row_df = scores(spark, ("kr", "q1", "p1", 0.5))
     replace_rows(row_df, older, path)
     newer = replace(RELEVANCE_SCORES, columns=_nullable(), schema_version=2)
@@ -149,23 +150,52 @@ def test_staging_of_version_1_takes_pairs_without_a_score_after_its_migration(
     spark: SparkSession, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "staging")
-    columns = tuple(replace(column, required=True) for column in SCORES_STAGING.columns if column.name != "reason")
+    newer = ("reason", "label_probabilities")
+    columns = tuple(replace(column, required=True) for column in SCORES_STAGING.columns if column.name not in newer)
     create_table(spark, replace(SCORES_STAGING, columns=columns, schema_version=1), path)
 
-    assert migrate_table(spark, SCORES_STAGING, path) == ["reason"]
+    assert migrate_table(spark, SCORES_STAGING, path) == [*newer]
 
     at = datetime(2026, 1, 2, tzinfo=UTC)
-    row = ("kr", "q", "p", None, None, "digest", 1, at, "run", "model_error")
+    row = ("kr", "q", "p", None, None, "digest", 1, at, "run", "model_error", None)
     append_rows(spark.createDataFrame([row], spark_schema(SCORES_STAGING)), SCORES_STAGING, path, Transaction("app", 1))
     assert read_table(spark, SCORES_STAGING, path).head()["reason"] == "model_error"
+
+
+def test_scores_of_version_1_take_label_probabilities_after_their_migration_but_only_right_ones(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "scores")
+    checks = tuple(check for check in RELEVANCE_SCORES.checks if check[0] != "probabilities")
+    columns = tuple(column for column in RELEVANCE_SCORES.columns if column.name != "label_probabilities")
+    older = replace(RELEVANCE_SCORES, columns=columns, checks=checks, schema_version=1)
+    before_df = scores(spark, ("kr", "q1", "p1", 0.5))
+    replace_rows(before_df, older, path)
+
+    assert migrate_table(spark, RELEVANCE_SCORES, path) == ["label_probabilities"]
+
+    assert read_table(spark, RELEVANCE_SCORES, path).collect() == before_df.collect()
+    for wrong in ({"no": -0.25, "yes": 0.5}, {"no": 0.5, "yes": 1.25}):
+        wrong_df = before_df.withColumn("label_probabilities", _map(wrong))
+        with pytest.raises(Exception, match=r"(?i)probabilities"):
+            replace_rows(wrong_df, RELEVANCE_SCORES, path)
+    right = {"I": 0.1, "C": 0.2, "S": 0.3, "E": 0.4}
+    replace_rows(before_df.withColumn("label_probabilities", _map(right)), RELEVANCE_SCORES, path)
+    (row,) = read_table(spark, RELEVANCE_SCORES, path).collect()
+    assert row["label_probabilities"] == pytest.approx(right)
+
+
+def _map(values: dict[str, float]) -> Column:
+    pairs = [F.lit(part) for name, value in values.items() for part in (name, value)]
+    return F.create_map(*pairs).cast("map<string,float>")
 
 
 def test_checks_are_migrated_too(spark: SparkSession, tmp_path: Path) -> None:
     path = str(tmp_path / "scores")
     create_table(spark, RELEVANCE_SCORES, path)
     kept, changed = RELEVANCE_SCORES.checks[0], ("at_most_half", "relevance_score <= 0.5")
-    newer = replace(RELEVANCE_SCORES, checks=(kept, changed), schema_version=2)
-    with pytest.raises(InputError, match="expected version 2 of its columns, it has version 1"):
+    newer = replace(RELEVANCE_SCORES, checks=(kept, changed), schema_version=RELEVANCE_SCORES.schema_version + 1)
+    with pytest.raises(InputError, match="expected version 3 of its columns, it has version 2"):
         create_table(spark, newer, path)
 
     assert migrate_table(spark, newer, path) == []
