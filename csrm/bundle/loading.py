@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from csrm.bundle.cache import fetch_folder
@@ -22,7 +23,7 @@ from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME, load_manifest, require_same
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
-from csrm.scoring.tokenization import PromptTokenizer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
 
 TOKENS_PER_CALL = {"cpu": 1_024, "cuda": 16_384}
 """Most tokens of one forward pass on a device. On a CPU they hold a usual query's group, and what attention computes of
@@ -61,6 +62,13 @@ class Bundle:
         except Exception as error:  # tokenizers raises Exception itself
             raise BundleError(f"bundle {str(self.folder)!r}: {TOKENIZER_NAME}: {error}") from error
         return tokenizer
+
+    def seen_tokens(self) -> np.ndarray | None:
+        """Whether the training saw each token id, bool; ids beyond its end it did not. None where nobody knows."""
+        path = self.folder / SEEN_TOKENS_NAME
+        if not path.exists():
+            return None
+        return np.unpackbits(np.frombuffer(path.read_bytes(), np.uint8)).astype(bool)
 
     def golden_pairs(self) -> GoldenPairs:
         """Pairs with the scores that it must give.

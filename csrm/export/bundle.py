@@ -30,7 +30,7 @@ from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
-from csrm.scoring.tokenization import PromptTokenizer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
 from csrm.training.model.relevance import torch_pack_scorer
 
 _MERGE_PAIRS = 32
@@ -75,6 +75,8 @@ def export_bundle(
         folder = unfinished / "bundle"
         folder.mkdir()
         (folder / TOKENIZER_NAME).write_text(source.tokenizer_json, encoding="utf-8")
+        if source.seen_tokens is not None:
+            (folder / SEEN_TOKENS_NAME).write_bytes(source.seen_tokens)
         in_torch_model = source.weights.merged_model(tokenizer.label_ids(labels))
         in_torch = torch_scorer(in_torch_model, tokenizer, labels, "torch")
         if source.weights.has_adapters:

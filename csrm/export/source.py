@@ -16,7 +16,7 @@ from csrm.scoring.template import PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer
 from csrm.training.model.base import BaseModel, model_title
 from csrm.training.model.families import check_model, check_tokens, check_weights
-from csrm.training.trained import MODEL_KIND, model_origin, read_card, start_tokenizer_json
+from csrm.training.trained import MODEL_KIND, model_origin, read_card, read_seen_tokens, start_tokenizer_json
 
 
 class Reranker(Settings):
@@ -46,6 +46,8 @@ class ExportSource:
     budgets: Budgets
     template: PromptTemplate
     origin: Origin
+    seen_tokens: bytes | None = None
+    """See csrm.scoring.tokenization.SEEN_TOKENS_NAME; None: nobody knows."""
 
     def prompt_tokenizer(self) -> PromptTokenizer:
         """Tokenizer of its prompts."""
@@ -86,7 +88,16 @@ def _trained(model_dir: Path) -> ExportSource:
         trained_model=digest,
         training_run=card.fingerprint,
     )
-    return ExportSource(weights, tokenizer_json, card.labels, card.budgets, card.template, origin)
+    seen = read_seen_tokens(model_dir)
+    return ExportSource(
+        weights,
+        tokenizer_json,
+        card.labels,
+        card.budgets,
+        card.template,
+        origin,
+        None if seen is None else seen.tobytes(),
+    )
 
 
 def _reranker(reranker: Reranker) -> ExportSource:

@@ -56,17 +56,26 @@ class AuditLimits(Settings):
     """Where the bundle is new: smallest mean over queries of Spearman's correlation with the published order."""
     ndcg_loss: Bound = Bound(limit=0.02)
     """Where the bundle is new and judgments are given: most nDCG@10 that may be lost."""
+    unseen_tokens: Bound = Bound(limit=0.2, severity="warning")
+    """Where nothing of the bundle is published: most tokens of queries and titles that its training never saw."""
+    cut_titles: Bound = Bound(limit=0.2, severity="warning")
+    """Where nothing of the bundle is published: most titles that its budget cuts."""
+    golden_scores: Bound = Bound(limit=0.01, severity="warning")
+    """Where nothing of the bundle is published: fewest scores that reach the median of its golden pairs."""
     fewest_pairs: int = Field(default=500, ge=1)
     """Distributions and ranks of fewer pairs are reported, not judged."""
 
-    @field_validator("rejected_share", "deleted_share", "changed_ks", "new_ks", "grade_shift", "ndcg_loss")
+    @field_validator(
+        *("rejected_share", "deleted_share", "changed_ks", "new_ks", "grade_shift", "ndcg_loss"),
+        *("unseen_tokens", "cut_titles"),
+    )
     @classmethod
     def _can_fail(cls, bound: Bound) -> Bound:
         if bound.limit > 1:
             raise ValueError(f"expected at most 1, got {bound.limit:g}: it would never fail. 5 % are written 0.05")
         return bound
 
-    @field_validator("query_coverage", "product_coverage", "rank_agreement")
+    @field_validator("query_coverage", "product_coverage", "rank_agreement", "golden_scores")
     @classmethod
     def _can_be_missed(cls, bound: Bound, info: ValidationInfo) -> Bound:
         least = -1 if info.field_name == "rank_agreement" else 0
@@ -98,6 +107,22 @@ class Canary:
     """NaN where a pair has no score now."""
     tolerance: float
     """That the bundle declares."""
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """A market that a bundle scores for the first time, beside what the bundle was trained and proven on."""
+
+    num_tokens: int
+    """Tokens of a sample of its queries and titles."""
+    num_unseen: int | None
+    """Those that the training never saw; None where the bundle does not say."""
+    num_titles: int
+    """Titles of the sample."""
+    num_cut: int
+    """Titles that have more tokens than their budget."""
+    golden_median: float
+    """Median score of the bundle's golden pairs."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +167,17 @@ class MarketOutcome:
     """See AuditLimits; None where it was not measured."""
     ndcg: tuple[float, float] | None = None
     """nDCG@10 of the published scores and of the run's, over the judged pairs that both have."""
+    first_look: FirstLook | None = None
+    """None where some of what is published comes from the run's bundle."""
     canary: Canary | None = None
     """None where no published pair is unchanged."""
     reused_canary: Canary | None = None
     """The same for scores that an earlier attempt or run had staged; None where none is reused."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing that is published comes from the run's bundle, also where nothing is."""
+        return self.is_new_bundle or not self.num_published
 
     @property
     def num_changes(self) -> dict[str, int]:
@@ -187,6 +219,7 @@ def audit_market(outcome: MarketOutcome, limits: AuditLimits) -> list[AuditResul
         *_canary(outcome),
         *(_new_bundle(outcome, limits) if outcome.is_new_bundle else _changed(outcome, limits)),
         *_new_pairs(outcome, limits),
+        *_first_look(outcome, limits),
     ]
 
 
@@ -358,6 +391,36 @@ def _new_pairs(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditRes
         text = f"{outcome.num_new:,} new pairs: their scores against all published ones"
         reference, counts = outcome.published_scores, outcome.new_scores
         yield from _moved(outcome, limits, "new", reference, counts, limits.new_psi, limits.new_ks, text)
+
+
+def _first_look(outcome: MarketOutcome, limits: AuditLimits) -> Iterator[AuditResult]:
+    look = outcome.first_look
+    if look is None:
+        return
+    first = "The bundle is new to this market:"
+    if look.num_unseen is None:
+        sentence = f"{first} it does not say which tokens its training saw. Train and export it again to know."
+        bound = f"<= {limits.unseen_tokens.limit:g}"
+        yield _result(outcome, "unseen_tokens", math.nan, bound, True, "warning", sentence)
+    elif look.num_tokens:
+        sentence = (
+            f"{first} its training never saw {look.num_unseen:,} of {look.num_tokens:,} tokens of queries and titles. "
+            "Where these are many, its language or its products are foreign: look at scores before you rely on them."
+        )
+        yield _at_most(outcome, "unseen_tokens", look.num_unseen / look.num_tokens, limits.unseen_tokens, sentence)
+    if look.num_titles:
+        sentence = f"{first} its budget cuts {look.num_cut:,} of {look.num_titles:,} titles."
+        yield _at_most(outcome, "cut_titles", look.num_cut / look.num_titles, limits.cut_titles, sentence)
+    scores = outcome.new_scores + outcome.scores_after
+    if num_scores := int(scores.sum()):
+        lowest = min(int(look.golden_median * NUM_SCORE_BINS), NUM_SCORE_BINS - 1)
+        num_good = int(scores[lowest:].sum())
+        sentence = (
+            f"{first} {num_good:,} of {num_scores:,} scores reach {look.golden_median:.3f}, the median of the pairs "
+            "that it was proven on."
+        )
+        is_judged = num_scores >= limits.fewest_pairs
+        yield _at_least(outcome, "golden_scores", num_good / num_scores, limits.golden_scores, sentence, is_judged)
 
 
 def _moved(

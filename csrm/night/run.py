@@ -5,7 +5,7 @@ that died goes on from them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 
 from pyspark.sql import DataFrame, SparkSession
@@ -20,6 +20,7 @@ from csrm.extras import import_eval
 from csrm.night.audit import AuditResult, Canary, audit_market, failures
 from csrm.night.chunks import Chunk, canary_pairs, in_chunk, stage_scores
 from csrm.night.context import RunContext
+from csrm.night.first_look import look_at_markets
 from csrm.night.leases import Lease, hold_leases
 from csrm.night.messages import (
     say_halved_packs,
@@ -308,7 +309,13 @@ def audit_run(
         canaries,
         ndcgs,
     )
-    results = [result for outcome in outcomes.values() for result in audit_market(outcome, context.config.audit)]
+    first = [market for market, outcome in outcomes.items() if outcome.is_first]
+    looks = look_at_markets(context.bundle, first, queries_df=inputs["queries"].df, catalog_df=inputs["catalog"].df)
+    results = [
+        result
+        for market, outcome in outcomes.items()
+        for result in audit_market(replace(outcome, first_look=looks.get(market)), context.config.audit)
+    ]
     context.clock.lap("audit")
     say_warnings(context.console, results)
     num_changes = {market: outcome.num_changes for market, outcome in outcomes.items() if outcome.num_changes}

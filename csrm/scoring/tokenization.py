@@ -28,6 +28,9 @@ from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 
 _MARK_CHARACTER = regex.compile(r"[\p{ASCII}&&[^\p{L}\p{N}\s.,&+'\-]]", flags=regex.V1)
 _CHAT_TOKEN = regex.compile(r"<\|[^<>|\s]+\|>")
+SEEN_TOKENS_NAME = "seen_tokens.bin"
+"""File of a trained model and of its bundle: one bit for each token id, whether the training saw it; the first is the
+highest of a byte. Models that others trained have none."""
 CHARACTERS_PER_TOKEN = 64
 """A field is cut to so many characters per token of its budget before it is tokenised: bounds the work on huge text."""
 
@@ -156,6 +159,10 @@ class PromptTokenizer:
         cue_ids = self._template(self.template.cue)
         return [self._joined([], lines, field_ids, self.budgets.suffix, cue_ids) for lines in all_lines]
 
+    def uncut_ids(self, lines: Sequence[Line]) -> list[list[int]]:
+        """Token ids of the text of some lines, before a budget cuts them; of a huge text those of its beginning."""
+        return list(self._ids_of_text([self._beginning(line) for line in lines]))
+
     def prompt_parts(self, query: Query, product: Product) -> list[PromptPart]:
         """What a prompt says field by field, in its order, and what the budgets cut from each.
 
@@ -228,9 +235,12 @@ class PromptTokenizer:
 
     def _field_ids(self, all_lines: Iterable[Sequence[Line]]) -> dict[tuple[str, str], list[int]]:
         """Token ids of every (field, text), cut to the field's budget; equal ones are tokenised once."""
-        fields = list(dict.fromkeys((line.field, line.text) for lines in all_lines for line in lines))
-        texts = [text[: CHARACTERS_PER_TOKEN * self._limits[field]] for field, text in fields]
-        return {key: ids[: self._limits[key[0]]] for key, ids in zip(fields, self._ids_of_text(texts), strict=True)}
+        fields = {(line.field, line.text): self._beginning(line) for lines in all_lines for line in lines}
+        ids_of_fields = self._ids_of_text([*fields.values()])
+        return {key: ids[: self._limits[key[0]]] for key, ids in zip(fields, ids_of_fields, strict=True)}
+
+    def _beginning(self, line: Line) -> str:
+        return line.text[: CHARACTERS_PER_TOKEN * self._limits[line.field]]
 
     def _ids_of_text(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of foreign texts, which become none of the tokenizer's marks, whatever they spell."""

@@ -11,15 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from csrm import __version__
 from csrm.errors import ConfigError, InputError
 from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
-from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME, Budgets, PromptTokenizer
 from csrm.training.best_step import DEV_SCORES, DevSplit, mean_loss
-from csrm.training.data.packs import TrainingPack, write_packs
+from csrm.training.data.packs import PackFile, TrainingPack, seen_tokens, write_packs
 from csrm.training.model.base import BaseModel
 from csrm.training.model.quiet import quiet_libraries
 from csrm.training.processes import num_processes, run_everywhere
@@ -29,6 +31,7 @@ from csrm.training.trained import (
     ModelCard,
     has_ended,
     model_origin,
+    read_seen_tokens,
     scorer_of,
     start_tokenizer_json,
     trained_scorer,
@@ -146,7 +149,9 @@ def train_stage(
         kept_step=trained.kept_step,
     )
     finished = work.folder / "finished"
-    _write_folder(finished, trained, tokenizer_json, card)
+    earlier = read_seen_tokens(start) if isinstance(start, Path) else None
+    seen = seen_tokens(PackFile(work.pack_file), earlier)
+    _write_folder(finished, trained, tokenizer_json, card, seen)
     replace_folder(finished, output_dir, MODEL_KIND)
     if not finish:
         shutil.rmtree(work.folder)
@@ -206,6 +211,7 @@ def _write_folder(
     trained: Trained,
     tokenizer_json: str,
     card: ModelCard,
+    seen: np.ndarray,
 ) -> None:
     """Write a trained folder with its manifest; what an attempt that was stopped left there is removed."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -214,6 +220,7 @@ def _write_folder(
         trained.model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "model.json").write_text(card.to_json(), encoding="utf-8")
+    (folder / SEEN_TOKENS_NAME).write_bytes(seen.tobytes())
     (folder / "history.json").write_text(json.dumps(trained.history, indent=2) + "\n", encoding="utf-8")
     if trained.dev_scores is not None:
         shutil.copyfile(trained.dev_scores, folder / DEV_SCORES)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
-from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME, Budgets, PromptTokenizer
 from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer
 from csrm.training.model.relevance import PackedRelevanceModel, TrainingPrecision, torch_pack_scorer
 
@@ -144,6 +145,12 @@ def read_card(folder: Path) -> ModelCard:
         raise BundleError(
             f"model {str(folder)!r}: model.json has other fields than this version reads ({error!r}). Train it again."
         ) from error
+
+
+def read_seen_tokens(folder: Path) -> np.ndarray | None:
+    """Which tokens the training of a folder saw; see csrm.training.data.packs.seen_tokens. None of older folders."""
+    path = folder / SEEN_TOKENS_NAME
+    return np.frombuffer(path.read_bytes(), np.uint8) if path.exists() else None
 
 
 def model_origin(start: BaseModel | Path) -> tuple[BaseModel, dict[str, str]]:

@@ -25,7 +25,7 @@ from csrm.scoring import runtime
 from csrm.spark.scoring import ScorerInfo
 from tests.faults.bundles import give_one_score
 
-FILES = ["model.onnx", "tokenizer.json", "golden.json", "manifest.json"]
+FILES = ["model.onnx", "tokenizer.json", "golden.json", "seen_tokens.bin", "manifest.json"]
 
 
 @pytest.fixture

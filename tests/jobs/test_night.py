@@ -20,10 +20,12 @@ from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.bundle import load_bundle
 from csrm.cli import setting_arguments
 from csrm.commands import publish, rollback, score_catalog
 from csrm.errors import AuditError, ConfigError, InputError, LeaseError
 from csrm.night import run
+from csrm.night.first_look import look_at_texts
 from csrm.night.leases import hold_leases
 from csrm.night.runs import read_run_rows, record_run, require_run, write_run_rows
 from csrm.schemas import RUN_PAIRS
@@ -132,6 +134,33 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, dict[str,
         return {line["event"]: line for line in lines}
 
     return read
+
+
+def test_a_first_look_warns_of_a_market_whose_texts_the_training_never_saw(
+    market: Market, pairs_pdf: pd.DataFrame, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One market has texts that the tiny bundle was trained on, the other has Thai ones."""
+    thai = (["เต็นท์", "ผ้าขนหนู", "รองเท้าเดินป่า", "เสื้อกันฝน", "เมาส์ไร้สาย", "กระเป๋าเป้"], ["เต็นท์", "รองเท้า", "ผ้า", "เมาส์"])
+    known = ([*pairs_pdf["title"].unique()] * 2, [*pairs_pdf["query"].unique()])
+    for name, (titles, queries) in ((KR, known), (TW, thai)):
+        market.catalog.loc[market.catalog["market"] == name, "title"] = titles[:6]
+        market.queries.loc[market.queries["market"] == name, "query"] = queries[:4]
+    assert look_at_texts(load_bundle(market.bundle), known[1], known[0]).num_unseen == 0
+
+    market.score("first")
+
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    found = {(line["market"], line["name"]) for line in lines if line["event"] == "warning" and "name" in line}
+    assert (TW, "unseen_tokens") in found
+    assert (KR, "unseen_tokens") not in found
+    results = json.loads(market.run("first")["audit"])
+    assert {(result["market"], result["name"]) for result in results if result["name"] == "unseen_tokens"} == {
+        (KR, "unseen_tokens"),
+        (TW, "unseen_tokens"),
+    }
+    capfd.readouterr()
+    market.score("second")
+    assert "unseen_tokens" not in market.run("second")["audit"]
 
 
 def test_label_probabilities_are_filled_once_where_they_are_asked_for(
@@ -481,11 +510,13 @@ def test_queries_that_name_a_market_s_language_otherwise_are_said(
 
 
 def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(
-    market: Market, said: Callable[[], dict[str, dict[str, Any]]]
+    market: Market, capfd: pytest.CaptureFixture[str]
 ) -> None:
     markets = {KR: "ko", TW: "fr"}
     market.score("first", markets=markets)
-    assert said()["warning"]["sentence"].startswith(f"market {TW!r} is in fr; the bundle was proven on pairs in en")
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    said = [line["sentence"] for line in lines if line["event"] == "warning"]
+    assert said[0].startswith(f"market {TW!r} is in fr; the bundle was proven on pairs in en")
     before = market.scores()
     market.catalog = market.catalog.iloc[:0]
 

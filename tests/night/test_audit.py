@@ -14,6 +14,7 @@ from csrm.night.audit import (
     NUM_SCORE_BINS,
     AuditLimits,
     Canary,
+    FirstLook,
     MarketOutcome,
     accept,
     audit_market,
@@ -53,6 +54,9 @@ GOOD = MarketOutcome(
 )
 
 
+LOOK = FirstLook(num_tokens=1_000, num_unseen=50, num_titles=100, num_cut=5, golden_median=0.5)
+
+
 def failed(outcome: MarketOutcome, limits: AuditLimits = LIMITS) -> set[str]:
     return {result["name"] for result in audit_market(outcome, limits) if not result["passed"]}
 
@@ -82,6 +86,9 @@ def test_a_run_like_the_night_before_passes_every_check() -> None:
         ({"grades_after": {"E": 751, "I": 249}}, "drift.grade_shift"),
         ({"is_new_bundle": True, "rank_agreement": 0.4}, "drift.rank_agreement"),
         ({"is_new_bundle": True, "ndcg": (0.70, 0.67)}, "drift.ndcg_loss"),
+        ({"first_look": replace(LOOK, num_unseen=201)}, "unseen_tokens"),
+        ({"first_look": replace(LOOK, num_cut=21)}, "cut_titles"),
+        ({"first_look": LOOK, "scores_before": LOW, "scores_after": LOW, "new_scores": 0 * LOW}, "golden_scores"),
     ],
 )
 def test_each_fault_fails_its_own_check(fault: dict[str, Any], name: str) -> None:
@@ -89,11 +96,32 @@ def test_each_fault_fails_its_own_check(fault: dict[str, Any], name: str) -> Non
 
 
 def test_a_check_is_called_as_its_bound() -> None:
-    outcome = replace(GOOD, rank_agreement=0.9, ndcg=(0.70, 0.71), reused_canary=GOOD.canary)
+    outcome = replace(GOOD, rank_agreement=0.9, ndcg=(0.70, 0.71), reused_canary=GOOD.canary, first_look=LOOK)
     results = audit_market(outcome, LIMITS) + audit_market(replace(outcome, is_new_bundle=True), LIMITS)
     facts = {"complete", "not_empty", "unique", "finite", "in_range", "canary", "canary_reused"}
     names = {result["name"].removeprefix("drift.") for result in results}
     assert names - facts == set(AuditLimits.model_fields) - {"fewest_pairs"}
+
+
+def test_a_first_look_warns_and_keeps_no_run_from_being_published() -> None:
+    foreign = FirstLook(num_tokens=1_000, num_unseen=900, num_titles=100, num_cut=50, golden_median=1.0)
+    outcome = replace(GOOD, num_published=0, num_changed=0, num_new=890, scores_after=0 * LOW, new_scores=LOW)
+    results = audit_market(replace(outcome, first_look=foreign), LIMITS)
+
+    assert {result["name"] for result in results if not result["passed"]} == {
+        *("unseen_tokens", "cut_titles", "golden_scores")
+    }
+    assert failures(results) == []
+    sentences = {result["name"]: result["sentence"] for result in results}
+    assert "never saw 900 of 1,000 tokens of queries and titles" in sentences["unseen_tokens"]
+    assert "0 of 1,000 scores reach 1.000" in sentences["golden_scores"]
+
+
+def test_a_bundle_that_does_not_know_its_training_says_so() -> None:
+    outcome = replace(GOOD, first_look=replace(LOOK, num_unseen=None))
+    (result,) = [result for result in audit_market(outcome, LIMITS) if result["name"] == "unseen_tokens"]
+    assert (result["passed"], result["value"]) == (True, None)
+    assert "does not say which tokens its training saw" in result["sentence"]
 
 
 def test_a_market_without_a_score_is_not_published() -> None:

@@ -170,11 +170,38 @@ class PackFile(torch.utils.data.Dataset[TrainingPack]):
             row.column("keys").flatten().to_pylist(),
         )
 
+    def token_ids(self) -> Iterator[np.ndarray]:
+        """Token ids of all packs, part by part, as often as they are there."""
+        for block in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(block)
+            for name in ("prefixes", "products"):
+                values = batch.column(name)
+                while pa.types.is_list(values.type):
+                    values = values.flatten()
+                yield values.to_numpy()
+
     def __getstate__(self) -> dict[str, Path]:
         return {"path": self._path}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+
+def seen_tokens(packs: PackFile, earlier: np.ndarray | None = None) -> np.ndarray:
+    """Whether each token id is in some packs, one bit each, as csrm.bundle.Bundle.seen_tokens reads them.
+
+    Args:
+        packs: of a training.
+        earlier: the same of what the training started from; None: of nothing.
+
+    Returns:
+        Shape (num_bytes,), uint8.
+    """
+    seen = np.zeros(0, bool) if earlier is None else np.unpackbits(earlier).astype(bool)
+    for ids in packs.token_ids():
+        seen = np.pad(seen, (0, max(0, ids.max(initial=-1) + 1 - len(seen))))
+        seen[ids] = True
+    return np.packbits(seen)
 
 
 def collate(packs: Sequence[TrainingPack], num_labels: int) -> dict[str, Any]:

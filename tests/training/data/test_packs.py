@@ -15,6 +15,7 @@ from csrm.training.data.packs import (
     TrainingPack,
     collate,
     judged_packs,
+    seen_tokens,
     translation_packs,
     with_dropped_titles,
     with_translations,
@@ -60,6 +61,18 @@ def test_a_file_gives_back_what_was_written(packs: list[TrainingPack], tmp_path:
         assert (read.is_translation, list(read.keys)) == (written.is_translation, list(written.keys))
     with pytest.raises(IndexError):
         file[len(many)]
+
+
+def test_the_tokens_of_all_packs_are_seen_and_no_others(packs: list[TrainingPack], tmp_path: Path) -> None:
+    write_packs(packs, tmp_path / "packs")
+    groups = [group for pack in packs for group in pack.groups]
+    expected = {id_ for group in groups for ids in (group.prefix_ids, *group.suffixes) for id_ in ids}
+
+    seen = seen_tokens(PackFile(tmp_path / "packs"))
+
+    assert set(np.flatnonzero(np.unpackbits(seen))) == expected
+    earlier = np.packbits(np.arange(5_000) == 4_999)
+    assert set(np.flatnonzero(np.unpackbits(seen_tokens(PackFile(tmp_path / "packs"), earlier)))) == {*expected, 4_999}
 
 
 def test_a_batch_learns_pairs_and_translations_where_they_are(packs: list[TrainingPack]) -> None:
