@@ -289,7 +289,7 @@ _SCORE_COLUMNS = (
     QUERY_ID,
     PRODUCT_ID,
     Column("relevance_score", "float", "Expected gain of the pair under the model, in [0, 1]; higher is better"),
-    Column("predicted_grade", "string", "Most probable label"),
+    Column("predicted_grade", "string", "Most probable label, or that of least expected cost"),
     Column("bundle_digest", "string", "sha256 that names the bundle which scored the pair"),
     Column("pair_key", "bigint", "Hash of everything that the score depends on"),
     Column("scored_at", "timestamp", "When the pair was scored, UTC"),

@@ -30,6 +30,7 @@ def bundle_card(bundle: Bundle) -> str:
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
         *([f"speed       of a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
         f"labels      {labels}",
+        *([f"grade costs {settings.grade_costs}"] if settings.grade_costs else []),
         f"prompt      {template}; at most {settings.budgets.prefix} tokens of a query and "
         f"{settings.budgets.suffix} of a product",
         f"parity      fp32 within {parity.largest_score_difference:.1e} of the trained model on {parity.num_pairs} "

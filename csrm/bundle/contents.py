@@ -1,12 +1,12 @@
 """What `manifest.json` of a bundle says under `about`, and the names of the bundle's files."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from csrm.config import Settings
-from csrm.scoring.labels import Label
+from csrm.scoring.labels import Label, cost_matrix
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
@@ -114,6 +114,8 @@ class BundleSettings(Settings):
     template: PromptTemplate = BUILT_IN_TEMPLATE
     """Of its prompts; not written where it is the built-in one."""
     labels: tuple[Label, ...] = Field(min_length=2)
+    grade_costs: dict[str, dict[str, float]] | None = None
+    """See csrm.scoring.labels.GradeCosts; not written where there are none."""
     budgets: Budgets
     precision: Precision
     device: str
@@ -135,13 +137,21 @@ class BundleSettings(Settings):
     versions: dict[str, str]
     """Package to version that made the bundle."""
 
+    @model_validator(mode="after")
+    def _costs_are_of_labels(self) -> Self:
+        if self.grade_costs is not None:
+            cost_matrix(self.labels, self.grade_costs)
+        return self
+
     @model_serializer(mode="wrap")
-    def _without_built_in_template(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = as_usual(self)
         if self.template == BUILT_IN_TEMPLATE:
             del values["template"]
         if self.origin.ensemble is None:
             del values["origin"]["ensemble"]
+        if self.grade_costs is None:
+            del values["grade_costs"]
         return values
 
     @property

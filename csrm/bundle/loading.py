@@ -170,6 +170,7 @@ def load_scorer(
         tokens_per_call=default_tokens_per_call(device) if tokens_per_call is None else tokens_per_call,
         digest=bundle.digest,
         provider=provider,
+        grade_costs=settings.grade_costs,
     )
     golden = bundle.golden_pairs()
     require_same(bundle.folder, BUNDLE_KIND, bundle.digest)

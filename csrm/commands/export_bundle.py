@@ -39,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     else:
         bundle = export_bundle(
-            config.model, bundle_dir, pairs, judged, config.precision, config.device, config.grade_labels
+            config.model,
+            bundle_dir,
+            pairs,
+            judged,
+            config.precision,
+            config.device,
+            config.grade_labels,
+            grade_costs=config.grade_costs,
         )
     card = bundle_card(bundle)
     print(card)

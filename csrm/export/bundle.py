@@ -27,7 +27,7 @@ from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
 from csrm.export.weights import ModelWeights
 from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
-from csrm.scoring.labels import Label, expected_gain
+from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
@@ -47,6 +47,8 @@ def export_bundle(
     precision: str = "fp32",
     device: str = "cpu",
     grade_labels: Mapping[str, str] | None = None,
+    *,
+    grade_costs: GradeCosts | None = None,
 ) -> Bundle:
     """Write the bundle of a trained folder, or of a reranker as it is.
 
@@ -57,12 +59,13 @@ def export_bundle(
         precision: fp32, fp16, bf16, int8, int4, or auto.
         device: that will score.
         grade_labels: see ExportConfig.
+        grade_costs: see ExportConfig; other ones make another bundle, with another digest.
 
     Raises:
         ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
         BundleError: the model is incomplete or was changed, or gives all pairs one score; nothing was written.
-        ConfigError: the model is not supported, the precision cannot be proven, or another process exports there; said
-            before any work.
+        ConfigError: the model is not supported, the precision cannot be proven, grade_costs do not fit its labels, or
+            another process exports there; said before any work.
         DeviceError: the device is not there.
     """
     check_replaceable(bundle_dir, BUNDLE_KIND)
@@ -71,6 +74,8 @@ def export_bundle(
     precisions = wanted_precisions(precision, device, has_labels)
     source = open_source(model)
     tokenizer, labels = source.prompt_tokenizer(), source.labels
+    if grade_costs is not None:
+        cost_matrix(labels, grade_costs)
     with unfinished_folder(bundle_dir) as unfinished:
         folder = unfinished / "bundle"
         folder.mkdir()
@@ -105,6 +110,9 @@ def export_bundle(
                 pairs, torch_logits, onnx_scorer.logits(pairs), labels, ("torch", provider), SCORE_TOLERANCE
             )
         settings = _settings(source, parity, golden, graph_path, device)
+        if grade_costs is not None:
+            own_costs = {label: dict(row) for label, row in grade_costs.items()}
+            settings = settings.model_copy(update={"grade_costs": own_costs})
         write_best_precision(
             graph_path,
             pack_scorer,

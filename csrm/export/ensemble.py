@@ -31,7 +31,7 @@ from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device,
 from csrm.scoring.scorer import PairScorer
 
 logger = logging.getLogger(__name__)
-_SAME = ("labels", "budgets", "template", "template_version")
+_SAME = ("labels", "grade_costs", "budgets", "template", "template_version")
 """What all members of an ensemble have alike, beside their tokenizer."""
 _LEAST_BYTES = 1_024
 """Larger weights may lie beside the graph."""

@@ -56,7 +56,9 @@ class ExportConfig(Settings):
     """Split whose pairs the quality gate ranks; it should not be one that the model was trained on."""
     grade_labels: dict[str, str] | None = None
     """Grade of a judgment to the name of its label; None where both have the same names."""
-
+    grade_costs: dict[str, dict[str, float]] | None = None
+    """What mistakes of the predicted grade cost: true label to predicted grade to its cost, where that is not 1. The
+    grade of least expected cost is then predicted. Default: the most probable label."""
     tracking: Tracker | None = None
     """mlflow: the bundle goes to MLflow too, into the run of its training, and becomes a version of a registered model
     with its card; see csrm.tracking."""
@@ -69,6 +71,8 @@ class ExportConfig(Settings):
             raise ValueError(
                 "name one of model_dir, a trained folder, reranker, a model as it is, and ensemble, bundles to join"
             )
+        if self.ensemble is not None and self.grade_costs is not None:
+            raise ValueError("grade_costs: an ensemble has those of its bundles; set them where these are exported")
         return self
 
     @property

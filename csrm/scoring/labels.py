@@ -1,6 +1,6 @@
 """Labels of a model: the tokens it answers with, the grade each stands for, and the gain of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,6 +65,56 @@ def check_labels(labels: Sequence[Label]) -> None:
             f"labels: all have the gain {labels[0].gain:g}, so every pair would have this score; give the most "
             "relevant one the largest gain"
         )
+
+
+GradeCosts = Mapping[str, Mapping[str, float]]
+"""What a pair's true label and another predicted grade cost: {"I": {"E": 10}} for an irrelevant product shown as exact.
+
+A mistake that is not named costs 1, a right grade 0.
+"""
+
+
+def cost_matrix(labels: Sequence[Label], costs: GradeCosts) -> np.ndarray:
+    """What each label that a pair has and each grade that is predicted cost.
+
+    Args:
+        labels: of the model.
+        costs: at least 0, of names of labels.
+
+    Returns:
+        Shape (num_labels, num_labels), float64: a row is the label, a column the grade.
+
+    Raises:
+        ConfigError: a name is no label, a cost is below 0 or no number, or a right grade costs something.
+
+    >>> cost_matrix(BINARY_LABELS, {"no": {"yes": 5}}).tolist()
+    [[0.0, 5.0], [1.0, 0.0]]
+    """
+    names = [label.name for label in labels]
+    matrix = 1.0 - np.eye(len(names))
+    for label, row in costs.items():
+        for grade, cost in row.items():
+            if unknown := sorted({label, grade} - {*names}):
+                raise ConfigError(f"grade_costs: {unknown} are no labels of the model; it has {names}.")
+            if not 0 <= cost < np.inf or (label == grade and cost):
+                expected = "0, for the grade is right" if label == grade else "a number from 0"
+                raise ConfigError(f"grade_costs: {label} graded as {grade}: expected {expected}, got {cost}.")
+            matrix[names.index(label), names.index(grade)] = cost
+    return matrix
+
+
+def least_cost(logits: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """Places of the grades whose expected cost is least, shape (num_pairs,); of equal ones the first.
+
+    Args:
+        logits: shape (num_pairs, num_labels), finite.
+        costs: as of cost_matrix.
+
+    >>> least_cost(np.log([[0.3, 0.7], [0.1, 0.9]]), np.array([[0.0, 5.0], [1.0, 0.0]])).tolist()
+    [0, 1]
+    """
+    places: np.ndarray = (softmax(logits) @ costs).argmin(axis=1)
+    return places
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import ConfigError, DeviceError, InputError
-from csrm.scoring.labels import Label, expected_gain, softmax
+from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain, least_cost, softmax
 from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.prompts import Product, Query, is_shown
 from csrm.scoring.tokenization import PromptTokenizer
@@ -65,6 +65,7 @@ class PairScorer:
         tokens_per_call: int,
         digest: str = "",
         provider: str = "",
+        grade_costs: GradeCosts | None = None,
     ) -> None:
         """Make a scorer.
 
@@ -76,9 +77,10 @@ class PairScorer:
                 many.
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
+            grade_costs: what mistakes of the predicted grade cost; None: it is the most probable label.
 
         Raises:
-            ConfigError: tokens_per_call is below 1 or not whole.
+            ConfigError: tokens_per_call is below 1 or not whole; or see cost_matrix.
         """
         if not isinstance(tokens_per_call, int) or isinstance(tokens_per_call, bool) or tokens_per_call < 1:
             raise ConfigError(
@@ -86,6 +88,7 @@ class PairScorer:
                 "the default of the device."
             )
         self.labels = tuple(labels)
+        self._costs = None if grade_costs is None else cost_matrix(labels, grade_costs)
         self.digest = digest
         """Digest of the bundle; empty for a model that is not one."""
         self.provider = provider
@@ -217,7 +220,8 @@ class PairScorer:
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gains = np.array([label.gain for label in self.labels])
         names = np.array([label.name for label in self.labels], dtype=object)
-        return expected_gain(logits, gains), names[logits.argmax(axis=1)]
+        grades = logits.argmax(axis=1) if self._costs is None else least_cost(logits, self._costs)
+        return expected_gain(logits, gains), names[grades]
 
     def _pack_logits(self, pack: Pack) -> np.ndarray:
         """Of the pairs in a pack, shape (num_pairs, num_labels)."""

@@ -381,3 +381,21 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded_is_refused(
     monkeypatch.setattr(runtime, "load_pack_scorer", replaced_before)
     with pytest.raises(BundleError, match=f"was replaced while it was loaded: expected digest {digest}"):
         load_scorer(folder, "cpu", threads=1)
+
+
+def test_grade_costs_change_the_grades_and_the_digest_but_no_score(bundle_copy: Path, pairs_pdf: pd.DataFrame) -> None:
+    bundle = load_bundle(bundle_copy)
+    assert "grade_costs" not in json.loads((bundle_copy / MANIFEST_NAME).read_text())["about"]
+    before = load_scorer(bundle_copy, "cpu").score(pairs_pdf)
+    costly = before["predicted_grade"].iloc[0]
+    names = [label.name for label in bundle.settings.labels]
+
+    sealed(bundle_copy, grade_costs={name: {costly: 1_000.0} for name in names if name != costly})
+
+    after = load_scorer(bundle_copy, "cpu").score(pairs_pdf)
+    assert load_bundle(bundle_copy).digest != bundle.digest
+    assert costly not in set(after["predicted_grade"])
+    pd.testing.assert_series_equal(after["relevance_score"], before["relevance_score"])
+    sealed(bundle_copy, grade_costs={"worst": {costly: 1.0}})
+    with pytest.raises(BundleError, match=r"does not describe a bundle: grade_costs: \['worst'\] are no labels"):
+        load_bundle(bundle_copy)
