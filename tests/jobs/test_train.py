@@ -112,9 +112,18 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
         "retrieval_table": {"path": str(tmp_path / "titles.parquet"), "format": "parquet"},
         "max_queries": 3,
     }
+    judged = pd.read_parquet(settings["inputs"]["judgments"]["path"])
+    judged.assign(score=judged["grade"].map({"E": 9, "S": 7, "C": 3, "I": 1})).to_parquet(tmp_path / "scores.parquet")
+    scores = {"path": str(tmp_path / "scores.parquet"), "format": "parquet"}
+    teacher = {"inputs": {**texts_of_us, "scores": scores}, "markets": {"us": "en"}, "pairs_per_query": 2}
+    said = queries[queries["market"] == "kr"].rename(columns={"query_id": "id"})
+    said = said.assign(kind="query", language="en", text="said " + said["id"])
+    said[["market", "kind", "id", "language", "text"]].to_parquet(tmp_path / "said.parquet")
     changes = {
         "translation": translation,
         "title_pairs": title_pairs,
+        "teacher": teacher,
+        "translated_rows": {"texts": {"path": str(tmp_path / "said.parquet"), "format": "parquet"}},
         "distillation": {"rounds": 1, "num_folds": 2, "control": True, "unlabelled": unlabelled},
         "markets": {"kr": "ko", "tw": "zh-TW"},
         "tuning": {"method": method, "max_steps": 2, "random_negatives": 0.5},
@@ -127,13 +136,16 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     assert "given labels look wrong, the clearest first: " in printed
     assert "  kept\n" in printed
     assert "3 queries have a title that names them" in caplog.text
+    assert "judged pairs are learnt in other languages too: en" in caplog.text
+    learnt = judged[(judged["market"] == "us") & (judged["split"] == "train")]["query_id"].nunique()
+    assert f"teacher: {2 * learnt} pairs without a label to learn; label probabilities by " in printed
     assert "scoring the" not in caplog.text  # dev again, after it chose the round
     stages = tmp_path / "model.stages"
     assert {path.name for path in stages.iterdir() if path.suffix != ".logs"} == {
         *("translation", "round-0", "round-1-teacher-0", "round-1-teacher-1", "round-1", "round-1-control"),
         *("round-1-teacher-0-beliefs.parquet", "round-1-teacher-1-beliefs.parquet", "round-1-soft_labels.parquet"),
         *("round-1-control_labels.parquet", "rounds.json", "label_issues.parquet", "report.html"),
-        "translation_quality.json",
+        *("translation_quality.json", "teacher_labels.parquet"),
     }
     assert len(list(stages.glob("*.logs/events.out.tfevents.*"))) == 6
     page = (stages / "report.html").read_text(encoding="utf-8")
@@ -143,8 +155,6 @@ def test_a_cold_start_runs_all_stages_and_nothing_twice(
     )
     rounds = json.loads((stages / "rounds.json").read_text())
     best = rounds[rounds[1]["dev_auc"] - rounds[0]["dev_auc"] > max(0.005, rounds[1]["gain_error"])]
-    judged = pd.read_parquet(settings["inputs"]["judgments"]["path"])
-    learnt = judged[(judged["market"] == "us") & (judged["split"] == "train")]["query_id"].nunique()
     assert 0 < rounds[1]["num_unlabelled"] == 4 * learnt < 4 * 12
     assert all(0 < round_["dev_auc"] < 1 for round_ in rounds)
     assert rounds[1]["flips"]["num_pairs"] == rounds[1]["calibration"]["num_pairs"]
