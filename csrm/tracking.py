@@ -271,8 +271,11 @@ def _run_of(client: Any, trained_model: str) -> Any:
 
 
 def _flat(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values; options of a table are left out, for they may hold the keys of its storage."""
     if isinstance(values, dict) and values:
         for key, value in values.items():
+            if key == "options":
+                continue
             yield from _flat(value, f"{name}.{key}" if name else str(key))
     else:
         yield re.sub(r"[^\w\-. :/]", "_", name), without_credentials(str(values))[:6_000]  # the most that it takes

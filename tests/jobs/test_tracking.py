@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from pydantic import Field
 
 from csrm.bundle import cache
 from csrm.bundle.cache import artefact_kind, fetch_folder, pinned
@@ -151,6 +152,18 @@ class Nothing(Settings):
     """Settings of a run that does nothing."""
 
     learning_rate: float = 0.1
+    place: str = "s3a://KEY:SECRET@bucket/catalog"
+    inputs: dict[str, Any] = Field(default={"catalog": {"path": "x" * 7_000, "options": {"secret": "SECRET"}}})
+
+
+def test_settings_are_logged_without_what_is_secret(client: Any) -> None:
+    with tracked_run("mlflow", "model", Nothing()) as run:
+        assert run is not None
+    parameters = client.get_run(run.run_id).data.params
+    assert parameters["learning_rate"] == "0.1"
+    assert parameters["place"] == "s3a://***@bucket/catalog"
+    assert len(parameters["inputs.catalog.path"]) == 6_000
+    assert "SECRET" not in str(parameters)
 
 
 def test_a_run_that_mlflow_takes_no_more_ends_no_training(client: Any, caplog: pytest.LogCaptureFixture) -> None:
