@@ -512,18 +512,20 @@ def test_queries_that_name_a_market_s_language_otherwise_are_said(
 def test_a_language_that_the_bundle_was_not_proven_on_is_said_and_an_empty_catalog_publishes_nothing(
     market: Market, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def said(event: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
+
     markets = {KR: "ko", TW: "fr"}
     market.score("first", markets=markets)
-    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
-    said = [line["sentence"] for line in lines if line["event"] == "warning"]
-    assert said[0].startswith(f"market {TW!r} is in fr; the bundle was proven on pairs in en")
+    assert said("warning")[0]["sentence"].startswith(f"market {TW!r} is in fr; the bundle was proven on pairs in en")
     before = market.scores()
     market.catalog = market.catalog.iloc[:0]
 
     with pytest.raises(AuditError, match=r"rejected_share: 1, expected <= 0\.\d+\. 24 of 24 candidate pairs"):
         market.score("second", markets=markets)
 
-    assert said()["rejected_pairs"]["no_product"] == 48
+    assert said("rejected_pairs")[0]["no_product"] == 48
     assert market.scores().equals(before)
 
 
