@@ -150,7 +150,8 @@ def train_stage(
     )
     finished = work.folder / "finished"
     earlier = read_seen_tokens(start) if isinstance(start, Path) else None
-    seen = seen_tokens(PackFile(work.pack_file), earlier)
+    is_known = earlier is not None or isinstance(start, BaseModel)  # an older CSRM did not note what a stage saw
+    seen = seen_tokens(PackFile(work.pack_file), earlier) if is_known else None
     _write_folder(finished, trained, tokenizer_json, card, seen)
     replace_folder(finished, output_dir, MODEL_KIND)
     if not finish:
@@ -211,7 +212,7 @@ def _write_folder(
     trained: Trained,
     tokenizer_json: str,
     card: ModelCard,
-    seen: np.ndarray,
+    seen: np.ndarray | None,
 ) -> None:
     """Write a trained folder with its manifest; what an attempt that was stopped left there is removed."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -220,7 +221,8 @@ def _write_folder(
         trained.model.language_model.save_pretrained(folder / "weights")  # of an adapted model: the adapter alone
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "model.json").write_text(card.to_json(), encoding="utf-8")
-    (folder / SEEN_TOKENS_NAME).write_bytes(seen.tobytes())
+    if seen is not None:
+        (folder / SEEN_TOKENS_NAME).write_bytes(seen.tobytes())
     (folder / "history.json").write_text(json.dumps(trained.history, indent=2) + "\n", encoding="utf-8")
     if trained.dev_scores is not None:
         shutil.copyfile(trained.dev_scores, folder / DEV_SCORES)

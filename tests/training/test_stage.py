@@ -22,12 +22,12 @@ from csrm.manifest import file_digest, write_manifest
 from csrm.scoring.labels import BINARY_LABELS, ESCI_LABELS
 from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import PairScorer
-from csrm.scoring.tokenization import Budgets, PromptTokenizer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME, Budgets, PromptTokenizer
 from csrm.training import stage, trainer
 from csrm.training.data.packs import TrainingPack, judged_packs, translation_packs
 from csrm.training.model.base import BaseModel
 from csrm.training.targets import one_hot_targets, smoothed_targets
-from csrm.training.trained import MODEL_KIND, load_trained, start_tokenizer_json
+from csrm.training.trained import MODEL_KIND, load_trained, read_seen_tokens, start_tokenizer_json
 from csrm.training.tuning import Tuning, with_adapters
 
 Train = Callable[..., PairScorer]
@@ -104,6 +104,22 @@ def test_a_stage_goes_on_from_the_weights_of_the_stage_before(
     np.testing.assert_allclose(second.logits(pairs), first, atol=1e-4)
     _, reloaded, _ = load_trained(tmp_path / "second")
     np.testing.assert_allclose(reloaded.logits(pairs), first, atol=1e-4)
+
+
+def test_what_a_training_saw_is_unknown_after_a_stage_that_an_older_version_trained(
+    train_on: Train, pairs: pd.DataFrame, base: BaseModel, tmp_path: Path
+) -> None:
+    train_on(pairs, base, tmp_path / "first", max_steps=1)
+    train_on(pairs.assign(title="towel"), tmp_path / "first", tmp_path / "second", max_steps=1)
+    first, second = (read_seen_tokens(tmp_path / name) for name in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert set(np.flatnonzero(np.unpackbits(first))) < set(np.flatnonzero(np.unpackbits(second)))
+
+    (tmp_path / "first" / SEEN_TOKENS_NAME).unlink()
+    write_manifest(tmp_path / "first", MODEL_KIND)
+    train_on(pairs, tmp_path / "first", tmp_path / "third", max_steps=1)
+    assert read_seen_tokens(tmp_path / "third") is None
 
 
 @pytest.fixture
