@@ -142,7 +142,7 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
             f"and splits {list(config.splits) or 'any'}, got none. Are 'markets' and 'splits' right?"
         )
     rankings = [SCORE, *([BM25] if config.baseline_bm25 else []), *others]
-    lacking = _lacking(judged, config)
+    left_out = pairs_left_out(judged, config)
     evaluation = evaluate_scores(
         judged,
         rankings,
@@ -154,7 +154,7 @@ def evaluate_published(spark: SparkSession, config: EvaluationConfig) -> Publish
     )
     unjudged = sorted(set(config.markets) - set(judged["market"]))
     unmeasured = [f"{market}: is not measured, it has no judgments of these splits." for market in unjudged]
-    evaluation = replace(evaluation, notes=(*unmeasured, *lacking, *unknown_ids(judged), *evaluation.notes))
+    evaluation = replace(evaluation, notes=(*unmeasured, *left_out, *unknown_ids(judged), *evaluation.notes))
     num, queries = config.num_examples, evaluation.queries
     worst = first_and_best(judged, worst_queries(queries, SCORE, num), config.gains)
     moved = {
@@ -259,20 +259,31 @@ def _named_products(
     return [*of_queries, (friends, "product_id"), (missing, "product_id")]
 
 
-def _lacking(judged: pd.DataFrame, config: EvaluationConfig) -> list[str]:
+def pairs_left_out(judged: pd.DataFrame, config: EvaluationConfig) -> list[str]:
     """How many pairs are left out because another ranking has no score for them, one sentence for each.
+
+    Args:
+        judged: as of collect_judged.
+        config: names the rankings.
 
     Raises:
         InputError: a ranking has none of the pairs that are published.
     """
     published = judged.dropna(subset=[SCORE])
+    others = {
+        name: (f"input {_input_name(name)} at {spec.path!r}", "Are its markets and ids those of the judgments?")
+        for name, spec in config.inputs.compare.items()
+    }
+    if config.baseline_encoder is not None:
+        way_out = "It needs their texts: are catalog and queries those of the judgments?"
+        others[ENCODER] = (f"baseline_encoder {config.baseline_encoder!r}", way_out)
     notes = []
-    for name, spec in config.inputs.compare.items():
+    for name, (where, way_out) in others.items():
         num_lacking = int(published[name].isna().sum())
         if num_lacking and num_lacking == len(published):
             raise InputError(
-                f"input {_input_name(name)} at {spec.path!r}: expected scores of judged pairs, it has none of the "
-                f"{num_lacking:,} that are published. Are its markets and ids those of the judgments?"
+                f"{where}: expected scores of judged pairs, it has none of the {num_lacking:,} that are published. "
+                f"{way_out}"
             )
         if num_lacking:
             notes.append(
