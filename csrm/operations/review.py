@@ -83,7 +83,10 @@ def discard_run(spark: SparkSession, config: PublishConfig, run_id: str, *, cons
     """
     with _held_run(spark, config, run_id) as (run, _):
         if run["intervention"] is not None:
-            raise ConfigError(f"run {run_id!r}: is a rollback or a retirement, which has no scores to discard.")
+            raise ConfigError(
+                f"run {run_id!r}: is a rollback or a retirement, which has no scores to discard. To undo it: "
+                "jobs/rollback.py, to a run of the scoring job."
+            )
         if run["verdict"] in PUBLISHED:
             raise ConfigError(
                 f"run {run_id!r}: was published, which discarding would not undo. To go back to an earlier state: "
