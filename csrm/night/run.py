@@ -213,16 +213,14 @@ def plan_run(context: RunContext) -> RunPlan:
     require_unique_pairs(spark, context.published_df, table_path(config.tables, RELEVANCE_SCORES))
     context.clock.lap("inputs")
     published_df = context.published_df
-    staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
     if config.label_probabilities:  # a score without them is not right any more
         published_df = published_df.where("label_probabilities IS NOT NULL")
-        staged_df = staged_df.where("label_probabilities IS NOT NULL OR reason IS NOT NULL")
     planned_df = plan_pairs(
         context.inputs["candidates"].df,
         _augmented_queries(context),
         context.inputs["catalog"].df,
         published_df,
-        staged_df,
+        _usable_staging(context),
         context.scorer.digest,
     ).withColumn("run_id", F.lit(run_id))
     context.require_leases()
@@ -253,7 +251,7 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     say_scored(console, num_pairs, context.clock.seconds["scoring"], progress.share_saved)
 
     planned_df, counts = plan.planned_df, plan.counts
-    staged_df = read_open_staging(spark, config.tables, config.markets, run_id)
+    staged_df = _usable_staging(context)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
         context.require_leases()
         planned_df = _with_own_plan(context, with_rejections(planned_df, staged_df))
@@ -425,6 +423,15 @@ def _augmented_queries(context: RunContext, chunk: Chunk | None = None) -> DataF
     if chunk is not None:
         queries_df, retrieval_df = in_chunk(queries_df, chunk), in_chunk(retrieval_df, chunk)
     return query_fields(with_retrieved_titles(queries_df, retrieval_df, config.broadcast_limit_mb), config.markets)
+
+
+def _usable_staging(context: RunContext) -> DataFrame:
+    """Staged scores that the run may publish: those with label probabilities, where it is asked for them."""
+    config = context.config
+    staged_df = read_open_staging(context.spark, config.tables, config.markets, context.run_id)
+    if not config.label_probabilities:
+        return staged_df
+    return staged_df.where("label_probabilities IS NOT NULL OR reason IS NOT NULL")
 
 
 def _with_own_plan(context: RunContext, planned_df: DataFrame) -> DataFrame:

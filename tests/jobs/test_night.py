@@ -28,7 +28,8 @@ from csrm.night import run
 from csrm.night.first_look import look_at_texts
 from csrm.night.leases import hold_leases
 from csrm.night.runs import read_run_rows, record_run, require_run, write_run_rows
-from csrm.schemas import RUN_PAIRS
+from csrm.schemas import RUN_PAIRS, SCORES_STAGING
+from csrm.spark.tables import spark_schema
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -195,6 +196,25 @@ def test_label_probabilities_are_filled_once_where_they_are_asked_for(
     tables = setting_arguments(tables=market.folder / "tables", lease_seconds=3)
     assert rollback.main(["--market", KR, "--to-run", "asked", *tables]) == 0
     assert market.scores().equals(asked)
+
+
+def test_a_staged_score_without_probabilities_does_not_stand_for_a_pair_that_failed_when_asked_for_them(
+    spark: SparkSession, scored_market: Market
+) -> None:
+    market = scored_market
+    path = str(market.folder / "tables" / "scores_staging")
+    is_pair = (F.col("market") == KR) & (F.col("query_id") == "q0") & (F.col("product_id") == "p0")
+    bare_df = spark.read.format("delta").load(path).where(is_pair).withColumn("run_id", F.lit("not published"))
+    assert bare_df.count() == 1
+    nothing = {name: F.lit(None) for name in ("relevance_score", "predicted_grade")}
+    failed_df = bare_df.withColumns({**nothing, "run_id": F.lit("asked"), "reason": F.lit("model_error")})
+    rows = [*bare_df.collect(), *failed_df.collect()]
+    spark.createDataFrame(rows, spark_schema(SCORES_STAGING)).write.format("delta").mode("append").save(path)
+
+    market.score("asked", label_probabilities=True)
+
+    assert market.run("asked")["rejected"] == {"model_error": 1}
+    assert market.run("asked")["changes"] == {"update": 47, "delete": 1}
 
 
 def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(
