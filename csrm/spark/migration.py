@@ -56,16 +56,14 @@ def migrate_table(spark: SparkSession, table: Table, path: str) -> list[str]:
 
 
 def _migrate_checks(spark: SparkSession, table: Table, path: str) -> None:
-    """Drop the checks that are declared no more, and add those that are new or say something else."""
+    """Add the checks that are new or say something else. Those of other names are someone else's, and stay."""
     detail = DeltaTable.forPath(spark, path).detail().select("properties").head()
     assert detail is not None
     prefix = "delta.constraints."
     found = {name.removeprefix(prefix): sql for name, sql in detail["properties"].items() if name.startswith(prefix)}
-    declared = {name.lower(): sql for name, sql in table.checks}
-    for name in sorted(found.keys() | declared.keys()):
-        if found.get(name) == declared.get(name):
+    for name, check in sorted((name.lower(), check) for name, check in table.checks):
+        if found.get(name) == check:
             continue
         if name in found:
             spark.sql(f"ALTER TABLE {sql_path(path)} DROP CONSTRAINT `{name}`")
-        if name in declared:
-            spark.sql(f"ALTER TABLE {sql_path(path)} ADD CONSTRAINT `{name}` CHECK ({declared[name]})")
+        spark.sql(f"ALTER TABLE {sql_path(path)} ADD CONSTRAINT `{name}` CHECK ({check})")

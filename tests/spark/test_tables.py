@@ -193,6 +193,7 @@ def _map(values: dict[str, float]) -> Column:
 def test_checks_are_migrated_too(spark: SparkSession, tmp_path: Path) -> None:
     path = str(tmp_path / "scores")
     create_table(spark, RELEVANCE_SCORES, path)
+    spark.sql(f"ALTER TABLE {sql_path(path)} ADD CONSTRAINT ours CHECK (market <> 'xx')")
     kept, changed = RELEVANCE_SCORES.checks[0], ("at_most_half", "relevance_score <= 0.5")
     newer = replace(RELEVANCE_SCORES, checks=(kept, changed), schema_version=RELEVANCE_SCORES.schema_version + 1)
     with pytest.raises(InputError, match="expected version 3 of its columns, it has version 2"):
@@ -203,6 +204,8 @@ def test_checks_are_migrated_too(spark: SparkSession, tmp_path: Path) -> None:
     replace_rows(scores(spark, ("kr", "q1", "p1", 0.5)), newer, path)
     with pytest.raises(Exception, match="at_most_half"):
         replace_rows(scores(spark, ("kr", "q1", "p1", 0.75)), newer, path)
+    with pytest.raises(Exception, match="ours"):  # what a company added itself stays
+        replace_rows(scores(spark, ("xx", "q1", "p1", 0.5)), newer, path)
 
 
 def test_what_is_no_older_version_is_not_migrated(spark: SparkSession, tmp_path: Path) -> None:
