@@ -55,14 +55,14 @@ def score_features(scores: np.ndarray, markets: Sequence[str], queries: Sequence
         queries: of each pair, unique within their market.
 
     Returns:
-        Shape (num_pairs, 2).
+        Shape (num_pairs, 2); about 0 in a market whose scores are all equal.
 
     >>> score_features(np.array([5.0, 7.0, 9.0, 11.0]), ["us"] * 4, ["a", "a", "b", "b"]).round(2).tolist()
     [[-1.34, -0.45], [-0.45, 0.45], [0.45, -0.45], [1.34, 0.45]]
     """
     frame = pd.DataFrame({"market": list(markets), "query": list(queries), "score": scores})
     of_market = frame.groupby("market")["score"]
-    spread = of_market.transform(lambda values: values.std(ddof=0) or 1.0)
+    spread = of_market.transform(lambda values: values.std(ddof=0) if values.nunique() > 1 else 1.0)
     above_market = frame["score"] - of_market.transform("mean")
     above_query = frame["score"] - frame.groupby(["market", "query"])["score"].transform("mean")
     return np.stack([above_market / spread, above_query / spread], axis=1)

@@ -126,16 +126,13 @@ def teach(
         seed: of the judged pairs that tell how far scores can be trusted, where there are many.
 
     Raises:
-        InputError: no pair has a score, or higher scores do not go with better labels.
+        InputError: a market's pairs have no score, or one score alone, or higher scores do not go with better labels.
         BundleError: `model` cannot be opened.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scored = _scored(teacher, pairs, folder, seed)
-    scored = scored[np.isfinite(scored["score"].to_numpy())].reset_index(drop=True)
-    is_taught = (scored["split"] == TAUGHT).to_numpy()
     where = f"teacher {teacher.model!r}" if teacher.model is not None else "teacher.inputs.scores"
-    if not is_taught.any():
-        raise InputError(f"{where}: no pair of markets {sorted(teacher.markets)} has a score that is a number.")
+    scored = _with_numbers(where, _scored(teacher, pairs, folder, seed))
+    is_taught = (scored["split"] == TAUGHT).to_numpy()
     features = np.empty((len(scored), 2))
     for part in (is_taught, ~is_taught):
         rows = scored[part]
@@ -164,6 +161,35 @@ def teach(
     weights = np.full(len(probabilities), teacher.weight, np.float32)
     _write(pa.table([*columns, probabilities.astype(np.float32).tolist(), weights], schema=_LABELLED), path)
     return TaughtPairs(path, len(probabilities), num_judged, auc)
+
+
+def _with_numbers(where: str, scored: pd.DataFrame) -> pd.DataFrame:
+    """The pairs whose score is a number; how many others there are to learn is logged as a warning.
+
+    Raises:
+        InputError: in a market, no pair to learn has one, or all have the same.
+    """
+    has_score = np.isfinite(scored["score"].to_numpy())
+    is_taught = (scored["split"] == TAUGHT).to_numpy()
+    num_different = scored[has_score & is_taught].groupby("market")["score"].nunique()
+    if without := sorted({*scored["market"][is_taught]} - {*num_different.index}):
+        raise InputError(
+            f"{where}: no pair of markets {without} has a score that is a number. Score some there, or leave these "
+            "markets out of teacher.markets."
+        )
+    if constant := sorted(num_different.index[num_different == 1]):
+        raise InputError(
+            f"{where}: expected scores that differ, got one score for all pairs of markets {constant}: there is nothing "
+            "to learn from it. Leave these markets out of teacher.markets, or score their pairs again."
+        )
+    if num_left_out := int((is_taught & ~has_score).sum()):
+        logger.warning(
+            "%s: %d of %d pairs to learn have no score that is a number, and are left out",
+            where,
+            num_left_out,
+            is_taught.sum(),
+        )
+    return scored[has_score].reset_index(drop=True)
 
 
 def _fitted(

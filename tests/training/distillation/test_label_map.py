@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 
@@ -26,6 +27,9 @@ def test_the_scale_of_scores_and_that_of_their_market_do_not_matter() -> None:
 def test_equal_ids_of_two_markets_are_two_queries_and_equal_scores_have_no_spread() -> None:
     features = score_features(np.array([1.0, 3.0, 5.0, 5.0]), ["kr", "kr", "us", "us"], ["q"] * 4)
     np.testing.assert_allclose(features, [[-1, -1], [1, 1], [0, 0], [0, 0]])
+    tenths = np.full(3, 0.1)
+    assert pd.Series(tenths).std(ddof=0) > 0  # by rounding, which is no place among scores
+    np.testing.assert_allclose(score_features(tenths, ["us"] * 3, ["q"] * 3), 0, atol=1e-12)
 
 
 def test_the_map_of_a_world_is_found_again() -> None:

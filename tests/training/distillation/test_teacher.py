@@ -176,6 +176,9 @@ def test_without_scores_of_judged_pairs_the_trust_is_assumed(
     taught = teach(teacher_of(tables, pairs, inputs=["scores"]), pairs, ESCI_LABELS, TARGETS_OF, tmp_path)
     assert (taught.num_judged, taught.auc) == (0, None)
     assert "0 judged pairs of split train have a score, too few" in caplog.text
+    assert (
+        "teacher.inputs.scores: 3 of 48 pairs to learn have no score that is a number, and are left out" in caplog.text
+    )
     found = learnt(taught.path)
     assert len(found) == 45
     shares = np.stack(found["soft_label"].to_list()).mean(axis=0)
@@ -215,6 +218,19 @@ def test_a_table_without_a_number_is_refused(tables: dict[str, Any], pairs: Judg
     tables |= write(tmp_path, scores=all_pairs("tw").assign(score=np.nan))
     teacher = teacher_of(tables, pairs, inputs=["scores"])
     with pytest.raises(InputError, match=r"teacher\.inputs\.scores: no pair of markets \['tw'\] has a score that is"):
+        teach(teacher, pairs, ESCI_LABELS, TARGETS_OF, tmp_path)
+
+
+def test_one_score_for_all_pairs_of_a_market_teaches_nothing(
+    tables: dict[str, Any], pairs: JudgedPairs, tmp_path: Path
+) -> None:
+    kr, tw = all_pairs("kr"), all_pairs("tw")
+    scores = pd.concat([kr.assign(score=kr["product_id"].map(QUALITY)), tw.assign(score=0.1)])
+    tables |= write(tmp_path, scores=scores)
+    teacher = teacher_of(tables, pairs, inputs=["scores"])
+    with pytest.raises(
+        InputError, match=r"expected scores that differ, got one score for all pairs of markets \['tw'\]"
+    ):
         teach(teacher, pairs, ESCI_LABELS, TARGETS_OF, tmp_path)
 
 
