@@ -138,16 +138,18 @@ def format_training(result: TrainingResult) -> str:
 
 
 def format_agreement(agreement: Agreement) -> str:
-    """How far judges agree: a line of all, and one of each judge."""
+    """How far judges agree: a line of all, and one of each judge, or of those with the most labels."""
     shared = f"{agreement.num_shared / agreement.num_pairs:.1%} of {agreement.num_pairs:,} pairs have more than one"
     lines = [f"judges: {len(agreement.judges)}; {shared}"]
     if agreement.agreement is not None:
         kappa = "" if agreement.kappa is None else f", Fleiss' kappa {agreement.kappa:.2f}"
         lines[0] += f"; two of a pair agree in {agreement.agreement:.1%}{kappa}"
-    for judge in agreement.judges:
+    for judge in agreement.shown_judges:
         agrees = "" if judge.agreement is None else f", agrees with the others in {judge.agreement:.1%}"
         name = "(without a name)" if judge.name is None else judge.name
         lines.append(f"  {name}: {judge.num_labels:,} labels, mean weight {judge.mean_weight:g}{agrees}")
+    if num_more := len(agreement.judges) - len(agreement.shown_judges):
+        lines.append(f"  and {num_more:,} more with fewer labels")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Labels of several judges: one label a pair with all votes beside it, and how far judges agree."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ from csrm.errors import InputError
 from csrm.schemas import PAIR_KEY
 from csrm.training.data.database import problem_list
 
+MOST_SHOWN_JUDGES = 20
 _KEY = ", ".join(PAIR_KEY)
+logger = logging.getLogger(__name__)
 VOTES_TABLE = """
     CREATE TABLE votes (
         query_number BIGINT, product_number BIGINT, judge_weight FLOAT, votes MAP(VARCHAR, DOUBLE)
@@ -45,13 +48,19 @@ class Agreement:
     """Fleiss' kappa (1971): agreement beyond that of judges who draw grades at random, 1 where all agree, 0 for chance.
     None where no pair is shared, or all have one grade."""
     judges: Sequence[Judge]
-    """Judges by their name."""
+    """Judges, those of the most labels first."""
+
+    @property
+    def shown_judges(self) -> Sequence[Judge]:
+        """Judges that people read of; a crowd has thousands."""
+        return self.judges[:MOST_SHOWN_JUDGES]
 
 
 def add_judged(database: duckdb.DuckDBPyConnection, spec: InputSpec) -> None:
     """Make table `added` of the rows of `judgments`: one row a pair, with the grade of the largest weight, and votes.
 
-    Of grades with equal weights, the first one by name is taken. A pair counts as much as its most trusted judge.
+    Of grades with equal weights, the first one by name is taken. A pair counts as much as its most trusted judge. Weights
+    that are not all 1 are logged, for a column of this name may mean something else.
 
     Raises:
         InputError: a weight is not above 0, or the judges' rows of a pair are in different splits.
@@ -73,6 +82,19 @@ def add_judged(database: duckdb.DuckDBPyConnection, spec: InputSpec) -> None:
         problems.append(f"{num_pairs} pairs have judges' rows in different splits, for example {', '.join(example)}")
     if problems:
         raise InputError(problem_list(f"judgments {spec.path!r}", problems))
+    ((num_rows, num_weighted, least, most),) = database.execute(
+        "SELECT count(*), count(*) FILTER (weight <> 1), min(weight), max(weight) FROM judgments"
+    ).fetchall()
+    if num_weighted:
+        logger.info(
+            "judgments %r: column %r weighs %d of %d labels, by %g to %g. columns: {weight: null} reads no weights",
+            spec.path,
+            spec.name_there("weight"),
+            num_weighted,
+            num_rows,
+            least,
+            most,
+        )
     database.execute(
         f"""CREATE TEMP TABLE added AS
         SELECT {_KEY}, first(grade ORDER BY weight DESC, grade) AS grade, max(split) AS split,
@@ -108,7 +130,7 @@ def judge_agreement(database: duckdb.DuckDBPyConnection) -> Agreement | None:
             FROM judgments
         )
         SELECT judge, count(*), avg(weight), avg((num_same - 1) / (num_judges - 1)) FILTER (num_judges > 1)
-        FROM counted GROUP BY judge ORDER BY judge NULLS LAST"""
+        FROM counted GROUP BY judge ORDER BY count(*) DESC, judge NULLS LAST"""
     ).fetchall()
     if all(name is None for name, *_ in judges):
         return None

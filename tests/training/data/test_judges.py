@@ -8,6 +8,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
 from csrm.training.data.judges import Agreement
+from csrm.training.summary import format_agreement
 
 # Fleiss 1971, as his method is usually shown: 10 subjects, 14 raters, 5 grades; kappa 0.210
 FLEISS = [
@@ -102,6 +103,29 @@ def test_a_pair_has_the_grade_of_the_largest_weight_and_the_weight_of_its_most_t
     assert dict(found["votes"]["p1"]) == pytest.approx({"E": 0.6, "I": 0.4})
     assert dict(found["votes"]["p2"]) == {"E": 0.5, "I": 0.5}
     assert found["votes"]["p3"] is None
+
+
+def test_weights_are_told_for_the_column_may_mean_something_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    opened(tmp_path, [("p1", "E", 1.0, None), ("p2", "I", None, None)]).close()
+    assert "weigh" not in caplog.text
+    opened(tmp_path, [("p1", "E", 250.0, None), ("p2", "I", 0.5, None), ("p3", "I", 1.0, None)]).close()
+    assert (
+        "column 'weight' weighs 2 of 3 labels, by 0.5 to 250. columns: {weight: null} reads no weights" in caplog.text
+    )
+
+
+def test_of_a_crowd_those_with_the_most_labels_are_shown(tmp_path: Path) -> None:
+    rows = [(f"p{product}", "E", None, "zoe") for product in range(3)]
+    rows += [("p0", "I", None, f"worker {number:02}") for number in range(30)]
+    found = agreement(tmp_path, rows)
+    assert len(found.judges) == 31
+    lines = format_agreement(found).splitlines()
+    assert len(lines) == 1 + 20 + 1
+    assert lines[1].startswith("  zoe: 3 labels")
+    assert lines[-1] == "  and 11 more with fewer labels"
 
 
 def test_votes_are_in_the_digest(tmp_path: Path) -> None:
