@@ -16,11 +16,12 @@ from onnx import compose, helper
 from pydantic import Field, model_validator
 from scipy.special import log_softmax, logsumexp
 
+from csrm.bundle.cache import is_far
 from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME, Origin
 from csrm.bundle.golden import choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle, load_scorer
 from csrm.config import Settings
-from csrm.errors import BundleError
+from csrm.errors import BundleError, ConfigError
 from csrm.export.graph_files import TORCH_TYPES, GraphReader, GraphWriter, check_locations
 from csrm.export.parity import SCORE_TOLERANCE, compare_logits
 from csrm.export.quality import query_ndcgs
@@ -29,6 +30,7 @@ from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import expected_gain
 from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer
+from csrm.scoring.tokenization import SEEN_TOKENS_NAME
 
 logger = logging.getLogger(__name__)
 _SAME = ("labels", "grade_costs", "budgets", "template", "template_version")
@@ -79,9 +81,11 @@ def export_ensemble(
 
     Raises:
         BundleError: a member is not whole, is not fp32, or reads other prompts than the first.
+        ConfigError: the ensemble would replace a member.
         ParityError: the graph scores otherwise than its members, or the precision does not pass its gate.
     """
     check_replaceable(bundle_dir, BUNDLE_KIND)
+    _require_apart(ensemble, bundle_dir)
     require_device(device)
     precisions = wanted_precisions(precision, device, judged is not None and len(judged) > 0)
     members = [load_bundle(folder) for folder in ensemble.bundles]
@@ -94,6 +98,8 @@ def export_ensemble(
         folder.mkdir()
         graph_path.parent.mkdir()
         (folder / TOKENIZER_NAME).write_bytes((members[0].folder / TOKENIZER_NAME).read_bytes())
+        if (seen := seen_by_all(members)) is not None:
+            (folder / SEEN_TOKENS_NAME).write_bytes(np.packbits(seen).tobytes())
         with logged_step(f"one graph of {len(members)}"):
             join_graphs([member.folder / MODEL_NAME for member in members], shares, graph_path)
             check_locations(graph_path)
@@ -135,6 +141,15 @@ def export_ensemble(
         )
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
+
+
+def seen_by_all(members: Sequence[Bundle]) -> np.ndarray | None:
+    """Whether all members' trainings saw each token id, bool; None where nobody knows that of one of them."""
+    known = [seen for member in members if (seen := member.seen_tokens()) is not None]
+    if len(known) < len(members):
+        return None
+    num_ids = min(map(len, known))
+    return np.logical_and.reduce([seen[:num_ids] for seen in known])
 
 
 def mean_logits(logits: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
@@ -190,6 +205,15 @@ def join_graphs(paths: Sequence[Path], shares: Sequence[float], path: Path) -> N
         graph = helper.make_graph(nodes, "ensemble", first.graph.input, first.graph.output, initializers)
         imports = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
         writer.save(helper.make_model(graph, opset_imports=imports, ir_version=first.ir_version))
+
+
+def _require_apart(ensemble: Ensemble, bundle_dir: Path) -> None:
+    """Refuse a folder that is a member's: the next export would join the ensemble again, as if it were that member."""
+    if bundle_dir.resolve() in [Path(folder).resolve() for folder in ensemble.bundles if not is_far(folder)]:
+        raise ConfigError(
+            f"bundle_dir {str(bundle_dir)!r}: expected a folder of its own, got that of a bundle of the ensemble, "
+            "which would be replaced. Name another folder."
+        )
 
 
 def _require_alike(members: Sequence[Bundle]) -> None:

@@ -1,6 +1,7 @@
 """Two bundles that become one: its score is the weighted mean of theirs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import BundleError
+from csrm.errors import BundleError, ConfigError
 from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
-from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits
+from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from csrm.training.model.base import BaseModel
@@ -62,6 +63,35 @@ def test_an_ensemble_is_a_bundle_that_scores_as_the_mean_of_its_members(
     assert bundle.settings.origin.ensemble == {digests[0]: 0.75, digests[1]: 0.25}
     assert f"ensemble: 0.75 of bundle {digests[0][:12]}, 0.25 of bundle {digests[1][:12]}" in bundle_card(bundle)
     assert bundle.digest not in digests
+    seen = [load_bundle(folder).seen_tokens() for folder in (tiny_bundle, other_bundle)]
+    own = bundle.seen_tokens()
+    assert own is not None
+    for each in seen:
+        assert each is not None
+        assert not (own & ~each[: len(own)]).any()  # a night warns of tokens that one member's training never saw
+    assert own.any()
+
+
+def test_what_all_members_saw(tiny_bundle: Path, tmp_path: Path) -> None:
+    members = []
+    for number, ids in enumerate([[0, 2, 9], [0, 1, 2]]):
+        seen = np.zeros(16 if number == 0 else 8, bool)
+        seen[ids] = True
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "seen_tokens.bin").write_bytes(np.packbits(seen).tobytes())
+        members.append(replace(load_bundle(tiny_bundle), folder=tmp_path / str(number)))
+    found = seen_by_all(members)
+    assert found is not None
+    assert np.flatnonzero(found).tolist() == [0, 2]
+    (tmp_path / "1" / "seen_tokens.bin").unlink()  # a bundle of an older version
+    assert seen_by_all(members) is None
+
+
+def test_an_ensemble_does_not_replace_a_member(tiny_bundle: Path, other_bundle: Path, pairs_pdf: pd.DataFrame) -> None:
+    before = load_bundle(other_bundle).digest
+    with pytest.raises(ConfigError, match=r"expected a folder of its own, got that of a bundle of the ensemble"):
+        joined((tiny_bundle, other_bundle), other_bundle.parent / "." / "bundle", pairs_pdf)
+    assert load_bundle(other_bundle).digest == before
 
 
 def test_weights_are_equal_without_judgments_and_an_ensemble_may_be_joined_again(

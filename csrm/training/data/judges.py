@@ -59,8 +59,8 @@ class Agreement:
 def add_judged(database: duckdb.DuckDBPyConnection, spec: InputSpec) -> None:
     """Make table `added` of the rows of `judgments`: one row a pair, with the grade of the largest weight, and votes.
 
-    Of grades with equal weights, the first one by name is taken. A pair counts as much as its most trusted judge. Weights
-    that are not all 1 are logged, for a column of this name may mean something else.
+    Of grades with equal weights, the first one by name is taken. A pair counts as much as its most trusted judge.
+    Weights that are not all 1 are logged, for a column of this name may mean something else.
 
     Raises:
         InputError: a weight is not above 0, or the judges' rows of a pair are in different splits.

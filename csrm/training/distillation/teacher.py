@@ -179,8 +179,8 @@ def _with_numbers(where: str, scored: pd.DataFrame) -> pd.DataFrame:
         )
     if constant := sorted(num_different.index[num_different == 1]):
         raise InputError(
-            f"{where}: expected scores that differ, got one score for all pairs of markets {constant}: there is nothing "
-            "to learn from it. Leave these markets out of teacher.markets, or score their pairs again."
+            f"{where}: expected scores that differ, got one score for all pairs of markets {constant}: there is "
+            "nothing to learn from it. Leave these markets out of teacher.markets, or score their pairs again."
         )
     if num_left_out := int((is_taught & ~has_score).sum()):
         logger.warning(
