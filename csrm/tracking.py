@@ -140,7 +140,7 @@ def register_bundle(folder: Path, card: str, config: Settings, *, name: str, dig
             tags={"digest": digest, _DIGEST: trained_model},
         )
         client.set_terminated(run.info.run_id)
-    except mlflow.exceptions.MlflowException as error:
+    except Exception as error:  # of its stores: of any kind
         raise ConfigError(
             f"tracking: the bundle is in {str(folder)!r}, but MLflow did not take it: {_first_line(error)}. Mend that, "
             "and export again."
@@ -234,12 +234,19 @@ def import_mlflow(where: str) -> Any:
 
 
 def _started_run(mlflow: Any, name: str, config: Settings) -> Any:
-    """A new run with the settings as its parameters."""
+    """A new run with the settings as its parameters.
+
+    Raises:
+        ConfigError: MLflow cannot be reached.
+    """
+    experiment_id = _experiment_id(mlflow)
+    values = dict(_flat(config.model_dump(mode="json")))  # two names may be one to MLflow, which takes it once
+    parameters = [mlflow.entities.Param(*parameter) for parameter in values.items()]
     client = mlflow.MlflowClient()
-    run = client.create_run(_experiment_id(mlflow), run_name=name)
-    parameters = [mlflow.entities.Param(*parameter) for parameter in _flat(config.model_dump(mode="json"))]
-    for start in range(0, len(parameters), 100):  # the most that it takes at once
-        client.log_batch(run.info.run_id, params=parameters[start : start + 100])
+    with _reached(mlflow):
+        run = client.create_run(experiment_id, run_name=name)
+        for start in range(0, len(parameters), 100):  # the most that it takes at once
+            client.log_batch(run.info.run_id, params=parameters[start : start + 100])
     return run
 
 
@@ -250,15 +257,26 @@ def _experiment_id(mlflow: Any) -> str:
         ConfigError: MLflow cannot be reached.
     """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "csrm"
+    with _reached(mlflow):
+        experiment_id: str = mlflow.set_experiment(name).experiment_id
+    return experiment_id
+
+
+@contextmanager
+def _reached(mlflow: Any) -> Iterator[None]:
+    """A block before the work, which ends where MLflow cannot be used.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     try:
         with _one_retry():
-            experiment_id: str = mlflow.set_experiment(name).experiment_id
+            yield
     except mlflow.exceptions.MlflowException as error:
         raise ConfigError(
             f"tracking: MLflow at {_uri(mlflow)} cannot be used: {_first_line(error)}. Start its server, set "
             "MLFLOW_TRACKING_URI to where it is, or leave `tracking` out."
         ) from error
-    return experiment_id
 
 
 def _run_of(client: Any, trained_model: str) -> Any:

@@ -20,9 +20,9 @@ from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import bundle, export_bundle, train
 from csrm.config import Settings
-from csrm.errors import BundleError
+from csrm.errors import BundleError, ConfigError
 from csrm.manifest import verify_manifest
-from csrm.tracking import tracked_run
+from csrm.tracking import register_bundle, tracked_run
 
 STARTS_WITHIN_S = 200
 
@@ -164,6 +164,30 @@ def test_settings_are_logged_without_what_is_secret(client: Any) -> None:
     assert parameters["place"] == "s3a://***@bucket/catalog"
     assert len(parameters["inputs.catalog.path"]) == 6_000
     assert "SECRET" not in str(parameters)
+
+
+class Grades(Nothing):
+    grade_labels: dict[str, str] = Field(default={"good!": "E", "good?": "S"})
+
+
+def test_settings_whose_names_are_one_to_mlflow_end_no_training(client: Any) -> None:
+    with tracked_run("mlflow", "model", Grades()) as run:
+        assert run is not None
+    assert client.get_run(run.run_id).data.params["grade_labels.good_"] in ("E", "S")
+
+
+def test_a_bundle_that_its_store_does_not_take_is_named(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    client.create_experiment("no room", artifact_location=(tmp_path / "file" / "folder").as_uri())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "no room")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"the bundle is in '.*bundle', but MLflow did not take it: .*Not a directory"
+    ):
+        register_bundle(tmp_path / "bundle", "card", Nothing(), name="csrm", digest="0" * 64, trained_model="")
 
 
 def test_a_run_that_mlflow_takes_no_more_ends_no_training(client: Any, caplog: pytest.LogCaptureFixture) -> None:
