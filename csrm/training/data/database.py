@@ -199,8 +199,13 @@ def _problems_of_values(
 
 def language_of_query(markets: Mapping[str, str]) -> str:
     """SQL of a query's language, from columns language and market: its own, else its market's."""
+    return f"coalesce(language, {language_of_market(markets)})"
+
+
+def language_of_market(markets: Mapping[str, str], column: str = "market") -> str:
+    """SQL of a market's language, from the market's column."""
     cases = " ".join(f"WHEN {literal(market)} THEN {literal(language)}" for market, language in markets.items())
-    return f"coalesce(language, CASE market {cases} END)"
+    return f"CASE {column} {cases} END"
 
 
 def has_text(column: str) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from csrm.training.data.database import literal, random_number
 from csrm.training.data.pair_tables import PAIR_COLUMNS_SQL, read_frames
+from csrm.training.data.translated_rows import TRANSLATED
 
 _PAIRS_AT_ONCE = 100_000
 """Pairs that are joined with their texts at a time, about: on the right side of each join, within MEMORY_LIMIT."""
@@ -40,6 +41,8 @@ def read_groups(
     _choose_pairs(database, split, condition, has_unlabelled=soft_labels is not None and split == "train")
     if random_negatives:
         _add_random_negatives(database, random_negatives, pair_order)
+        if split == TRANSLATED:
+            _drop_judged_negatives(database)
     num_pairs = _place_pairs(database, pairs_per_group, seed, pair_order)
     num_ranges = num_pairs // _PAIRS_AT_ONCE + 1
     bounds = [number * 2**64 // num_ranges for number in range(num_ranges + 1)]
@@ -51,11 +54,12 @@ def read_groups(
 
 
 def _choose_pairs(database: duckdb.DuckDBPyConnection, split: str, condition: str, has_unlabelled: bool) -> None:
-    """Make table `chosen`: the pairs of a split, and the unlabelled ones."""
+    """Make table `chosen`: the pairs of a split, and the unlabelled ones; random negatives are of their pool."""
     more = ", 'unlabelled'" if has_unlabelled else ""
+    pool = "concat_ws(' ', market, language)" if split == TRANSLATED else "market"
     database.execute(
         f"""CREATE TEMP TABLE chosen AS
-        SELECT query_number, product_number, grade, split, market
+        SELECT query_number, product_number, grade, split, {pool} AS pool
         FROM keys JOIN query_texts USING (query_number)
         WHERE split IN ($split{more}) AND {condition}""",
         {"split": split},
@@ -63,21 +67,33 @@ def _choose_pairs(database: duckdb.DuckDBPyConnection, split: str, condition: st
 
 
 def _add_random_negatives(database: duckdb.DuckDBPyConnection, share: float, pair_order: str) -> None:
-    """Add pairs of a judged pair's query with the product of the pair that follows it at random in its market."""
+    """Add pairs of a judged pair's query with the product of the pair that follows it at random in its pool."""
     database.execute(
         f"""CREATE TEMP TABLE shuffled AS
-        FROM chosen WHERE grade IS NOT NULL ORDER BY market, {pair_order};
+        FROM chosen WHERE grade IS NOT NULL ORDER BY pool, {pair_order};
         INSERT INTO chosen
-        WITH markets AS (
-            SELECT market, min(rowid) AS start, count(*) AS num_pairs FROM shuffled GROUP BY market
+        WITH pools AS (
+            SELECT pool, min(rowid) AS start, count(*) AS num_pairs FROM shuffled GROUP BY pool
         )
-        SELECT DISTINCT a.query_number, b.product_number, NULL, a.split, a.market
+        SELECT DISTINCT a.query_number, b.product_number, NULL, a.split, a.pool
         FROM (
             SELECT *, start + (shuffled.rowid - start + 1) % num_pairs AS next
-            FROM shuffled JOIN markets USING (market)
+            FROM shuffled JOIN pools USING (pool)
             WHERE shuffled.rowid - start < {share} * num_pairs
         ) AS a JOIN shuffled AS b ON b.rowid = a.next
         ANTI JOIN keys ON keys.query_number = a.query_number AND keys.product_number = b.product_number"""
+    )
+
+
+def _drop_judged_negatives(database: duckdb.DuckDBPyConnection) -> None:
+    """Drop random negatives that were judged in another language: there, query and product have other numbers."""
+    database.execute(
+        """DELETE FROM chosen WHERE grade IS NULL AND (query_number, product_number) IN (
+            SELECT (query_number, product_number)
+            FROM (FROM chosen WHERE grade IS NULL)
+            JOIN query_texts USING (query_number) JOIN product_texts USING (product_number)
+            SEMI JOIN (FROM pairs WHERE grade IS NOT NULL) AS judged USING (market, query_id, product_id)
+        )"""
     )
 
 

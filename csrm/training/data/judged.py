@@ -126,6 +126,7 @@ class JudgedPairs:
                 no judgment, judged queries or products are missing, or retrieved titles tell labels.
         """
         self._markets = markets
+        self._translated_weight = 1.0
         self._folder = tempfile.TemporaryDirectory(prefix="csrm-join-")
         self._database = open_database(self._folder.name)
         try:
@@ -204,6 +205,7 @@ class JudgedPairs:
 
     def add_translated(self, settings: TranslatedRows, retrieval_table: InputSpec | None) -> int:
         """Add pairs of split train in other languages, with split TRANSLATED; see add_translated_rows."""
+        self._translated_weight = settings.weight
         with self._database.cursor() as database:
             return add_translated_rows(database, settings, retrieval_table, self._markets)
 
@@ -346,8 +348,8 @@ class JudgedPairs:
 
         Yields:
             Batches of the columns of `read`, soft_label (null where there is none), weight (1 there; times that of the
-            judges), votes (grade and share, null where judges agree) and group_number; rows of a group stand side by
-            side.
+            judges and of translated rows), votes (grade and share, null where judges agree) and group_number; rows of a
+            group stand side by side.
         """
         outside = "true" if without is None else f"NOT {without.sql()}"
         if split == TRANSLATED:  # a translation goes where its query goes
@@ -356,7 +358,7 @@ class JudgedPairs:
                 JOIN query_texts ON query_texts.query_number = own_number WHERE {outside}
             )"""
         with self._database.cursor() as database:
-            yield from read_groups(
+            for batch in read_groups(
                 database,
                 split,
                 pairs_per_group=pairs_per_group,
@@ -364,7 +366,8 @@ class JudgedPairs:
                 random_negatives=random_negatives,
                 condition=outside,
                 soft_labels=soft_labels,
-            )
+            ):
+                yield batch.assign(weight=batch["weight"] * self._translated_weight) if split == TRANSLATED else batch
 
     def _stream(self, query: str, split: str) -> Iterator[pd.DataFrame]:
         with self._database.cursor() as database:

@@ -9,7 +9,7 @@ from pydantic import Field
 from csrm.config import InputSpec, Settings
 from csrm.errors import InputError
 from csrm.schemas import TRANSLATED_TEXTS
-from csrm.training.data.database import add_table, has_text, problem_list
+from csrm.training.data.database import add_table, has_text, language_of_market, problem_list
 from csrm.training.data.pair_tables import add_retrieval_table
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ def add_translated_rows(
 ) -> int:
     """Add judged pairs with their query, their title and their retrieved titles in other languages, where these are.
 
-    The label stays. A translated title has no brand, category or attributes beside it: in their own language they would
-    tell what the product is. A query whose translation is the text of one that measures a model is left out.
+    The label stays. A text in the language that its query or market has is left out. A translated title has no brand,
+    category or attributes beside it: in their own language they would tell what the product is. A query whose
+    translation is the text of one that measures a model is left out.
 
     Args:
         database: a cursor of its own, for its temporary tables.
@@ -56,14 +57,9 @@ def add_translated_rows(
     add_table(database, TRANSLATED_TEXTS, settings.texts, markets)
     _check_kinds(database, where)
     add_retrieval_table(database, retrieval_table, markets)
+    _keep_texts(database, where, markets)
     database.execute(
-        f"""CREATE TEMP TABLE said_queries AS
-            SELECT market, id AS query_id, language, text FROM translated_texts
-            WHERE kind = 'query' AND {has_text("text")};
-        CREATE TEMP TABLE said_titles AS
-            SELECT market, id AS product_id, language, text FROM translated_texts
-            WHERE kind = 'product' AND {has_text("text")};
-        CREATE TEMP TABLE own AS
+        """CREATE TEMP TABLE own AS
             SELECT query_number AS own_query, product_number AS own_product, grade, market, query_id, product_id
             FROM keys JOIN (SELECT query_number, market, query_id FROM query_texts) USING (query_number)
             JOIN (SELECT product_number, product_id FROM product_texts) USING (product_number)
@@ -83,9 +79,9 @@ def add_translated_rows(
     if not num_pairs:
         raise InputError(
             f"{where}: no text is of a query or product that is judged in split train, in markets {sorted(markets)}. "
-            "Are market, kind and id those of the queries and the catalog?"
+            "Are market, kind and id those of the queries and the catalog, and languages others than theirs?"
         )
-    _add_weights(database, settings.weight)
+    _add_votes(database)
     _log(database, num_pairs)
     return int(num_pairs)
 
@@ -97,6 +93,30 @@ def _check_kinds(database: duckdb.DuckDBPyConnection, where: str) -> None:
     if unknown:
         kinds = [kind for (kind,) in unknown]
         raise InputError(problem_list(where, [f"column 'kind' has {kinds}, expected query or product"]))
+
+
+def _keep_texts(database: duckdb.DuckDBPyConnection, where: str, markets: Mapping[str, str]) -> None:
+    """Make tables `said_queries` and `said_titles`, without texts in the language that the query or market has.
+
+    Those would be a pair's own language once more; they are counted in a warning.
+    """
+    own_language = f"coalesce(query_texts.language, {language_of_market(markets, 'translated_texts.market')})"
+    ((num_own,),) = database.execute(
+        f"""CREATE TEMP TABLE said AS
+            SELECT translated_texts.*, lower(translated_texts.language) = lower({own_language}) AS is_own
+            FROM translated_texts LEFT JOIN query_texts
+            ON kind = 'query' AND query_texts.market = translated_texts.market AND query_texts.query_id = id
+            WHERE {has_text("text")};
+        CREATE TEMP TABLE said_queries AS
+            SELECT market, id AS query_id, language, text FROM said WHERE kind = 'query' AND NOT is_own;
+        CREATE TEMP TABLE said_titles AS
+            SELECT market, id AS product_id, language, text FROM said WHERE kind = 'product' AND NOT is_own;
+        SELECT count(*) FROM said WHERE is_own"""
+    ).fetchall()
+    if num_own:
+        logger.warning(
+            "%s: %d texts are in the language that their query or market has, and are left out", where, num_own
+        )
 
 
 def _add_queries(database: duckdb.DuckDBPyConnection) -> None:
@@ -146,23 +166,23 @@ def _add_products(database: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _add_weights(database: duckdb.DuckDBPyConnection, weight: float) -> None:
-    """Keep the judges' weights and votes of the pairs, times the weight of all."""
+def _add_votes(database: duckdb.DuckDBPyConnection) -> None:
+    """Keep the judges' weights and votes of the pairs."""
     database.execute(
         f"""INSERT INTO votes
-        SELECT keys.query_number, keys.product_number, coalesce(judge_weight, 1) * {weight}, votes.votes
+        SELECT keys.query_number, keys.product_number, judge_weight, votes.votes
         FROM keys JOIN translated_queries USING (query_number)
         LEFT JOIN new_products ON new_products.product_number = keys.product_number
-        LEFT JOIN votes ON votes.query_number = own_number
+        JOIN votes ON votes.query_number = own_number
             AND votes.product_number = coalesce(own_product, keys.product_number)
-        WHERE split = '{TRANSLATED}' AND ({weight} <> 1 OR votes.query_number IS NOT NULL)"""
+        WHERE split = '{TRANSLATED}'"""
     )
 
 
 def _log(database: duckdb.DuckDBPyConnection, num_pairs: int) -> None:
     languages, num_measured = database.execute(
         """SELECT list(DISTINCT language ORDER BY language), (SELECT count(*) FROM new_queries WHERE is_measured)
-        FROM translated_texts"""
+        FROM (SELECT language FROM new_queries UNION ALL SELECT language FROM new_products)"""
     ).fetchall()[0]
     left_out = f"; {num_measured} queries left out, whose translation measures the model" if num_measured else ""
     logger.info("%d judged pairs are learnt in other languages too: %s%s", num_pairs, ", ".join(languages), left_out)

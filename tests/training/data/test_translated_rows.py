@@ -159,6 +159,46 @@ def test_soft_labels_and_judges_weights_hold_in_every_language(inputs: JudgedInp
     assert set(weights.values()) == {0.5}
 
 
+def test_texts_in_the_language_of_their_query_or_market_are_left_out(
+    inputs: JudgedInputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the pair would be learnt twice in its own language."""
+    queries = pd.read_parquet(tmp_path / "queries.parquet").assign(language=[None, "en", None, None])  # q2 is English
+    queries.to_parquet(tmp_path / "queries.parquet")
+    texts = [
+        ("kr", "query", "q1", "KO", "수건"),
+        ("kr", "product", "p1", "ko", "목욕 수건"),
+        ("kr", "query", "q2", "en", "blanket"),
+        ("kr", "query", "q3", "en", "pillow"),
+    ]
+    found = rows_of(inputs, tmp_path, texts)
+    assert found["query"].tolist() == ["pillow", "pillow"]
+    assert "3 texts are in the language that their query or market has, and are left out" in caplog.text
+    with pytest.raises(InputError, match="and languages others than theirs"):
+        rows_of(inputs, tmp_path, texts[:3])
+
+
+def test_random_negatives_are_of_one_language_judged_in_none_and_weigh_as_the_rows(
+    inputs: JudgedInputs, tmp_path: Path
+) -> None:
+    """Two languages of all texts: of each query and product, one pair is judged."""
+    judgments = pd.read_parquet(tmp_path / "judgments.parquet")
+    kept = judgments[~((judgments["query_id"] + judgments["product_id"]).isin(["q1p2", "q2p1"]))]
+    kept.to_parquet(tmp_path / "judgments.parquet")
+    texts = [
+        ("kr", kind, f"{kind[0]}{n}", language, f"{language} {kind} {n}")
+        for kind, numbers in (("query", (1, 2, 3)), ("product", (1, 2)))
+        for n in numbers
+        for language in ("en", "de", "fr")
+    ]
+    found = rows_of(inputs, tmp_path, texts, weight=0.25, random_negatives=1.0)
+    negatives = found[found["grade"].isna()]
+    assert set(negatives["query_id"] + negatives["product_id"]) <= {"q1p2", "q2p1"}
+    assert len(negatives) > 0
+    assert (negatives["title"].str[:2] == negatives["language"]).all()
+    assert set(found["weight"]) == {0.25}
+
+
 def test_label_issues_name_a_pair_once(inputs: JudgedInputs, tmp_path: Path) -> None:
     table = pd.DataFrame(TEXTS, columns=["market", "kind", "id", "language", "text"])
     with JudgedPairs(inputs, {"kr": "ko"}) as pairs:
