@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from csrm.config import InputSpec
 from csrm.errors import InputError
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
 from csrm.training.data.judges import Agreement
+from csrm.training.report import report_html
 from csrm.training.summary import format_agreement
 
 # Fleiss 1971, as his method is usually shown: 10 subjects, 14 raters, 5 grades; kappa 0.210
@@ -126,6 +128,11 @@ def test_of_a_crowd_those_with_the_most_labels_are_shown(tmp_path: Path) -> None
     assert len(lines) == 1 + 20 + 1
     assert lines[1].startswith("  zoe: 3 labels")
     assert lines[-1] == "  and 11 more with fewer labels"
+    page = report_html("Training", agreement=found)
+    assert "The 20 of 31 judges with the most labels." in page
+    assert page.count("worker ") == 19
+    assert "Fleiss' kappa is -" in page
+    assert "kappa" not in report_html("Training", agreement=replace(found, kappa=None))
 
 
 def test_votes_are_in_the_digest(tmp_path: Path) -> None:
