@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -17,8 +18,8 @@ from pydantic import Field, model_validator
 from scipy.special import log_softmax, logsumexp
 
 from csrm.bundle.cache import is_far
-from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME, Origin
-from csrm.bundle.golden import choose_golden_pairs
+from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME, Origin, Parity
+from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle, load_scorer
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
@@ -29,7 +30,7 @@ from csrm.export.trials import grade_gains, logged_step, wanted_precisions, writ
 from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import expected_gain
 from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device, require_one_onnxruntime
-from csrm.scoring.scorer import PairScorer
+from csrm.scoring.scorer import PackScorer, PairScorer
 from csrm.scoring.tokenization import SEEN_TOKENS_NAME
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,6 @@ def export_ensemble(
     members = [load_bundle(folder) for folder in ensemble.bundles]
     _require_alike(members)
     scorers = [load_scorer(member.folder, device) for member in members]
-    labels, gains = scorers[0].labels, np.array([label.gain for label in scorers[0].labels])
     shares = _shares(ensemble, scorers, judged, grade_labels)
     with unfinished_folder(bundle_dir) as unfinished:
         folder, graph_path = unfinished / "bundle", unfinished / "fp32" / MODEL_NAME
@@ -100,28 +100,16 @@ def export_ensemble(
         (folder / TOKENIZER_NAME).write_bytes((members[0].folder / TOKENIZER_NAME).read_bytes())
         if (seen := seen_by_all(members)) is not None:
             (folder / SEEN_TOKENS_NAME).write_bytes(np.packbits(seen).tobytes())
-        with logged_step(f"one graph of {len(members)}"):
-            join_graphs([member.folder / MODEL_NAME for member in members], shares, graph_path)
-            check_locations(graph_path)
-        with logged_step(f"scores of {len(pairs)} pairs in the members and in the graph on {device}"):
-            expected = mean_logits([scorer.logits(pairs) for scorer in scorers], shares)
-            pack_scorer, provider = load_pack_scorer(graph_path, device)
-            tokens_per_call = default_tokens_per_call(device)
-            whole = PairScorer(scorers[0].tokenizer, labels, pack_scorer=pack_scorer, tokens_per_call=tokens_per_call)
-            names = ("the members", provider)
-            parity = compare_logits(pairs, expected, whole.logits(pairs), labels, names, SCORE_TOLERANCE)
-        source = f"the mean of {len(members)} bundles, {provider}"
-        golden = choose_golden_pairs(pairs, expected_gain(expected, gains), whole.tokenizer, source)
-        golden.require_different(SCORE_TOLERANCE)
+        graph = _joined(members, scorers, shares, pairs, path=graph_path, device=device)
         runtime = require_one_onnxruntime()
         settings = members[0].settings.model_copy(
             update={
                 "device": device,
                 "pack_tolerance": 0.0,
                 "golden_tolerance": 0.0,
-                "golden_source": golden.source,
+                "golden_source": graph.golden.source,
                 "origin": _origin(members, shares),
-                "parity": parity,
+                "parity": graph.parity,
                 "precisions": (),
                 "cpu_features": cpu_features(),
                 "versions": {package: version(package) for package in ("csrm", "onnx", "tokenizers", runtime)},
@@ -129,18 +117,57 @@ def export_ensemble(
         )
         write_best_precision(
             graph_path,
-            pack_scorer,
+            graph.pack_scorer,
             precisions,
             precision == "auto",
             pairs,
             judged,
             grade_labels,
-            golden,
+            graph.golden,
             settings,
             folder,
         )
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
+
+
+class _Joined(NamedTuple):
+    """The graph of an ensemble, with what proves it."""
+
+    pack_scorer: PackScorer
+    parity: Parity
+    golden: GoldenPairs
+
+
+def _joined(
+    members: Sequence[Bundle],
+    scorers: Sequence[PairScorer],
+    shares: Sequence[float],
+    pairs: pd.DataFrame,
+    *,
+    path: Path,
+    device: str,
+) -> _Joined:
+    """Write the graph of an ensemble, after proof that it scores as its members' weighted mean.
+
+    Raises:
+        ParityError: it does not.
+    """
+    first = scorers[0]
+    with logged_step(f"one graph of {len(members)}"):
+        join_graphs([member.folder / MODEL_NAME for member in members], shares, path)
+        check_locations(path)
+    with logged_step(f"scores of {len(pairs)} pairs in the members and in the graph on {device}"):
+        expected = mean_logits([scorer.logits(pairs) for scorer in scorers], shares)
+        pack_scorer, provider = load_pack_scorer(path, device)
+        tokens_per_call = default_tokens_per_call(device)
+        whole = PairScorer(first.tokenizer, first.labels, pack_scorer=pack_scorer, tokens_per_call=tokens_per_call)
+        names = ("the members", provider)
+        parity = compare_logits(pairs, expected, whole.logits(pairs), first.labels, names, SCORE_TOLERANCE)
+    scores = expected_gain(expected, np.array([label.gain for label in first.labels]))
+    golden = choose_golden_pairs(pairs, scores, whole.tokenizer, f"the mean of {len(members)} bundles, {provider}")
+    golden.require_different(SCORE_TOLERANCE)
+    return _Joined(pack_scorer, parity, golden)
 
 
 def seen_by_all(members: Sequence[Bundle]) -> np.ndarray | None:

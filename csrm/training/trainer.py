@@ -103,39 +103,11 @@ def run_training(
     from torch.utils.tensorboard import SummaryWriter
 
     set_seed(tuning.seed)
-    on_cpu = not torch.cuda.is_available()
     model = _model_to_train(start, tuning, label_ids, gains)
     packs = PackFile(paths.packs)
     plan = _planned(model, packs, tuning, limit, measure)
     steps, eval_steps = plan.steps, plan.eval_steps
-    args = TrainingArguments(
-        output_dir=str(paths.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=tuning.packs_per_step // (num_processes() * tuning.accumulation_steps),
-        gradient_accumulation_steps=tuning.accumulation_steps,
-        learning_rate=tuning.learning_rate,
-        warmup_steps=steps // 10,
-        logging_steps=max(1, steps // 20),
-        logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
-        eval_strategy="steps" if eval_steps else "no",
-        eval_steps=eval_steps,
-        load_best_model_at_end=eval_steps is not None,
-        metric_for_best_model=next(iter(METRICS)),
-        greater_is_better=True,
-        save_strategy="steps" if eval_steps or limit is None else "no",
-        save_steps=eval_steps or tuning.checkpoint_steps,
-        save_only_model=limit is not None,  # it is not gone on with
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["targets"],
-        seed=tuning.seed,
-        use_cpu=on_cpu,
-        bf16=tuning.precision == "bf16",
-        dataloader_pin_memory=False,
-    )
-    args._n_gpu = 1  # else a single process would train on all devices, with packs_per_step on each
+    args = _arguments(paths, tuning, plan, goes_on=limit is None)
     order: Any = _pack_order(len(packs), steps * tuning.packs_per_step, tuning.seed)
     trainer = _StageTrainer(
         model=model,
@@ -242,6 +214,43 @@ def _planned(
         logger.info("%.1f minutes are left to train, %.2f s a step", seconds / 60, pace.step_s)
         set_seed(tuning.seed)
     return _Plan(steps, eval_steps, ends_at)
+
+
+def _arguments(paths: StagePaths, tuning: Tuning, plan: _Plan, *, goes_on: bool) -> TrainingArguments:
+    """Settings of the Trainer.
+
+    Args:
+        goes_on: whether a training that was stopped goes on from its checkpoint.
+    """
+    args = TrainingArguments(
+        output_dir=str(paths.checkpoints),
+        max_steps=plan.steps,
+        per_device_train_batch_size=tuning.packs_per_step // (num_processes() * tuning.accumulation_steps),
+        gradient_accumulation_steps=tuning.accumulation_steps,
+        learning_rate=tuning.learning_rate,
+        warmup_steps=plan.steps // 10,
+        logging_steps=max(1, plan.steps // 20),
+        logging_nan_inf_filter=False,  # it would report a loss that is not a number as 0
+        eval_strategy="steps" if plan.eval_steps else "no",
+        eval_steps=plan.eval_steps,
+        load_best_model_at_end=plan.eval_steps is not None,
+        metric_for_best_model=next(iter(METRICS)),
+        greater_is_better=True,
+        save_strategy="steps" if plan.eval_steps or goes_on else "no",
+        save_steps=plan.eval_steps or tuning.checkpoint_steps,
+        save_only_model=not goes_on,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["targets"],
+        seed=tuning.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=tuning.precision == "bf16",
+        dataloader_pin_memory=False,
+    )
+    args._n_gpu = 1  # else a single process would train on all devices, with packs_per_step on each
+    return args
 
 
 def _text(path: Path | None) -> str | None:
