@@ -1,5 +1,7 @@
 """Two bundles that become one: its score is the weighted mean of theirs."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from csrm.errors import BundleError, ConfigError
 from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
 from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
+from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from csrm.training.model.base import BaseModel
@@ -154,6 +157,30 @@ def test_members_read_the_same_prompts(tiny_bundle: Path, pairs_pdf: pd.DataFram
     with pytest.raises(BundleError, match=r"are the same bundle\. Name each once"):
         joined((tiny_bundle, tiny_bundle), tmp_path / "both", pairs_pdf)
     assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grade_costs": {"I": {"E": 5.0}}}, "has another grade_costs than"),
+        ({"precision": "int8"}, r"is int8, expected fp32\. Export it at precision fp32"),
+    ],
+)
+def test_members_are_alike_and_fp32(
+    changes: dict[str, Any],
+    message: str,
+    tiny_bundle: Path,
+    other_bundle: Path,
+    pairs_pdf: pd.DataFrame,
+    tmp_path: Path,
+) -> None:
+    changed = Path(shutil.copytree(other_bundle, tmp_path / "changed"))
+    about = json.loads((changed / MANIFEST_NAME).read_text())["about"] | changes
+    (report,) = about["precisions"]
+    about["precisions"] = [report | {"precision": about["precision"]}]
+    write_manifest(changed, "bundle", about)
+    with pytest.raises(BundleError, match=message):
+        joined((tiny_bundle, changed), tmp_path / "both", pairs_pdf)
 
 
 @pytest.mark.parametrize(

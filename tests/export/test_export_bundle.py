@@ -239,3 +239,19 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tiny_bundle: Path, pairs_pdf: 
     with pytest.raises(ConfigError, match=r"found something else\. It is left alone"):
         export_module.export_bundle(str(tiny_bundle.parent / "model"), tmp_path / "photos", pairs_pdf)
     assert (tmp_path / "photos" / "holiday.txt").read_text() == "keep me"
+
+
+def test_grade_costs_go_into_the_bundle_and_change_no_score(
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    model, names = str(tiny_bundle.parent / "model"), [label.name for label in ESCI_LABELS]
+    costs = {name: {grade: 1_000.0 for grade in names if grade not in (name, "S")} for name in names}
+    export_module.export_bundle(model, tmp_path / "costly", pairs_pdf, grade_costs=costs)
+    found, plain = (
+        load_scorer(folder, "cpu", threads=1).score(pairs_pdf) for folder in (tmp_path / "costly", tiny_bundle)
+    )
+    assert set(found["predicted_grade"]) == {"S"} != set(plain["predicted_grade"])
+    np.testing.assert_allclose(found["relevance_score"], plain["relevance_score"], atol=1e-6)
+    with pytest.raises(ConfigError, match=r"grade_costs: \['good'\] are no labels of the model"):
+        export_module.export_bundle(model, tmp_path / "none", pairs_pdf, grade_costs={"good": {"E": 2.0}})
+    assert not (tmp_path / "none").exists()
