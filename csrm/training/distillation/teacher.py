@@ -144,7 +144,7 @@ def teach(
     if len(judged) < FEWEST_JUDGED:
         logger.warning(
             "%s: %d judged pairs of split %s have a score, too few to tell how far scores can be trusted: that is "
-            "assumed. Score judged pairs too, of any market",
+            "assumed. Score judged pairs too, of any source market",
             where,
             len(judged),
             TRAIN,
