@@ -59,16 +59,22 @@ def job_settings(
     return config
 
 
+_SIGNATURE = re.compile(
+    r"([?&](?:x-amz-|x-goog-)?(?:sig|signature|credential|security-token|token|password|secret)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 _USER_INFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/@:]*:[^\s/@]*@")
 
 
 def without_credentials(text: str) -> str:
-    """A text in which user and password of every URI are replaced; whatever CSRM prints or records goes through it.
+    """A text without user, password and signature of any URI; whatever CSRM prints or records goes through it.
 
     >>> without_credentials("input catalog at 's3a://KEY:SECRET@bucket/catalog'")
     "input catalog at 's3a://***@bucket/catalog'"
+    >>> without_credentials("bundle https://host/bundle.tar?sv=1&sig=SECRET&se=2")
+    'bundle https://host/bundle.tar?sv=1&sig=***&se=2'
     """
-    return _USER_INFO.sub(r"\1***@", text)
+    return _SIGNATURE.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
 class _Log(logging.Formatter):

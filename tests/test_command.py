@@ -121,5 +121,9 @@ def test_passwords_in_uris_are_printed_nowhere(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr()
     assert "SECRET" not in printed.out + printed.err
     assert (printed.out + printed.err).count("s3a://***@bucket/catalog") == 4
-    abfs = "abfss://container@account.dfs.core.windows.net/tables"
-    assert without_credentials(abfs) == abfs
+    for harmless in ("abfss://container@account.dfs.core.windows.net/tables", "schema:csrm?folder=s3://bucket/tokens"):
+        assert without_credentials(harmless) == harmless
+    signed = "https://bucket.s3.amazonaws.com/b?X-Amz-Credential=KEY&X-Amz-Signature=SECRET&X-Amz-Expires=60"
+    assert without_credentials(signed) == (
+        "https://bucket.s3.amazonaws.com/b?X-Amz-Credential=***&X-Amz-Signature=***&X-Amz-Expires=60"
+    )
