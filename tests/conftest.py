@@ -37,6 +37,13 @@ hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is
 hypothesis.settings.load_profile("busy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where downloaded files are; tests that need one are skipped without it."""
+    parser.addoption("--esci", help="folder with products.parquet and judgments.tsv.gz, a part of ESCI")
+    parser.addoption("--base-model", help="GGUF file of a small language model that knows English")
+    parser.addoption("--encoder-model", help="folder of multilingual-e5-small, in the layout of sentence-transformers")
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
     """One real session with Delta for the whole test run; its scratch files are under a temporary folder."""

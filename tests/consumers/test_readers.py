@@ -72,7 +72,7 @@ def path(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_each_reader_returns_the_same_rows(spark: SparkSession, path: str, reader: str) -> None:
     rows = as_dicts(run(READERS[reader], path, HOSTILE_MARKET, "q1", spark=spark))
 
-    fixed = {"market": HOSTILE_MARKET, "query_id": "q1", "bundle_digest": "digest"}
+    fixed = {"market": HOSTILE_MARKET, "query_id": "q1", "bundle_digest": "digest", "label_probabilities": None}
     assert rows == [
         {**fixed, "product_id": "p1", "relevance_score": 0.25, "predicted_grade": "E", "pair_key": 250}
         | {"scored_at": START, "run_id": "r1"},
