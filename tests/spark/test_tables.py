@@ -299,8 +299,10 @@ def test_reading_says_what_is_not_there(spark: SparkSession, scores_path: str, t
         open_table(spark, scores_path, version=99)
     with pytest.raises(InputError, match=r"missing columns \['rank', 'title', 'similarity', 'source'\]; it has"):
         read_table(spark, RETRIEVAL_TABLE, scores_path, version=1)
-    with pytest.raises(InputError, match=r"expected version 2 of its columns, it has version 1\. Migrate it"):
-        read_table(spark, RETRIEVAL_TABLE, scores_path)
+    columns = (*RELEVANCE_SCORES.columns, replace(RELEVANCE_SCORES.columns[0], name="added"))
+    newer = replace(RELEVANCE_SCORES, columns=columns, schema_version=RELEVANCE_SCORES.schema_version + 1)
+    with pytest.raises(InputError, match=r"expected version 3 of its columns, it has version 2\. Migrate it"):
+        read_table(spark, newer, scores_path)
 
 
 def test_a_sql_literal_reads_back_as_the_text(spark: SparkSession) -> None:
