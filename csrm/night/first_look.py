@@ -8,7 +8,8 @@ from pyspark.sql import functions as F
 
 from csrm.bundle.loading import Bundle
 from csrm.night.audit import FirstLook
-from csrm.scoring.prompts import MOST_CHARACTERS, Product, Query, prefix_lines, suffix_lines
+from csrm.scoring.prompts import MOST_CHARACTERS, Line, Product, Query, prefix_lines, suffix_lines
+from csrm.scoring.tokenization import PromptTokenizer
 
 NUM_TEXTS = 1_000
 """Queries, and titles, of a market that are looked at."""
@@ -33,7 +34,7 @@ def look_at_markets(
 
 
 def look_at_texts(bundle: Bundle, queries: Sequence[str], titles: Sequence[str]) -> FirstLook:
-    """What a bundle meets in some texts of a market.
+    """What a bundle meets in some texts of a market; texts that the tokenizer fails on are left out.
 
     >>> from csrm.bundle import load_bundle
     >>> look = look_at_texts(load_bundle("conf/demo_bundle"), ["mouse"], ["Silent Wireless Mouse 2.4G"])
@@ -43,17 +44,26 @@ def look_at_texts(bundle: Bundle, queries: Sequence[str], titles: Sequence[str])
     tokenizer, template = bundle.prompt_tokenizer(), bundle.settings.template
     query_lines = [line for text in queries for line in prefix_lines(Query("", "", text, ()), template)]
     title_lines = [suffix_lines(Product(title), template)[0] for title in titles]
-    ids_of_queries = tokenizer.uncut_ids([line for line in query_lines if line.field == "query"])
-    ids_of_titles = tokenizer.uncut_ids(title_lines)
+    ids_of_queries = _uncut_ids(tokenizer, [line for line in query_lines if line.field == "query"])
+    ids_of_titles = _uncut_ids(tokenizer, title_lines)
     ids = np.array([id_ for ids in (*ids_of_queries, *ids_of_titles) for id_ in ids], dtype=np.int64)
     seen = bundle.seen_tokens()
     return FirstLook(
         num_tokens=len(ids),
         num_unseen=None if seen is None else int(len(ids) - seen[ids[ids < len(seen)]].sum()),
-        num_titles=len(titles),
+        num_titles=len(ids_of_titles),
         num_cut=sum(len(ids) > tokenizer.budgets.title for ids in ids_of_titles),
         golden_median=float(np.median(bundle.golden_pairs().scores)),
     )
+
+
+def _uncut_ids(tokenizer: PromptTokenizer, lines: Sequence[Line]) -> list[list[int]]:
+    """Token ids of the lines that the tokenizer does not fail on: the night sets the pairs of the others aside."""
+    try:
+        return tokenizer.uncut_ids(lines)
+    except Exception:  # tokenizers raises Exception itself
+        middle = len(lines) // 2
+        return _uncut_ids(tokenizer, lines[:middle]) + _uncut_ids(tokenizer, lines[middle:]) if middle else []
 
 
 def _sample(df: DataFrame, markets: Sequence[str], id_column: str, text_column: str) -> dict[str, list[str]]:

@@ -33,7 +33,8 @@ def location(spark: SparkSession, tmp_path: Path) -> Iterator[str]:
 
 
 def names(spark: SparkSession) -> list[str]:
-    return sorted(row["tableName"] for row in spark.sql("SHOW TABLES IN search").collect())
+    """Tables and views of the schema; SHOW TABLES lists the session's temporary views too."""
+    return sorted(row["tableName"] for row in spark.sql("SHOW TABLES IN search").collect() if not row["isTemporary"])
 
 
 def test_tables_are_in_the_location_of_the_schema_and_have_names_there(spark: SparkSession, location: str) -> None:
