@@ -1,14 +1,17 @@
-"""`manifest.json`: what is in an artefact's folder, so that whoever opens it knows that it is whole and unchanged."""
+"""What all artefacts have: `manifest.json`, by which whoever opens a folder knows that it is whole and unchanged.
+
+And `golden.json`, by which a model proves itself.
+"""
 
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -16,8 +19,13 @@ from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
 
 MANIFEST_NAME = "manifest.json"
+MODEL_NAME = "model.onnx"
+TOKENIZER_NAME = "tokenizer.json"
+GOLDEN_NAME = "golden.json"
+"""Inputs with the results that a model must give: it proves itself by them wherever it is loaded."""
 MANIFEST_VERSION = 2
 """Version 1 had no `about`; it is read as before."""
+FileT = TypeVar("FileT", bound=Settings)
 
 
 class FileEntry(Settings):
@@ -62,7 +70,7 @@ def write_manifest(folder: Path, kind: str, about: Mapping[str, Any] | None = No
     files = {
         path.relative_to(folder).as_posix(): FileEntry(sha256=file_digest(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file() and path != folder / MANIFEST_NAME
     }
     about = dict(about or {})
     digest = _whole_digest(files, about)
@@ -258,6 +266,39 @@ def require_same(folder: Path, kind: str, digest: str) -> None:
 def verify_manifest(folder: str | Path, kind: str) -> str:
     """The digest of a folder whose files are as they were made; raises as load_manifest does."""
     return load_manifest(folder, kind).digest
+
+
+def write_golden(path: Path, source: str, name: str, records: Iterable[Mapping[Any, Any]]) -> None:
+    """Write a `golden.json`, one line a record.
+
+    Args:
+        path: the file.
+        source: what computed the records' results.
+        name: of the list of records.
+        records: as JSON has them.
+    """
+    lines = ",\n    ".join(json.dumps(record, ensure_ascii=False) for record in records)
+    path.write_text(f'{{\n  "source": {json.dumps(source)},\n  "{name}": [\n    {lines}\n  ]\n}}\n', "utf-8")
+
+
+def read_golden(path: Path, file_class: type[FileT], kind: str, what: str) -> FileT:
+    """Read a `golden.json`.
+
+    Args:
+        path: the file.
+        file_class: what it must hold.
+        kind: of the artefact, for messages.
+        what: it holds, for messages.
+
+    Raises:
+        BundleError: the file does not hold that.
+    """
+    try:
+        return file_class.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BundleError(
+            f"{kind} {str(path.parent)!r}: {path.name} does not hold {what}: {error}. Export the model again."
+        ) from error
 
 
 def _changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from csrm.bundle.cache import artefact_kind
 from csrm.bundle.contents import BUNDLE_KIND, Estimate, PrecisionReport, made_with
 from csrm.bundle.loading import Bundle, load_bundle
+from csrm.cache import artefact_kind
 from csrm.errors import BundleError, ConfigError
 from csrm.manifest import MANIFEST_NAME
 from csrm.scoring.template import BUILT_IN_TEMPLATE
@@ -23,10 +23,18 @@ def bundle_card(bundle: Bundle) -> str:
     template = f"template {settings.template_version}"
     if settings.template != BUILT_IN_TEMPLATE:
         template = f"own template, cue {settings.template.cue!r}"
+    encoder = []
+    if (vote := settings.encoder) is not None:
+        found = ", ".join(f"{value:.3f} {name}" for name, value in vote.ndcg.items())
+        encoder = [
+            f"encoder     {vote.model} ({vote.digest[:12]}), weights {vote.weights[0]:.2f} of the model and "
+            f"{vote.weights[1]:.2f} of the encoder; nDCG@10 on the {vote.num_queries} queries that chose them: {found}"
+        ]
     lines = [
         f"bundle      {bundle.folder}",
         f"digest      {bundle.digest}",
         f"model       {origin.base_model}{trained}{', adapters merged' if origin.adapter else ''}",
+        *encoder,
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
         *([f"speed       of a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
         f"labels      {labels}",

@@ -13,10 +13,8 @@ from csrm.scoring.tokenization import Budgets
 
 BUNDLE_KIND = "bundle"
 FORMAT_VERSION = 3
-MODEL_NAME = "model.onnx"
-TOKENIZER_NAME = "tokenizer.json"
-GOLDEN_NAME = "golden.json"
 PLOT_NAME = "precisions.png"
+ENCODER_FOLDER = "encoder"
 MOST_TOLERANCE = 0.5
 """Of scores, which are in [0, 1]: with more, a comparison proves nothing."""
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -106,6 +104,25 @@ class Origin(Settings):
     model."""
 
 
+class EncoderVote(Settings):
+    """The encoder in a bundle, in ENCODER_FOLDER: it votes in each score, see csrm.scoring.similarity."""
+
+    digest: str
+    """Of the encoder."""
+    model: str
+    """Name of the model that it was exported from."""
+    weights: tuple[float, float]
+    """Of the model's label probabilities and of the encoder's, as powers."""
+    slope: float = Field(gt=0)
+    """Of the cosine of query and title, see csrm.scoring.similarity.LabelMap."""
+    thresholds: tuple[float, ...] = Field(min_length=1)
+    """Of each label but the least relevant one, ascending."""
+    num_queries: int = Field(ge=1)
+    """Judged queries that chose weights, slope and thresholds."""
+    ndcg: dict[str, float]
+    """nDCG@10 on them, of the model, of the encoder, and of both."""
+
+
 class BundleSettings(Settings):
     """What `manifest.json` says about a bundle, under `about`."""
 
@@ -116,6 +133,8 @@ class BundleSettings(Settings):
     labels: tuple[Label, ...] = Field(min_length=2)
     grade_costs: dict[str, dict[str, float]] | None = None
     """See csrm.scoring.labels.GradeCosts; not written where there are none."""
+    encoder: EncoderVote | None = None
+    """An encoder that scores too; not written where there is none."""
     budgets: Budgets
     precision: Precision
     device: str
@@ -143,6 +162,12 @@ class BundleSettings(Settings):
             cost_matrix(self.labels, self.grade_costs)
         return self
 
+    @model_validator(mode="after")
+    def _thresholds_are_of_labels(self) -> Self:
+        if self.encoder is not None and len(self.encoder.thresholds) != len(self.labels) - 1:
+            raise ValueError(f"encoder.thresholds: expected {len(self.labels) - 1}, got {len(self.encoder.thresholds)}")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = as_usual(self)
@@ -152,6 +177,8 @@ class BundleSettings(Settings):
             del values["origin"]["ensemble"]
         if self.grade_costs is None:
             del values["grade_costs"]
+        if self.encoder is None:
+            del values["encoder"]
         return values
 
     @property

@@ -1,54 +1,17 @@
 """Golden pairs: real prompts with the scores of the trained model, which a bundle brings to prove itself by."""
 
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from csrm.config import Settings
 from csrm.errors import BundleError
+from csrm.manifest import read_golden, write_golden
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
-
-FileT = TypeVar("FileT", bound=Settings)
-
-
-def write_golden(path: Path, source: str, name: str, records: Iterable[Mapping[Any, Any]]) -> None:
-    """Write a `golden.json`, one line a record.
-
-    Args:
-        path: the file.
-        source: what computed the records' results.
-        name: of the list of records.
-        records: as JSON has them.
-    """
-    lines = ",\n    ".join(json.dumps(record, ensure_ascii=False) for record in records)
-    path.write_text(f'{{\n  "source": {json.dumps(source)},\n  "{name}": [\n    {lines}\n  ]\n}}\n', "utf-8")
-
-
-def read_golden(path: Path, file_class: type[FileT], kind: str, what: str) -> FileT:
-    """Read a `golden.json`.
-
-    Args:
-        path: the file.
-        file_class: what it must hold.
-        kind: of the artefact, for messages.
-        what: it holds, for messages.
-
-    Raises:
-        BundleError: the file does not hold that.
-    """
-    try:
-        return file_class.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise BundleError(
-            f"{kind} {str(path.parent)!r}: {path.name} does not hold {what}: {error}. Export the model again."
-        ) from error
 
 
 @dataclass(frozen=True)

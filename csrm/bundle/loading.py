@@ -7,22 +7,16 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from csrm.bundle.cache import fetch_folder
-from csrm.bundle.contents import (
-    BUNDLE_KIND,
-    FORMAT_VERSION,
-    GOLDEN_NAME,
-    MODEL_NAME,
-    TOKENIZER_NAME,
-    BundleSettings,
-    made_with,
-)
+from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, FORMAT_VERSION, BundleSettings, made_with
 from csrm.bundle.golden import GoldenPairs, check_golden_pairs
+from csrm.cache import fetch_folder
 from csrm.config import problems_of
+from csrm.embedding.encoder import load_encoder
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import MANIFEST_NAME, load_manifest, require_same
+from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, require_same
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
+from csrm.scoring.similarity import LabelMap, Similarity
 from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
 
 TOKENS_PER_CALL = {"cpu": 1_024, "cuda": 16_384}
@@ -83,7 +77,7 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     """Open a bundle and check every file's digest.
 
     Args:
-        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.bundle.cache).
+        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.cache).
         digest: what the bundle's digest must be, or begin with; None: any.
 
     Raises:
@@ -171,6 +165,7 @@ def load_scorer(
         digest=bundle.digest,
         provider=provider,
         grade_costs=settings.grade_costs,
+        similarity=_similarity(bundle, device, threads),
     )
     golden = bundle.golden_pairs()
     require_same(bundle.folder, BUNDLE_KIND, bundle.digest)
@@ -187,6 +182,20 @@ def load_scorer(
         raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
     scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
     return scorer
+
+
+def _similarity(bundle: Bundle, device: str, threads: int | None) -> Similarity | None:
+    """The vote of the bundle's encoder; None where it has none.
+
+    Raises:
+        BundleError: the encoder is not the one that the bundle names, or gives other vectors here.
+    """
+    vote = bundle.settings.encoder
+    if vote is None:
+        return None
+    encoder = load_encoder(bundle.folder / ENCODER_FOLDER, device, threads=threads, digest=vote.digest)
+    label_map = LabelMap(np.array([vote.slope]), np.array(vote.thresholds))
+    return Similarity(encoder.embed, label_map, weights=vote.weights, labels=bundle.settings.labels)
 
 
 def default_tokens_per_call(device: str) -> int:

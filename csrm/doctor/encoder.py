@@ -5,13 +5,14 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from csrm.bundle.cache import cache_dir
+from csrm.cache import cache_dir
 from csrm.config import Settings, TablesSettings
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.doctor.machine import check_disk
-from csrm.embedding.contents import GOLDEN_NAME, EncoderSettings, GoldenTexts
+from csrm.embedding.contents import EncoderSettings, GoldenTexts
 from csrm.embedding.encoder import encoder_digest, open_encoder, read_encoder
 from csrm.errors import ConfigError
+from csrm.manifest import GOLDEN_NAME
 
 
 class CheckedSemantic(Settings):

@@ -7,12 +7,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from csrm.bundle.golden import read_golden, write_golden
 from csrm.config import Settings
+from csrm.manifest import read_golden, write_golden
 
 ENCODER_KIND = "encoder"
 FORMAT_VERSION = 1
-GOLDEN_NAME = "golden.json"
 QUERIES_PER_CHUNK = 50_000
 """Queries whose vectors a search broadcasts at once: 77 MB of 384 dimensions. Products are read once for each chunk."""
 Pooling = Literal["mean", "cls", "last"]

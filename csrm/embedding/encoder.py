@@ -8,18 +8,11 @@ import numpy as np
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from csrm.bundle.cache import fetch_folder
-from csrm.bundle.contents import MODEL_NAME, TOKENIZER_NAME
-from csrm.embedding.contents import (
-    ENCODER_KIND,
-    FORMAT_VERSION,
-    GOLDEN_NAME,
-    EncoderSettings,
-    GoldenTexts,
-    TextKind,
-)
+from csrm.cache import fetch_folder
+from csrm.embedding.contents import ENCODER_KIND, FORMAT_VERSION, EncoderSettings, GoldenTexts, TextKind
 from csrm.errors import BundleError
-from csrm.manifest import load_manifest, read_manifest, require_same
+from csrm.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, read_manifest, require_same
+from csrm.scoring.similarity import cosine
 
 TOKENS_PER_CALL = 4_096
 """Most tokens of one forward pass, with padding."""
@@ -137,7 +130,7 @@ def load_encoder(
     """Open an encoder on a device, after it gave its golden vectors there.
 
     Args:
-        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.bundle.cache).
+        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.cache).
         device: cpu, cuda, or cuda:<number>.
         threads: threads of one forward pass on the CPU; None for one per core.
         digest: what the encoder's digest must be, or begin with; None: any.
@@ -245,15 +238,3 @@ def check_golden_texts(golden: GoldenTexts, encoder: Encoder) -> float:
             "does not compute what was exported. Export it for this device, or embed where it was proven."
         )
     return float(cosines[worst])
-
-
-def cosine(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosine of each two vectors in the same row, float64; -1 where one has no length.
-
-    >>> cosine(np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[2.0, 0.0], [1.0, 0.0]]))
-    array([ 1., -1.])
-    """
-    a, b = vectors.astype(np.float64), others.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = np.einsum("ij,ij->i", a, b)
-    return np.divide(products, lengths, out=np.full(len(a), -1.0), where=lengths > 0)

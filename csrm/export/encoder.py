@@ -18,16 +18,25 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from csrm.bundle.contents import MODEL_NAME, TOKENIZER_NAME
 from csrm.config import InputSpec, Settings
-from csrm.embedding.contents import ENCODER_KIND, GOLDEN_NAME, EncoderSettings, GoldenTexts, Pooling, Recall, TextKind
-from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, cosine, graph_model, load_encoder
+from csrm.embedding.contents import ENCODER_KIND, EncoderSettings, GoldenTexts, Pooling, Recall, TextKind
+from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, graph_model, load_encoder
 from csrm.errors import ConfigError, ParityError
 from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
-from csrm.manifest import check_replaceable, file_digest, replace_folder, unfinished_folder, write_manifest
+from csrm.manifest import (
+    GOLDEN_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    check_replaceable,
+    file_digest,
+    replace_folder,
+    unfinished_folder,
+    write_manifest,
+)
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
+from csrm.scoring.similarity import cosine
 from csrm.training.model.families import check_weights
 from csrm.training.model.quiet import quiet_libraries
 

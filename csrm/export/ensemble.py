@@ -17,17 +17,18 @@ from onnx import compose, helper
 from pydantic import Field, model_validator
 from scipy.special import log_softmax, logsumexp
 
-from csrm.bundle.cache import is_far
-from csrm.bundle.contents import BUNDLE_KIND, MODEL_NAME, TOKENIZER_NAME, Origin, Parity
+from csrm.bundle.contents import BUNDLE_KIND, Origin, Parity
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle, load_scorer
+from csrm.cache import is_far
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
+from csrm.export.encoder_vote import add_vote, open_voter
 from csrm.export.graph_files import TORCH_TYPES, GraphReader, GraphWriter, check_locations
 from csrm.export.parity import SCORE_TOLERANCE, compare_logits
 from csrm.export.quality import query_ndcgs
 from csrm.export.trials import grade_gains, logged_step, wanted_precisions, write_best_precision
-from csrm.manifest import check_replaceable, replace_folder, unfinished_folder
+from csrm.manifest import MODEL_NAME, TOKENIZER_NAME, check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import expected_gain
 from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PackScorer, PairScorer
@@ -43,12 +44,21 @@ _LEAST_BYTES = 1_024
 class Ensemble(Settings):
     """Bundles that score together."""
 
-    bundles: tuple[str, ...] = Field(min_length=2)
+    bundles: tuple[str, ...] = Field(min_length=1)
     """Folders of fp32 bundles with the same tokenizer, labels, budgets and template: of one base model, trained with
     other seeds, recipes or labels."""
+    encoder: str | None = None
+    """Folder of an encoder that votes too, by the cosine of query and title; how much is chosen on quality_split. None:
+    the bundles alone score."""
     weights: tuple[float, ...] | None = None
     """Weight of each bundle's probabilities, above 0; their sum does not matter. None: chosen on quality_split of two
     bundles, where another share than the half gains more than its standard error over queries; else equal."""
+
+    @model_validator(mode="after")
+    def _is_more_than_one(self) -> "Ensemble":
+        if len(self.bundles) == 1 and self.encoder is None:
+            raise ValueError("expected two bundles, or a bundle and an encoder; got one bundle")
+        return self
 
     @model_validator(mode="after")
     def _has_a_weight_each(self) -> "Ensemble":
@@ -82,13 +92,14 @@ def export_ensemble(
 
     Raises:
         BundleError: a member is not whole, is not fp32, or reads other prompts than the first.
-        ConfigError: the ensemble would replace a member.
+        ConfigError: the ensemble would replace a member, or has an encoder and there are no judged pairs.
         ParityError: the graph scores otherwise than its members, or the precision does not pass its gate.
     """
     check_replaceable(bundle_dir, BUNDLE_KIND)
     _require_apart(ensemble, bundle_dir)
     require_device(device)
     precisions = wanted_precisions(precision, device, judged is not None and len(judged) > 0)
+    encoder = None if ensemble.encoder is None else open_voter(ensemble.encoder, device, judged)
     members = [load_bundle(folder) for folder in ensemble.bundles]
     _require_alike(members)
     scorers = [load_scorer(member.folder, device) for member in members]
@@ -127,6 +138,10 @@ def export_ensemble(
             settings,
             folder,
         )
+        if encoder is not None:
+            assert judged is not None
+            with logged_step("the encoder's vote"):
+                add_vote(folder, encoder, graph.whole, judged, grade_labels)
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
 
@@ -135,6 +150,8 @@ class _Joined(NamedTuple):
     """The graph of an ensemble, with what proves it."""
 
     pack_scorer: PackScorer
+    whole: PairScorer
+    """With the graph."""
     parity: Parity
     golden: GoldenPairs
 
@@ -167,7 +184,7 @@ def _joined(
     scores = expected_gain(expected, np.array([label.gain for label in first.labels]))
     golden = choose_golden_pairs(pairs, scores, whole.tokenizer, f"the mean of {len(members)} bundles, {provider}")
     golden.require_different(SCORE_TOLERANCE)
-    return _Joined(pack_scorer, parity, golden)
+    return _Joined(pack_scorer, whole, parity, golden)
 
 
 def seen_by_all(members: Sequence[Bundle]) -> np.ndarray | None:
@@ -253,6 +270,11 @@ def _require_alike(members: Sequence[Bundle]) -> None:
             "give it the larger weight."
         )
     for member in members:
+        if member.settings.encoder is not None:
+            raise BundleError(
+                f"ensemble: bundle {str(member.folder)!r} has an encoder already, which votes in its scores. Name the "
+                "bundle that it was made of, and give the encoder under ensemble.encoder."
+            )
         if member.settings.precision != "fp32":
             raise BundleError(
                 f"ensemble: bundle {str(member.folder)!r} is {member.settings.precision}, expected fp32. Export it at "

@@ -12,6 +12,7 @@ from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain, least_cost, softmax
 from csrm.scoring.packing import Group, Pack, build_packs
 from csrm.scoring.prompts import Product, Query, is_shown
+from csrm.scoring.similarity import Similarity
 from csrm.scoring.tokenization import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class PairScorer:
         digest: str = "",
         provider: str = "",
         grade_costs: GradeCosts | None = None,
+        similarity: Similarity | None = None,
     ) -> None:
         """Make a scorer.
 
@@ -78,6 +80,7 @@ class PairScorer:
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
             grade_costs: what mistakes of the predicted grade cost; None: it is the most probable label.
+            similarity: vote of an encoder in each score; None: the model alone gives it.
 
         Raises:
             ConfigError: tokens_per_call is below 1 or not whole; or see cost_matrix.
@@ -102,6 +105,7 @@ class PairScorer:
         self.tokenizer = tokenizer
         """Of its prompts."""
         self._pack_scorer = pack_scorer
+        self._similarity = similarity
         self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
         self._calls_to_grow = CALLS_TO_GROW
         self._calls_since_failure = 0
@@ -196,6 +200,10 @@ class PairScorer:
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
         reasons = np.full(len(pairs), None, dtype=object)
         self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
+        if self._similarity is not None:
+            self._mix_rows(
+                self._similarity, pairs, np.flatnonzero([reason is None for reason in reasons]), logits, reasons
+            )
         scores, grades = self._graded(logits)
         is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
         scores[is_rejected], grades[is_rejected] = np.nan, None
@@ -215,7 +223,7 @@ class PairScorer:
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         for rows, pack in self.prepare(pairs).packs:
             logits[rows] = self._pack_logits(pack)
-        return logits
+        return logits if self._similarity is None else self._similarity.mixed(logits, *_queries_and_titles(pairs))
 
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gains = np.array([label.gain for label in self.labels])
@@ -274,6 +282,28 @@ class PairScorer:
                 if all(reason is None for reason in reasons[own]):
                     self._ask_for_less(pack, error)
 
+    def _mix_rows(
+        self, similarity: Similarity, pairs: pd.DataFrame, rows: np.ndarray, logits: np.ndarray, reasons: np.ndarray
+    ) -> None:
+        """Mix the encoder's vote into the logits of some rows of `pairs`, or fill in their reasons.
+
+        Raises:
+            DeviceError: the encoder cannot embed what it could embed before.
+        """
+        try:
+            logits[rows] = similarity.mixed(logits[rows], *_queries_and_titles(pairs.iloc[rows]))
+        except Exception as error:  # onnxruntime's errors have no common base
+            if len(rows) > 1:
+                for half in np.array_split(rows, 2):
+                    self._mix_rows(similarity, pairs, half, logits, reasons)
+            elif similarity.is_healthy():
+                _reject(pairs, rows[0], MODEL_ERROR, error, reasons)
+            else:
+                raise DeviceError(
+                    f"the bundle's encoder: a text failed ({error}), and after it one that it embedded before: the "
+                    "device or its driver is in a broken state. This process ends; Spark tries again in a fresh one."
+                ) from error
+
     def _require_health(self, error: Exception) -> None:
         """Score the first pack again, which a healthy process can.
 
@@ -310,6 +340,12 @@ class PairScorer:
 def _is_shown(value: Any) -> bool:
     """Whether a prompt shows something of a query or title, of any type that pairs may hold."""
     return is_shown(value) if isinstance(value, str) else not bool(pd.isna(value))
+
+
+def _queries_and_titles(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Texts of the pairs, empty where there is none."""
+    queries, titles = ([_text(value) or "" for value in pairs[name]] for name in ("query", "title"))
+    return queries, titles
 
 
 def _split(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:

@@ -1,21 +1,25 @@
 """What wrong labels cost a model that has learnt its market, and what each way to bear them gives back.
 
     pip install cleanlab        # only this benchmark needs it
-    OMP_NUM_THREADS=1 python tests/benchmarks/noisy_labels.py
-    OMP_NUM_THREADS=1 python tests/benchmarks/noisy_labels.py --noise 0.2 --queries 2000
+    OMP_NUM_THREADS=1 python tests/benchmarks/noisy_labels.py --noises 0 0.4 --seeds 7 8 9
+    OMP_NUM_THREADS=1 python tests/benchmarks/noisy_labels.py --ways "right labels" "wrong labels" distillation
 
-A generated market, whose labels of split train are wrong with a probability of --noise, and a tiny model from random
-weights that jobs/train.py trains in several passes, as conf/train.yaml does but for the other markets. Dev and test are
-right: dev chooses the round, test measures. Each way learns from the same labels with the same tuning:
+Generated markets, one a seed, whose labels of split train are wrong with a probability of --noises, and a tiny model
+from random weights that jobs/train.py trains in several passes, as conf/train.yaml does but for the other markets. Dev
+and test are right: dev chooses the round or the step, test measures. Each way learns from the same labels with the same
+tuning:
 
-    right labels            what there is to lose
-    wrong labels            nothing is done
-    distillation            the model of the round before is the teacher (num_folds 1)
-    label smoothing         of 0.2
-    distillation, 2 folds   teachers did not see what they judge (num_folds 2)
-    pruning                 labels that cleanlab's find_label_issues finds, by the same teachers, are left out
+    right labels                what there is to lose
+    wrong labels                nothing is done
+    best step                   the step of the training that is best on dev (tuning.eval_steps)
+    label smoothing             of 0.2
+    distillation                the model of the round before is the teacher (num_folds 1)
+    distillation, more queries  and it judges pairs of --unlabelled queries that nobody judged
+    distillation, 2 folds       teachers did not see what they judge (num_folds 2)
+    pruning                     labels that cleanlab's find_label_issues finds, by the same teachers, are left out
 
-Intervals are 95% percentile bootstrap intervals over test queries, of the difference to wrong labels.
+A way that has ended is not run again, so the command may be stopped and repeated. Intervals are 95% percentile
+bootstrap intervals over the test queries of all seeds, of the difference to wrong labels.
 """
 
 import argparse
@@ -43,71 +47,100 @@ REPOSITORY = Path(__file__).parents[2]
 MARKETS = {"us": "en"}
 NUM_RESAMPLES = 2_000
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
+"""Of the judged queries."""
 GAINS = {label.name: label.gain for label in ESCI_LABELS}
-PLAIN = "wrong labels"
-
-
-def ways(share: float, rounds: int) -> dict[str, Mapping[str, Any]]:
-    """Settings of jobs/train.py that differ."""
-    distillation = {"rounds": rounds, "teacher_share": share}
-    return {
-        "distillation": {"distillation": {**distillation, "num_folds": 1}},
-        "label smoothing": {"tuning.label_smoothing": 0.2},
-        "distillation, 2 folds": {"distillation": {**distillation, "num_folds": 2}},
-    }
+RIGHT, PLAIN, PRUNED, FOLDS = "right labels", "wrong labels", "pruning", "distillation, 2 folds"
+PAIRS_PER_QUERY = 8
+"""Of the queries that nobody judged."""
 
 
 class Market:
-    """The tables, and the trainings on them."""
+    """The tables of one seed and noise, and the trainings on them."""
 
-    def __init__(self, work: Path, args: argparse.Namespace) -> None:
-        self.work, self.args = work, args
-        sizes = {"queries_per_market": args.queries, "products_per_market": args.products, "seed": args.seed}
-        noise = {"label_noise": args.noise, "output": work / "inputs"}
-        generate_market.main(setting_arguments(markets=MARKETS, **sizes, **noise))
+    def __init__(self, work: Path, noise: float, seed: int, args: argparse.Namespace) -> None:
+        self.work, self.seed, self.args = work, seed, args
+        sizes = {"queries_per_market": args.queries + args.unlabelled, "products_per_market": args.products}
+        made = {"seed": seed, "label_noise": noise, "output": work / "inputs"}
+        generate_market.main(setting_arguments(markets=MARKETS, **sizes, **made))
         judged = pd.read_parquet(work / "inputs" / "judgments.parquet")
-        queries = np.random.default_rng(args.seed).permutation(judged["query_id"].unique())
-        bounds = (np.cumsum(list(SHARES.values())) * len(queries)).round().astype(int)
-        split = {id_: name for name, ids in zip(SHARES, np.split(queries, bounds[:-1]), strict=True) for id_ in ids}
-        judged["split"] = judged["query_id"].map(split)
+        queries = np.random.default_rng(seed).permutation(judged["query_id"].unique())
+        bounds = (np.cumsum(list(SHARES.values())) * (len(queries) - args.unlabelled)).round().astype(int)
+        parts = zip((*SHARES, "unlabelled"), np.split(queries, bounds), strict=True)
+        judged["split"] = judged["query_id"].map({id_: name for name, ids in parts for id_ in ids})
+        unlabelled = judged[judged["split"] == "unlabelled"]
+        unlabelled[["market", "query_id", "product_id"]].to_parquet(work / "candidates.parquet")
+        judged = judged[judged["split"] != "unlabelled"]
         self.noisy = judged.assign(grade=judged["grade"].where(judged["split"] == "train", judged["true_grade"]))
         self.noisy.to_parquet(work / "judgments.parquet")
-        with JudgedPairs(JudgedInputs.model_validate(self.inputs(work / "judgments.parquet")), MARKETS) as pairs:
+        with JudgedPairs(JudgedInputs.model_validate(self.inputs(judgments="judgments")), MARKETS) as pairs:
             self.tested = pairs.read("test")
         texts = [pd.read_parquet(work / "inputs" / f"{name}.parquet") for name in ("catalog", "queries")]
         tokenizer = train_byte_tokenizer([*texts[0]["title"].dropna(), *texts[1]["query"].dropna()], 2000)
         self.base_model = str(write_tiny_base_model(work / "base_model", tokenizer))
 
-    def train(self, name: str, judged: pd.DataFrame, changes: Mapping[str, Any]) -> np.ndarray:
+    def ways(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of jobs/train.py that differ."""
+        distillation = {"rounds": self.args.rounds, "teacher_share": self.args.teacher_share}
+        unlabelled = {
+            "markets": MARKETS,
+            "inputs": self.inputs(candidates="candidates"),
+            "pairs_per_query": PAIRS_PER_QUERY,
+            "weight": 1.0,
+        }
+        return {
+            RIGHT: {},
+            PLAIN: {},
+            "best step": {"tuning.eval_steps": self.args.eval_steps},
+            "label smoothing": {"tuning.label_smoothing": 0.2},
+            "distillation": {"distillation": {**distillation, "num_folds": 1}},
+            "distillation, more queries": {"distillation": {**distillation, "num_folds": 1, "unlabelled": unlabelled}},
+            FOLDS: {"distillation": {**distillation, "num_folds": 2}},
+            PRUNED: {},
+        }
+
+    def scores(self, way: str) -> np.ndarray:
+        """Scores of the test pairs by a model that was trained this way; of one that has ended, as they were."""
+        path = self.work / f"{way.replace(', ', ' ').replace(' ', '-')}.npy"
+        if not path.exists():
+            if way == RIGHT:
+                judged = self.noisy.assign(grade=self.noisy["true_grade"])
+            else:
+                judged = self.pruned() if way == PRUNED else self.noisy
+            np.save(path, self.train(path.with_suffix(""), judged, self.ways()[way]))
+        found: np.ndarray = np.load(path)
+        return found
+
+    def train(self, folder: Path, judged: pd.DataFrame, changes: Mapping[str, Any]) -> np.ndarray:
         """Scores of the test pairs by a model that was trained with these settings."""
-        folder, plain = (self.work / each.replace(", ", " ").replace(" ", "-") for each in (name, PLAIN))
-        if "distillation" in changes and not folder.exists():
+        plain = self.work / f"{PLAIN.replace(' ', '-')}.stages"
+        if "distillation" in changes and plain.exists():
             shutil.copytree(plain, folder.with_suffix(".stages") / "round-0", dirs_exist_ok=True)  # not trained again
         judged.to_parquet(folder.with_suffix(".parquet"))
+        tuning = {"method": "full", "learning_rate": 3e-3, "epochs": self.args.epochs, "random_negatives": 0.5}
         settings = {
             "markets": MARKETS,
-            "inputs": self.inputs(folder.with_suffix(".parquet")),
+            "inputs": self.inputs(judgments=folder.name),
             "base_model": {"folder": self.base_model},
             "translation": None,
             "title_pairs": None,
             "distillation": None,
-            "tuning": {"method": "full", "learning_rate": 3e-3, "epochs": self.args.epochs, "random_negatives": 0.5},
-            "tuning.seed": self.args.seed,
+            "tuning": {**tuning, "seed": self.seed, "eval_steps": 0},
             "model_dir": folder,
         }
         arguments = ["--config", str(REPOSITORY / "conf" / "train.yaml"), *setting_arguments(**{**settings, **changes})]
         if train.main(arguments):
-            raise SystemExit(f"{name}: the training failed")
+            raise SystemExit(f"{folder.name}: the training failed")
         return trained_scorer(folder, "fp32").score(self.tested)["relevance_score"].to_numpy()
 
-    def inputs(self, judgments: Path) -> dict[str, Any]:
+    def inputs(self, **tables: str) -> dict[str, Any]:
+        """Inputs of a job: the texts, and tables of this benchmark by their names."""
         paths = {name: self.work / "inputs" / f"{name}.parquet" for name in ("catalog", "queries")}
-        return {
-            name: {"path": str(path), "format": "parquet"} for name, path in {**paths, "judgments": judgments}.items()
-        }
+        paths |= {name: self.work / f"{file}.parquet" for name, file in tables.items()}
+        return {name: {"path": str(path), "format": "parquet"} for name, path in paths.items()}
 
     def pruned(self) -> pd.DataFrame:
         """The labels without those that cleanlab doubts, by the teachers of the run with two folds."""
+        self.scores(FOLDS)
         soft = pd.read_parquet(self.work / "distillation-2-folds.stages" / "round-1-soft_labels.parquet")
         given, teacher = (np.stack(soft[name].tolist()) for name in ("given", "teacher"))
         issues = soft[find_label_issues(given.argmax(axis=1), teacher / teacher.sum(axis=1, keepdims=True))]
@@ -155,27 +188,29 @@ def gained(differences: np.ndarray) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, default=0.4)
+    parser.add_argument("--noises", type=float, nargs="+", default=[0.4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7])
+    parser.add_argument("--ways", nargs="+", default=[], help="all, where none is named")
     parser.add_argument("--queries", type=int, default=1_250)
+    parser.add_argument("--unlabelled", type=int, default=2_000, help="queries that nobody judged")
     parser.add_argument("--products", type=int, default=2_000)
     parser.add_argument("--epochs", type=float, default=6.0)
+    parser.add_argument("--eval-steps", type=int, default=100)
     parser.add_argument("--teacher-share", type=float, default=0.7)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "noisy_labels", help="work folder")
     args = parser.parse_args()
-    market = Market(args.work.resolve(), args)
-    right = market.noisy.assign(grade=market.noisy["true_grade"])
-    scores = {
-        "right labels": market.train("right labels", right, {}),
-        PLAIN: market.train(PLAIN, market.noisy, {}),
-        **{
-            name: market.train(name, market.noisy, settings)
-            for name, settings in ways(args.teacher_share, args.rounds).items()
-        },
-    }
-    scores["pruning"] = market.train("pruning", market.pruned(), {})
-    print(report(market.tested, scores), flush=True)
+    for noise in args.noises:
+        markets = [Market(args.work.resolve() / f"{noise:g}-{seed}", noise, seed, args) for seed in args.seeds]
+        asked = args.ways or [*markets[0].ways()]
+        scores = {
+            way: np.concatenate([market.scores(way) for market in markets]) for way in dict.fromkeys([PLAIN, *asked])
+        }
+        tested = pd.concat(
+            [market.tested.assign(query_id=f"{market.seed} " + market.tested["query_id"]) for market in markets],
+            ignore_index=True,
+        )
+        print(f"{noise:.0%} of the labels are wrong\n\n{report(tested, scores)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,16 @@ import pytest
 
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.errors import BundleError, ConfigError
+from csrm.embedding import load_encoder
+from csrm.errors import BundleError, ConfigError, DeviceError, InputError
 from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
 from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
 from csrm.manifest import MANIFEST_NAME, write_manifest
+from csrm.scoring.labels import softmax
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
+from csrm.training.distillation.teacher import text_cosines
 from csrm.training.model.base import BaseModel
 
 
@@ -186,7 +189,7 @@ def test_members_are_alike_and_fp32(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bundles": ["a"]}, "at least 2 items"),
+        ({"bundles": ["a"]}, "expected two bundles, or a bundle and an encoder; got one bundle"),
         ({"bundles": ["a", "b"], "weights": [1]}, "weights: expected 2, one a bundle, got 1"),
         ({"bundles": ["a", "b"], "weights": [1, 0]}, r"expected numbers above 0, got \[1.0, 0.0\]"),
     ],
@@ -194,3 +197,83 @@ def test_members_are_alike_and_fp32(
 def test_a_weight_for_each_bundle(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ensemble.model_validate(values)
+
+
+def judged_by_encoder(encoder: Path, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs with labels that follow the cosine."""
+    cosines = text_cosines(load_encoder(encoder), pairs)
+    grades = pd.Series(cosines).rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
+    return pairs.assign(query_id=pairs["query"], product_id=pairs["title"], grade=grades)
+
+
+def test_an_encoder_votes_in_the_scores_of_a_bundle(
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
+    bundle = load_bundle(tmp_path / "both")
+    vote = bundle.settings.encoder
+    assert vote is not None
+    assert vote.weights[1] > 0.1
+    assert vote.ndcg["both"] > vote.ndcg["model"]
+    assert f"encoder     {vote.model} ({vote.digest[:12]}), weights" in bundle_card(bundle)
+
+    scorer = load_scorer(tmp_path / "both", "cpu", threads=1, num_golden=None)
+    found = scorer.score(pairs_pdf)
+    model = load_scorer(tiny_bundle, "cpu", threads=1)
+    cosines = text_cosines(load_encoder(tiny_encoder), pairs_pdf)
+    of_encoder = np.stack([1 / (1 + np.exp(limit - vote.slope * cosines)) for limit in vote.thresholds], axis=1)
+    of_encoder = -np.diff(np.hstack([np.ones((30, 1)), of_encoder, np.zeros((30, 1))]), axis=1)
+    pooled = softmax(model.logits(pairs_pdf)) ** vote.weights[0] * of_encoder ** vote.weights[1]
+    expected = pooled / pooled.sum(axis=1, keepdims=True) @ [label.gain for label in bundle.settings.labels]
+    np.testing.assert_allclose(found["relevance_score"], expected, atol=1e-5)
+    np.testing.assert_allclose(scorer.score_or_reject(pairs_pdf)["relevance_score"], expected, atol=1e-5)
+    odd = pairs_pdf.assign(title=[7, *pairs_pdf["title"][1:-1], None])  # as an input table may hold them
+    assert scorer.score(odd)["relevance_score"].isna().tolist() == [False] * 29 + [True]
+
+
+def test_a_pair_that_the_encoder_fails_on_is_set_aside(
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
+    scorer = load_scorer(tmp_path / "both", "cpu", threads=1)
+    similarity = scorer._similarity
+    assert similarity is not None
+    embed, is_broken = similarity._embed, False
+
+    def fails(texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
+        if is_broken or pairs_pdf["title"][4] in texts:
+            raise RuntimeError("no")
+        return embed(texts, kind)
+
+    similarity._embed = fails
+    similarity._known = {"query": {}, "passage": {}}
+    found = scorer.score_or_reject(pairs_pdf)
+    is_bad = pairs_pdf["title"] == pairs_pdf["title"][4]
+    assert found["reason"].eq("model_error").tolist() == is_bad.tolist()
+    assert found["relevance_score"].isna().tolist() == is_bad.tolist()
+
+    is_broken = True
+    similarity._known = {"query": {}, "passage": {}}
+    with pytest.raises(DeviceError, match=r"the bundle's encoder: a text failed \(no\)"):
+        scorer.score_or_reject(pairs_pdf)
+
+
+def test_an_encoder_needs_judged_pairs_that_agree_with_it(
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"expected judged pairs that tell how much its cosines count, got none"):
+        joined((tiny_bundle,), tmp_path / "both", pairs_pdf, encoder=str(tiny_encoder))
+    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    against = judged.assign(grade=judged["grade"].map(dict(zip("ICSE", "ESCI", strict=True))))
+    with pytest.raises(InputError, match=r"higher cosines do not go with better labels on 30 judged pairs"):
+        joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=against, encoder=str(tiny_encoder))
+    assert not (tmp_path / "both").exists()
+
+    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
+    with pytest.raises(BundleError, match=r"has an encoder already, which votes in its scores"):
+        joined((tmp_path / "both",), tmp_path / "again", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
+    (tmp_path / "both" / "encoder" / "model.onnx").write_bytes(b"another")
+    with pytest.raises(BundleError, match=r"encoder/model.onnx has"):
+        load_bundle(tmp_path / "both")

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from pydantic import Field
 
-from csrm.bundle import cache
-from csrm.bundle.cache import artefact_kind, fetch_folder, pinned
+from csrm import cache
 from csrm.bundle.loading import load_bundle, load_scorer
+from csrm.cache import artefact_kind, fetch_folder, pinned
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import bundle, export_bundle, train
 from csrm.config import Settings

@@ -19,12 +19,12 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from csrm.bundle.contents import BUNDLE_KIND, GOLDEN_NAME
+from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.cli import Console
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
-from csrm.manifest import MANIFEST_NAME, write_manifest
+from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, write_manifest
 from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.explanation import label_probabilities

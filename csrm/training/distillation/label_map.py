@@ -5,12 +5,13 @@ matter, and one map serves a market that has no labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
+
+from csrm.scoring.similarity import LabelMap
 
 _WIDEST = 10.0
 """Largest distance of a threshold from the next, as a logarithm."""
@@ -19,31 +20,6 @@ _LARGEST = 50.0
 ASSUMED_SLOPES = (0.0, 1.0)
 """Where no judged pair tells how far scores can be trusted: a score that is one standard deviation above the mean of
 its query raises the odds of a better label by e."""
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """P(label number >= k) = logistic(slopes @ features - thresholds[k - 1]); labels stand least relevant first.
-
-    >>> LabelMap(np.array([0.0, 2.0]), np.array([1.0])).probabilities(np.array([[0.0, 0.5], [3.0, -4.5]])).round(2)
-    array([[0.5, 0.5],
-           [1. , 0. ]])
-    """
-
-    slopes: np.ndarray
-    """Shape (features,), none below 0: a higher score never makes a better label less probable."""
-    thresholds: np.ndarray
-    """Shape (num_labels - 1,), ascending."""
-
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """Label probabilities of pairs, shape (num_pairs, num_labels).
-
-        Args:
-            features: of `score_features`.
-        """
-        reached = expit((features @ self.slopes)[:, None] - self.thresholds)
-        ends = np.ones((len(features), 1)), np.zeros((len(features), 1))
-        return -np.diff(np.hstack([ends[0], reached, ends[1]]), axis=1)
 
 
 def score_features(scores: np.ndarray, markets: Sequence[str], queries: Sequence[str]) -> np.ndarray:
@@ -71,10 +47,8 @@ def score_features(scores: np.ndarray, markets: Sequence[str], queries: Sequence
 def fit_label_map(features: np.ndarray, given: np.ndarray, num_labels: int) -> LabelMap:
     """The map under which the given labels are most probable, with a standard normal prior of the slopes.
 
-    McCullagh 1980, "Regression Models for Ordinal Data", with slopes of 0 or more.
-
     Args:
-        features: of `score_features`, shape (num_pairs, features), at least one pair.
+        features: of about unit spread, as of `score_features`, shape (num_pairs, features), at least one pair.
         given: number of each pair's label, least relevant first, shape (num_pairs,).
         num_labels: how many labels there are; some may be given to no pair.
     """

@@ -16,18 +16,19 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 from sklearn.metrics import roc_auc_score
 
-from csrm.bundle.cache import artefact_kind
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.loading import load_scorer
+from csrm.cache import artefact_kind
 from csrm.config import InputSpec, Markets, Settings
 from csrm.embedding.contents import ENCODER_KIND
-from csrm.embedding.encoder import Encoder, cosine, load_encoder
+from csrm.embedding.encoder import Encoder, load_encoder
 from csrm.errors import BundleError, InputError
 from csrm.schemas import COMPARED_SCORES, PAIR_KEY
 from csrm.scoring.labels import Label
+from csrm.scoring.similarity import LabelMap, cosine
 from csrm.training.data.database import add_table, open_database
 from csrm.training.data.judged import TAUGHT, Fold, JudgedPairs, UnlabelledInputs
-from csrm.training.distillation.label_map import LabelMap, assumed_label_map, fit_label_map, score_features
+from csrm.training.distillation.label_map import assumed_label_map, fit_label_map, score_features
 from csrm.training.distillation.soft_labels import TRAIN, TargetsOf
 
 logger = logging.getLogger(__name__)

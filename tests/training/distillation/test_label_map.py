@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from csrm.training.distillation.label_map import LabelMap, assumed_label_map, fit_label_map, score_features
+from csrm.scoring.similarity import LabelMap
+from csrm.training.distillation.label_map import assumed_label_map, fit_label_map, score_features
 
 
 def test_probabilities_are_differences_of_the_logistic_worked_by_hand() -> None:

@@ -1,0 +1,138 @@
+"""What an encoder adds to a score: label probabilities by the cosine of query and title, beside those of the model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from csrm.scoring.labels import Label, softmax
+
+MOST_VECTORS = 50_000
+"""Vectors of titles, and of queries, that are kept: 77 MB of 384 dimensions. The products of a night come with many
+queries, and each is embedded once."""
+_LEAST = 1e-30
+"""Probability below which its logarithm falls no more."""
+Embed = Callable[[Sequence[str], Literal["query", "passage"]], np.ndarray]
+"""Vectors of texts, shape (texts, dimensions)."""
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """P(label number >= k) = logistic(slopes @ features - thresholds[k - 1]); labels stand least relevant first.
+
+    McCullagh 1980, "Regression Models for Ordinal Data".
+
+    >>> LabelMap(np.array([0.0, 2.0]), np.array([1.0])).probabilities(np.array([[0.0, 0.5], [3.0, -4.5]])).round(2)
+    array([[0.5, 0.5],
+           [1. , 0. ]])
+    """
+
+    slopes: np.ndarray
+    """Shape (features,), none below 0: a higher score never makes a better label less probable."""
+    thresholds: np.ndarray
+    """Shape (num_labels - 1,), ascending."""
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Label probabilities of pairs, shape (num_pairs, num_labels).
+
+        Args:
+            features: shape (num_pairs, features).
+        """
+        values = (features @ self.slopes)[:, None] - self.thresholds
+        reached = (1 + np.tanh(values / 2)) / 2  # the logistic function, for values of any size
+        ends = np.ones((len(features), 1)), np.zeros((len(features), 1))
+        return -np.diff(np.hstack([ends[0], reached, ends[1]]), axis=1)
+
+
+class Similarity:
+    """The vote of an encoder in the scores of a model: a log-linear pool of both label probabilities.
+
+    log p = model_weight * log p_model + encoder_weight * log p_encoder + constant; Genest and Zidek 1986, "Combining
+    Probability Distributions: A Critique and an Annotated Bibliography".
+
+    >>> def embed(texts, kind):
+    ...     return np.array([[len(text), 1.0] for text in texts])
+    >>> labels = Label("no", " no", 0.0), Label("yes", " yes", 1.0)
+    >>> vote = Similarity(embed, LabelMap(np.array([4.0]), np.array([2.0])), weights=(1.0, 0.5), labels=labels)
+    >>> softmax(vote.mixed(np.array([[0.0, 0.0]]), ["mouse"], ["mouse"])).round(2).tolist()
+    [[0.27, 0.73]]
+    """
+
+    def __init__(
+        self, embed: Embed, label_map: LabelMap, *, weights: tuple[float, float], labels: Sequence[Label]
+    ) -> None:
+        """Make one.
+
+        Args:
+            embed: the encoder.
+            label_map: of one feature, the cosine of query and title.
+            weights: of the model and of the encoder, 0 or more.
+            labels: of the model.
+        """
+        self._embed, self._map, self._weights = embed, label_map, weights
+        self._order = np.argsort([label.gain for label in labels], kind="stable")
+        self._known: dict[str, dict[str, np.ndarray]] = {"query": {}, "passage": {}}
+        self._first_text: str | None = None
+
+    def mixed(self, logits: np.ndarray, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
+        """Logits of model and encoder together, shape (num_pairs, num_labels), float32.
+
+        Args:
+            logits: of the model, shape (num_pairs, num_labels).
+            queries: of each pair.
+            titles: of each pair.
+        """
+        if not len(logits):
+            return logits
+        return pooled_logits(logits, self.probabilities(queries, titles), self._weights)
+
+    def probabilities(self, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
+        """Label probabilities by the cosine alone, shape (num_pairs, num_labels), in the order of the labels."""
+        cosines = cosine(self._vectors(queries, "query"), self._vectors(titles, "passage"))
+        found = np.empty((len(cosines), len(self._order)))
+        found[:, self._order] = self._map.probabilities(cosines[:, None])
+        return found
+
+    def is_healthy(self) -> bool:
+        """Whether the encoder still embeds the first text that it could embed; False where there is none."""
+        try:
+            return self._first_text is not None and bool(np.isfinite(self._embed([self._first_text], "query")).all())
+        except Exception:  # onnxruntime's errors have no common base
+            return False
+
+    def _vectors(self, texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
+        known, wanted = self._known[kind], dict.fromkeys(texts)
+        new = [text for text in wanted if text not in known]
+        if new:
+            if len(known) + len(new) > MOST_VECTORS:
+                known.clear()
+                new = list(wanted)
+            known.update(zip(new, self._embed(new, kind), strict=True))
+            self._first_text = new[0] if self._first_text is None else self._first_text
+        return np.stack([known[text] for text in texts])
+
+
+def pooled_logits(logits: np.ndarray, probabilities: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
+    """Logits of a log-linear pool, shape (num_pairs, num_labels), float32; see Similarity.
+
+    Args:
+        logits: of the model, shape (num_pairs, num_labels).
+        probabilities: of the encoder, shape (num_pairs, num_labels).
+        weights: of the model and of the encoder.
+    """
+    of_both = [np.log(np.maximum(each, _LEAST)) for each in (softmax(logits), probabilities)]
+    pooled: np.ndarray = weights[0] * of_both[0] + weights[1] * of_both[1]
+    return pooled.astype(np.float32)
+
+
+def cosine(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Cosine of each two vectors in the same row, float64; -1 where one has no length.
+
+    >>> cosine(np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[2.0, 0.0], [1.0, 0.0]]))
+    array([ 1., -1.])
+    """
+    a, b = vectors.astype(np.float64), others.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    products = np.einsum("ij,ij->i", a, b)
+    return np.divide(products, lengths, out=np.full(len(a), -1.0), where=lengths > 0)
