@@ -97,7 +97,13 @@ def add_vote(
     tolerance = SCORE_TOLERANCE if settings.precision == "fp32" else max(SCORE_TOLERANCE, 2 * float(shift))
     GoldenPairs(source, golden.pairs, golden.prompt_ids, scores).write(folder / GOLDEN_NAME)
     shutil.copytree(voter.folder, folder / ENCODER_FOLDER)
-    changes = {"encoder": vote, "golden_source": source, "golden_tolerance": min(MOST_TOLERANCE, tolerance)}
+    spread = settings.pack_tolerance * max(1.0, vote.weights[0])
+    changes = {
+        "encoder": vote,
+        "pack_tolerance": min(MOST_TOLERANCE, spread),
+        "golden_tolerance": min(MOST_TOLERANCE, tolerance),
+        "golden_source": source,
+    }
     write_manifest(folder, BUNDLE_KIND, settings.model_copy(update=changes).model_dump(mode="json"))
     load_scorer(folder, settings.device, num_golden=None)
 

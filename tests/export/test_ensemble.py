@@ -207,7 +207,7 @@ def judged_by_encoder(encoder: Path, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_an_encoder_votes_in_the_scores_of_a_bundle(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged = judged_by_encoder(tiny_encoder, pairs_pdf)
     joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
@@ -218,7 +218,8 @@ def test_an_encoder_votes_in_the_scores_of_a_bundle(
     assert vote.ndcg["both"] > vote.ndcg["model"]
     assert f"encoder     {vote.model} ({vote.digest[:12]}), weights" in bundle_card(bundle)
 
-    scorer = load_scorer(tmp_path / "both", "cpu", threads=1, num_golden=None)
+    monkeypatch.setenv("CSRM_CACHE_DIR", str(tmp_path / "cache"))
+    scorer = load_scorer(f"file://{tmp_path}/both", "cpu", threads=1, num_golden=None)  # fetched with its encoder
     found = scorer.score(pairs_pdf)
     model = load_scorer(tiny_bundle, "cpu", threads=1)
     cosines = text_cosines(load_encoder(tiny_encoder), pairs_pdf)

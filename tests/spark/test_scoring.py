@@ -23,7 +23,9 @@ from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.cli import Console
+from csrm.embedding import load_encoder
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
+from csrm.export.ensemble import Ensemble, export_ensemble
 from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, write_manifest
 from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
@@ -32,6 +34,7 @@ from csrm.scoring.scorer import PAIR_COLUMNS
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
 from csrm.spark.workers import errors_of_workers, scoring_profile
+from csrm.training.distillation.teacher import text_cosines
 from tests.disks import small_disk
 
 TITLES = ["캠핑 텐트 4인용", "帳篷", "camping tent, green", "tent 🏕 peg", "毛巾"]
@@ -290,6 +293,24 @@ def test_the_bundle_is_loaded_in_a_worker_and_its_errors_come_back(
 def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: SparkSession, tiny_bundle: Path) -> None:
     with pytest.raises(DeviceError, match="cuda:9"):
         probe_scorer(spark, ScorerPlace(str(tiny_bundle), "cuda:9"))
+
+
+@pytest.mark.spark
+def test_the_encoder_of_a_bundle_votes_in_spark_too(
+    spark: SparkSession, tiny_bundle: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    pdf = pairs_pdf(12)
+    places = pd.Series(text_cosines(load_encoder(tiny_encoder), pdf)).rank(pct=True)
+    judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 0.5 else "I" for place in places])
+    ensemble = Ensemble(bundles=(str(tiny_bundle),), encoder=str(tiny_encoder))
+    folder = tmp_path / "both"
+    export_ensemble(ensemble, folder, pairs=pdf, judged=judged, precision="fp32", device="cpu", grade_labels=None)
+    udf = relevance_score_udf(str(folder))
+    rows = pairs_df(spark, pdf).select(F.col("product_id").cast("int").alias("n"), udf(F.struct(*PAIR_COLUMNS)))
+    found = [score for _, score in rows.orderBy("n").collect()]
+    np.testing.assert_allclose(found, load_scorer(folder, "cpu").score(pdf)["relevance_score"], atol=1e-5)
+    alone = load_scorer(tiny_bundle, "cpu").score(pdf)["relevance_score"]
+    assert np.abs(found - alone).max() > 0.01
 
 
 @pytest.mark.spark
