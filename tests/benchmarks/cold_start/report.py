@@ -8,11 +8,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from legs import Leg
+from scipy.special import logit
 
 from csrm.training.distillation.label_quality import resampled_auc
 
 FOLDER = Path(__file__).parent
 NUM_RESAMPLES = 2_000
+WHOLE = "all but distillation"
+"""What a user is advised to train."""
+WITH_E5, SEEDS_AS_ONE = f"{WHOLE} + e5", "its seeds as one"
+JOINT_ROWS = (WITH_E5, SEEDS_AS_ONE, f"{SEEDS_AS_ONE} + e5")
 COMPARISONS = (
     *((f"+ {technique}", "labels only") for technique in ("translation", "titles", "title pairs", "distillation")),
     *(("all", f"all but {technique}") for technique in ("translation", "titles", "title pairs", "distillation")),
@@ -27,10 +32,46 @@ COMPARISONS = (
     ("+ titles and pruning by cleanlab", "+ titles"),
     ("all", "+ titles and label smoothing"),
     ("all", "+ titles and pruning by cleanlab"),
+    (WITH_E5, WHOLE),
+    (SEEDS_AS_ONE, WHOLE),
+    (f"{SEEDS_AS_ONE} + e5", WHOLE),
     ("+ label smoothing", "labels only"),
     ("+ pruning by cleanlab", "labels only"),
 )
 """Rows whose difference says what a technique gives, or the whole against what else one would do."""
+
+
+def joint_results(results: Sequence[Mapping[str, Any]], e5: str) -> list[Mapping[str, Any]]:
+    """Rows that need no training: the mean score of all seeds of WHOLE, and either with an encoder beside it.
+
+    Model and encoder weigh the same: the sum of log-odds and cosine, each in standard deviations. No label chooses it.
+
+    Args:
+        results: of the trained rows, and of the encoder.
+        e5: row of the encoder.
+    """
+    cosines = {one["leg"]: np.array(one["scores"]) for one in results if one["row"] == e5}
+    found: list[Mapping[str, Any]] = []
+    for panel in sorted({(one["leg"], one["num_queries"], one["noise"]) for one in results if one["row"] == WHOLE}):
+        if panel[0] not in cosines:
+            continue
+        of_panel = [
+            one for one in results if (one["leg"], one["num_queries"], one["noise"], one["row"]) == (*panel, WHOLE)
+        ]
+        mean = np.mean([one["scores"] for one in of_panel], axis=0)
+        for one in of_panel:
+            joint = {WITH_E5: fused(np.array(one["scores"]), cosines[panel[0]])}
+            if len(of_panel) > 1:
+                joint |= {SEEDS_AS_ONE: mean, f"{SEEDS_AS_ONE} + e5": fused(mean, cosines[panel[0]])}
+            found += [{**one, "row": row, "scores": scores, "english": None} for row, scores in joint.items()]
+    return found
+
+
+def fused(scores: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """Sum of the scores' log-odds and the cosines, each in standard deviations."""
+    odds = logit(scores.clip(1e-3, 1 - 1e-3))
+    both: np.ndarray = (odds - odds.mean()) / odds.std() + (cosines - cosines.mean()) / cosines.std()
+    return both
 
 
 class Estimate:
