@@ -112,7 +112,7 @@ class Market:
 
     def train(self, folder: Path, judged: pd.DataFrame, changes: Mapping[str, Any]) -> np.ndarray:
         """Scores of the test pairs by a model that was trained with these settings."""
-        plain = self.work / f"{PLAIN.replace(' ', '-')}.stages"
+        plain = self.work / PLAIN.replace(" ", "-")
         if "distillation" in changes and plain.exists():
             shutil.copytree(plain, folder.with_suffix(".stages") / "round-0", dirs_exist_ok=True)  # not trained again
         judged.to_parquet(folder.with_suffix(".parquet"))
