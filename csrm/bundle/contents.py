@@ -112,13 +112,11 @@ class EncoderVote(Settings):
     model: str
     """Name of the model that it was exported from."""
     weights: tuple[float, float]
-    """Of the model's label probabilities and of the encoder's, as powers."""
-    slope: float = Field(gt=0)
-    """Of the cosine of query and title, see csrm.scoring.similarity.LabelMap."""
+    """Of the log-odds of the model's score and of the cosine, 0 or more: slopes of csrm.scoring.similarity.LabelMap."""
     thresholds: tuple[float, ...] = Field(min_length=1)
     """Of each label but the least relevant one, ascending."""
     num_queries: int = Field(ge=1)
-    """Judged queries that chose weights, slope and thresholds."""
+    """Judged queries that chose weights and thresholds."""
     ndcg: dict[str, float]
     """nDCG@10 on them, of the model, of the encoder, and of both."""
 

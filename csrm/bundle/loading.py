@@ -194,8 +194,8 @@ def _similarity(bundle: Bundle, device: str, threads: int | None) -> Similarity 
     if vote is None:
         return None
     encoder = load_encoder(bundle.folder / ENCODER_FOLDER, device, threads=threads, digest=vote.digest)
-    label_map = LabelMap(np.array([vote.slope]), np.array(vote.thresholds))
-    return Similarity(encoder.embed, label_map, weights=vote.weights, labels=bundle.settings.labels)
+    label_map = LabelMap(np.array(vote.weights), np.array(vote.thresholds))
+    return Similarity(encoder.embed, label_map, bundle.settings.labels)
 
 
 def default_tokens_per_call(device: str) -> int:

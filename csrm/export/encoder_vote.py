@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
-from scipy.special import log_softmax
 
 from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, MOST_TOLERANCE, EncoderVote
 from csrm.bundle.golden import GoldenPairs
@@ -22,12 +21,17 @@ from csrm.export.trials import grade_gains
 from csrm.manifest import GOLDEN_NAME, write_manifest
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.scorer import PairScorer
-from csrm.scoring.similarity import LabelMap, Similarity, pooled_logits
+from csrm.scoring.similarity import LabelMap, Similarity, vote_features
 from csrm.training.distillation.label_map import fit_label_map
 from csrm.training.distillation.teacher import text_cosines
 
 logger = logging.getLogger(__name__)
-_LARGEST_WEIGHT = 10.0
+_LARGEST_SLOPE = 10.0
+"""Of a feature in standard deviations."""
+_LEAST_SCALE = 0.1
+"""Of both together, in standard deviations: products keep their order where queries tell the labels."""
+_PRIOR = 1e-3
+"""Weight of the squared slopes beside the loss of a query: a few queries choose no slope without bound."""
 
 
 class Voter(NamedTuple):
@@ -79,12 +83,8 @@ def add_vote(
     bundle = load_bundle(folder)
     settings, labels = bundle.settings, bundle.settings.labels
     vote = fit_vote(voter.encoder, fp32_scorer, judged, labels, grade_labels)
-    similarity = Similarity(
-        voter.encoder.embed,
-        LabelMap(np.array([vote.slope]), np.array(vote.thresholds)),
-        weights=vote.weights,
-        labels=labels,
-    )
+    label_map = LabelMap(np.array(vote.weights), np.array(vote.thresholds))
+    similarity = Similarity(voter.encoder.embed, label_map, labels)
     golden = bundle.golden_pairs()
     texts = [[text or "" for text in golden.pairs[name]] for name in ("query", "title")]
 
@@ -115,63 +115,83 @@ def fit_vote(
     labels: tuple[Label, ...],
     grade_labels: Mapping[str, str] | None,
 ) -> EncoderVote:
-    """The vote of an encoder under which the labels of judged pairs are most probable.
+    """The vote of an encoder under which judged pairs are in their order, and have their labels.
 
     Raises:
         InputError: higher cosines do not go with better labels, or a grade has no label.
     """
     gains = grade_gains(judged, labels, grade_labels)
-    order = np.argsort([label.gain for label in labels], kind="stable")
     names = judged["grade"].map(grade_labels) if grade_labels else judged["grade"]
-    given = names.map({label.name: place for place, label in enumerate(labels)}).to_numpy(np.int64)
-    cosines = text_cosines(encoder, judged)
-    spread = float(cosines.std()) or 1.0
-    unit = fit_label_map(((cosines - cosines.mean()) / spread)[:, None], np.argsort(order)[given], len(labels))
-    slope = float(unit.slopes[0]) / spread
-    if unit.slopes[0] < 1e-3:
+    by_gain = sorted(labels, key=lambda label: label.gain)
+    given = names.map({label.name: place for place, label in enumerate(by_gain)}).to_numpy(np.int64)
+    _, queries = np.unique(judged["market"] + "\t" + judged["query_id"].astype(str), return_inverse=True)
+    scores, cosines = scorer.score_parts(judged), text_cosines(encoder, judged)
+    label_map = fit_pair_map(vote_features(scores, cosines), gains, queries, given, len(labels))
+    if label_map.slopes[1] == 0:
         raise InputError(
             f"ensemble.encoder {encoder.settings.model!r}: higher cosines do not go with better labels on "
             f"{len(judged)} judged pairs, so it has nothing to say. Leave it out, or name an encoder that knows the "
             "language. Has it the prefixes that it was trained with?"
         )
-    thresholds = unit.thresholds + slope * cosines.mean()
-    own = np.empty((len(judged), len(labels)))
-    own[:, order] = LabelMap(np.array([slope]), thresholds).probabilities(cosines[:, None])
-    logits = scorer.logits(judged)
-    weights = fit_weights(logits, own, given)
-    _, query_of_pair = np.unique(judged["market"] + "\t" + judged["query_id"].astype(str), return_inverse=True)
-    of_labels = np.array([label.gain for label in labels])
-    rankings = {
-        "model": expected_gain(logits, of_labels),
-        "encoder": cosines,
-        "both": expected_gain(pooled_logits(logits, own, weights), of_labels),
+    both = vote_features(scores, cosines) @ label_map.slopes
+    ndcgs = {
+        name: query_ndcgs(queries, gains, of) for name, of in (("model", scores), ("encoder", cosines), ("both", both))
     }
-    ndcgs = {name: query_ndcgs(query_of_pair, gains, scores) for name, scores in rankings.items()}
     vote = EncoderVote(
         digest=encoder.digest,
         model=encoder.settings.model,
-        weights=weights,
-        slope=slope,
-        thresholds=tuple(thresholds.tolist()),
-        num_queries=int(query_of_pair.max()) + 1,
+        weights=(float(label_map.slopes[0]), float(label_map.slopes[1])),
+        thresholds=tuple(label_map.thresholds.tolist()),
+        num_queries=int(queries.max()) + 1,
         ndcg={name: round(float(np.nanmean(values)), 4) for name, values in ndcgs.items()},
     )
-    logger.info("weights %.2f and %.2f; nDCG@10 %s", *weights, vote.ndcg)
+    logger.info("weights %.2f and %.2f; nDCG@10 %s", *vote.weights, vote.ndcg)
     return vote
 
 
-def fit_weights(logits: np.ndarray, probabilities: np.ndarray, given: np.ndarray) -> tuple[float, float]:
-    """Weights of model and encoder under which the given labels are most probable, each 0 or more.
+def fit_pair_map(
+    features: np.ndarray, gains: np.ndarray, queries: np.ndarray, given: np.ndarray, num_labels: int
+) -> LabelMap:
+    """Slopes that order the pairs of each query, then their scale and thresholds that give each pair its label.
+
+    Labels alone would choose slopes by what tells queries apart, which orders no products: a query with few good
+    products has low labels throughout. So slopes come from pairs of products of one query (RankNet, Burges et al.
+    2005, "Learning to Rank using Gradient Descent"), where each query counts the same and a pair by its difference of
+    gains. Slopes are 0 or more.
 
     Args:
-        logits: of the model, shape (num_pairs, num_labels).
-        probabilities: of the encoder, shape (num_pairs, num_labels).
-        given: place of each pair's label, shape (num_pairs,).
+        features: shape (num_pairs, num_features).
+        gains: of each pair's label, shape (num_pairs,).
+        queries: of each pair, as numbers, shape (num_pairs,).
+        given: number of each pair's label, least relevant first, shape (num_pairs,).
+        num_labels: how many labels there are.
+
+    Returns:
+        Slopes of 0 where no two products of a query have different gains.
     """
+    spread = features.std(axis=0)
+    unit = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    better, weight = [], []
+    for query in np.unique(queries):
+        rows = np.flatnonzero(queries == query)
+        above, below = np.nonzero(gains[rows][:, None] > gains[rows])
+        if len(above):
+            better.append(unit[rows[above]] - unit[rows[below]])
+            differences = gains[rows[above]] - gains[rows[below]]
+            weight.append(differences / differences.sum())
+    if not better:
+        return LabelMap(np.zeros(features.shape[1]), np.zeros(num_labels - 1))
+    ahead, share = np.concatenate(better), np.concatenate(weight) / len(better)
 
-    def loss(weights: np.ndarray) -> float:
-        both = log_softmax(pooled_logits(logits, probabilities, (weights[0], weights[1])).astype(np.float64), axis=1)
-        return -float(both[np.arange(len(given)), given].mean())
+    def loss(slopes: np.ndarray) -> float:
+        return float(share @ np.logaddexp(0.0, -ahead @ slopes)) + _PRIOR * float(slopes @ slopes)
 
-    found = minimize(loss, [0.5, 0.5], method="Nelder-Mead", bounds=[(0.0, _LARGEST_WEIGHT)] * 2)
-    return float(found.x[0]), float(found.x[1])
+    bounds = [(0.0, _LARGEST_SLOPE)] * features.shape[1]
+    slopes = minimize(loss, np.full(features.shape[1], 0.5), method="L-BFGS-B", bounds=bounds).x
+    slopes[slopes < 1e-3] = 0.0
+    if not slopes.any():
+        return LabelMap(slopes, np.zeros(num_labels - 1))
+    together = unit @ slopes
+    of_label = fit_label_map((together / together.std())[:, None], given, num_labels)
+    raw = max(of_label.slopes[0], _LEAST_SCALE) / together.std() * slopes / np.where(spread > 0, spread, 1.0)
+    return LabelMap(raw, of_label.thresholds + features.mean(axis=0) @ raw)

@@ -1,4 +1,4 @@
-"""What an encoder adds to a score: label probabilities by the cosine of query and title, beside those of the model."""
+"""What an encoder adds to a score: label probabilities by the score's log-odds and the cosine of query and title."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from typing import Literal
 
 import numpy as np
 
-from csrm.scoring.labels import Label, softmax
+from csrm.scoring.labels import Label, expected_gain
 
 MOST_VECTORS = 50_000
 """Vectors of titles, and of queries, that are kept: 77 MB of 384 dimensions. The products of a night come with many
 queries, and each is embedded once."""
 _LEAST = 1e-30
 """Probability below which its logarithm falls no more."""
+_END = 1e-4
 Embed = Callable[[Sequence[str], Literal["query", "passage"]], np.ndarray]
 """Vectors of texts, shape (texts, dimensions)."""
 
@@ -46,37 +47,30 @@ class LabelMap:
 
 
 class Similarity:
-    """The vote of an encoder in the scores of a model: a log-linear pool of both label probabilities.
-
-    log p = model_weight * log p_model + encoder_weight * log p_encoder + constant; Genest and Zidek 1986, "Combining
-    Probability Distributions: A Critique and an Annotated Bibliography".
+    """The vote of an encoder in the scores of a model: label probabilities by the score's log-odds and the cosine.
 
     >>> def embed(texts, kind):
     ...     return np.array([[len(text), 1.0] for text in texts])
     >>> labels = Label("no", " no", 0.0), Label("yes", " yes", 1.0)
-    >>> vote = Similarity(embed, LabelMap(np.array([4.0]), np.array([2.0])), weights=(1.0, 0.5), labels=labels)
-    >>> softmax(vote.mixed(np.array([[0.0, 0.0]]), ["mouse"], ["mouse"])).round(2).tolist()
+    >>> vote = Similarity(embed, LabelMap(np.array([1.0, 4.0]), np.array([3.0])), labels)
+    >>> np.exp(vote.mixed(np.array([[0.0, 0.0]]), ["mouse"], ["mouse"])).astype(float).round(2).tolist()
     [[0.27, 0.73]]
     """
 
-    def __init__(
-        self, embed: Embed, label_map: LabelMap, *, weights: tuple[float, float], labels: Sequence[Label]
-    ) -> None:
+    def __init__(self, embed: Embed, label_map: LabelMap, labels: Sequence[Label]) -> None:
         """Make one.
 
         Args:
             embed: the encoder.
-            label_map: of one feature, the cosine of query and title.
-            weights: of the model and of the encoder, 0 or more.
+            label_map: of two features, those of `vote_features`.
             labels: of the model.
         """
-        self._embed, self._map, self._weights = embed, label_map, weights
-        self._order = np.argsort([label.gain for label in labels], kind="stable")
+        self._embed, self._map, self._gains = embed, label_map, np.array([label.gain for label in labels])
         self._known: dict[str, dict[str, np.ndarray]] = {"query": {}, "passage": {}}
         self._first_text: str | None = None
 
     def mixed(self, logits: np.ndarray, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-        """Logits of model and encoder together, shape (num_pairs, num_labels), float32.
+        """Logits of the labels by model and encoder together, shape (num_pairs, num_labels), float32.
 
         Args:
             logits: of the model, shape (num_pairs, num_labels).
@@ -85,13 +79,11 @@ class Similarity:
         """
         if not len(logits):
             return logits
-        return pooled_logits(logits, self.probabilities(queries, titles), self._weights)
-
-    def probabilities(self, queries: Sequence[str], titles: Sequence[str]) -> np.ndarray:
-        """Label probabilities by the cosine alone, shape (num_pairs, num_labels), in the order of the labels."""
         cosines = cosine(self._vectors(queries, "query"), self._vectors(titles, "passage"))
-        found = np.empty((len(cosines), len(self._order)))
-        found[:, self._order] = self._map.probabilities(cosines[:, None])
+        features = vote_features(expected_gain(logits, self._gains), cosines)
+        found = np.empty(logits.shape, np.float32)
+        probabilities = self._map.probabilities(features)
+        found[:, np.argsort(self._gains, kind="stable")] = np.log(np.maximum(probabilities, _LEAST))
         return found
 
     def is_healthy(self) -> bool:
@@ -113,17 +105,18 @@ class Similarity:
         return np.stack([known[text] for text in texts])
 
 
-def pooled_logits(logits: np.ndarray, probabilities: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
-    """Logits of a log-linear pool, shape (num_pairs, num_labels), float32; see Similarity.
+def vote_features(scores: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+    """Log-odds of a model's scores, and cosines, shape (num_pairs, 2).
 
     Args:
-        logits: of the model, shape (num_pairs, num_labels).
-        probabilities: of the encoder, shape (num_pairs, num_labels).
-        weights: of the model and of the encoder.
+        scores: in [0, 1], shape (num_pairs,); nearer to an end than 1e-4 they count as if that far.
+        cosines: shape (num_pairs,).
+
+    >>> vote_features(np.array([0.5, 1.0]), np.array([0.8, 0.9])).round(2).tolist()
+    [[0.0, 0.8], [9.21, 0.9]]
     """
-    of_both = [np.log(np.maximum(each, _LEAST)) for each in (softmax(logits), probabilities)]
-    pooled: np.ndarray = weights[0] * of_both[0] + weights[1] * of_both[1]
-    return pooled.astype(np.float32)
+    inside = np.clip(scores.astype(np.float64), _END, 1 - _END)
+    return np.stack([np.log(inside / (1 - inside)), cosines], axis=1)
 
 
 def cosine(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

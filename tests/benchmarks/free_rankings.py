@@ -26,14 +26,13 @@ from speed_report import markdown
 from csrm.cli import setting_arguments
 from csrm.commands import build_retrieval_table, import_esci, train
 from csrm.embedding import load_encoder
-from csrm.export.encoder_vote import fit_weights
+from csrm.export.encoder_vote import fit_pair_map
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import PAIR_KEY
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
-from csrm.scoring.similarity import pooled_logits
+from csrm.scoring.similarity import vote_features
 from csrm.spark.session import build_session
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
-from csrm.training.distillation.label_map import fit_label_map
 from csrm.training.distillation.teacher import text_cosines
 from csrm.training.trained import trained_scorer
 
@@ -121,20 +120,17 @@ def add_rankings(pairs: pd.DataFrame) -> list[str]:
     )
     odds = pd.Series(logit(pairs["model"].clip(1e-3, 1 - 1e-3)))
     pairs["model and encoder, equal weights"] = standard(odds) + standard(pairs["encoder"])
+    gains = pairs["grade"].map(dict(zip(NAMES, GAINS, strict=True))).to_numpy()
     given = pairs["grade"].map({name: place for place, name in enumerate(NAMES)}).to_numpy()
-    cosines = pairs["encoder"].to_numpy()
+    _, numbers = np.unique(pairs["query_id"], return_inverse=True)
+    features = vote_features(pairs["model"].to_numpy(), pairs["encoder"].to_numpy())
     voted = np.empty(len(pairs))
     for fold in sorted(pairs["fold"].unique()):
         queries = np.random.default_rng(1).permutation(sorted(pairs["query_id"][pairs["fold"] == fold].unique()))
         for half in (0, 1):
-            is_fitted = pairs["query_id"].isin(queries[half::2]).to_numpy()
-            is_measured = pairs["query_id"].isin(queries[1 - half :: 2]).to_numpy()
-            unit = ((cosines - cosines[is_fitted].mean()) / cosines[is_fitted].std())[:, None]
-            label_map = fit_label_map(unit[is_fitted], given[is_fitted], len(NAMES))
-            own = label_map.probabilities(unit)
-            weights = fit_weights(logits[is_fitted], own[is_fitted], given[is_fitted])
-            print(f"fold {fold}, half {half}: weights {weights[0]:.2f} and {weights[1]:.2f}")
-            voted[is_measured] = expected_gain(pooled_logits(logits, own, weights), GAINS)[is_measured]
+            fitted, measured = (pairs["query_id"].isin(queries[part::2]).to_numpy() for part in (half, 1 - half))
+            label_map = fit_pair_map(features[fitted], gains[fitted], numbers[fitted], given[fitted], len(NAMES))
+            voted[measured] = label_map.probabilities(features[measured]) @ GAINS
     pairs["model and encoder, the bundle's vote"] = voted
     fused, equal = "BM25 and encoder, fused by reciprocal rank", "model and encoder, equal weights"
     return ["bm25", "encoder", fused, "model", equal, "model and encoder, the bundle's vote"]

@@ -17,9 +17,9 @@ from csrm.embedding import load_encoder
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError
 from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
+from csrm.export.encoder_vote import fit_pair_map
 from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
 from csrm.manifest import MANIFEST_NAME, write_manifest
-from csrm.scoring.labels import softmax
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from csrm.training.distillation.teacher import text_cosines
@@ -214,7 +214,7 @@ def test_an_encoder_votes_in_the_scores_of_a_bundle(
     bundle = load_bundle(tmp_path / "both")
     vote = bundle.settings.encoder
     assert vote is not None
-    assert vote.weights[1] > 0.1
+    assert vote.weights[1] > 0
     assert vote.ndcg["both"] > vote.ndcg["model"]
     assert f"encoder     {vote.model} ({vote.digest[:12]}), weights" in bundle_card(bundle)
 
@@ -223,10 +223,10 @@ def test_an_encoder_votes_in_the_scores_of_a_bundle(
     found = scorer.score(pairs_pdf)
     model = load_scorer(tiny_bundle, "cpu", threads=1)
     cosines = text_cosines(load_encoder(tiny_encoder), pairs_pdf)
-    of_encoder = np.stack([1 / (1 + np.exp(limit - vote.slope * cosines)) for limit in vote.thresholds], axis=1)
-    of_encoder = -np.diff(np.hstack([np.ones((30, 1)), of_encoder, np.zeros((30, 1))]), axis=1)
-    pooled = softmax(model.logits(pairs_pdf)) ** vote.weights[0] * of_encoder ** vote.weights[1]
-    expected = pooled / pooled.sum(axis=1, keepdims=True) @ [label.gain for label in bundle.settings.labels]
+    alone = model.score(pairs_pdf)["relevance_score"].to_numpy(np.float64)
+    reached = vote.weights[0] * np.log(alone / (1 - alone)) + vote.weights[1] * cosines
+    at_least = 1 / (1 + np.exp(np.array(vote.thresholds)[:, None] - reached))  # P(C or better), P(S or better), P(E)
+    expected = 0.01 * (at_least[0] - at_least[1]) + 0.1 * (at_least[1] - at_least[2]) + at_least[2]
     np.testing.assert_allclose(found["relevance_score"], expected, atol=1e-5)
     np.testing.assert_allclose(scorer.score_or_reject(pairs_pdf)["relevance_score"], expected, atol=1e-5)
     odd = pairs_pdf.assign(title=[7, *pairs_pdf["title"][1:-1], None])  # as an input table may hold them
@@ -278,3 +278,21 @@ def test_an_encoder_needs_judged_pairs_that_agree_with_it(
     (tmp_path / "both" / "encoder" / "model.onnx").write_bytes(b"another")
     with pytest.raises(BundleError, match=r"encoder/model.onnx has"):
         load_bundle(tmp_path / "both")
+
+
+def test_slopes_order_the_products_of_a_query_and_thresholds_give_labels() -> None:
+    """The first feature tells queries apart, which orders nothing; the second and the third order products."""
+    rng = np.random.default_rng(0)
+    queries = np.repeat(np.arange(200), 20)
+    of_query, of_pair = rng.normal(size=200)[queries], rng.normal(size=(4_000, 2))
+    reached = 3 * of_query + of_pair @ [2.0, 1.0] + rng.logistic(size=4_000)
+    given = np.digitize(reached, [-1.0, 1.0])
+    gains = np.array([0.0, 0.1, 1.0])[given]
+    found = fit_pair_map(np.column_stack([of_query, 5 * of_pair + 7]), gains, queries, given, 3)
+    assert found.slopes[0] == 0
+    assert found.slopes[1] / found.slopes[2] == pytest.approx(2, rel=0.15)
+    shares = found.probabilities(np.column_stack([of_query, 5 * of_pair + 7])).mean(axis=0)
+    np.testing.assert_allclose(shares, np.bincount(given) / 4_000, atol=0.01)
+
+    nothing = fit_pair_map(np.ones((20, 2)), np.zeros(20), np.arange(20), np.zeros(20, np.int64), 3)
+    assert not nothing.slopes.any()
