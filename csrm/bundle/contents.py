@@ -119,6 +119,8 @@ class EncoderVote(Settings):
     """Judged queries that chose weights and thresholds."""
     ndcg: dict[str, float]
     """nDCG@10 on them, of the model, of the encoder, and of both."""
+    golden_median: float
+    """Median score of the golden pairs, whose own scores are the model's alone."""
 
 
 class BundleSettings(Settings):

@@ -165,7 +165,6 @@ def load_scorer(
         digest=bundle.digest,
         provider=provider,
         grade_costs=settings.grade_costs,
-        similarity=_similarity(bundle, device, threads),
     )
     golden = bundle.golden_pairs()
     require_same(bundle.folder, BUNDLE_KIND, bundle.digest)
@@ -180,6 +179,7 @@ def load_scorer(
         )
     except BundleError as error:
         raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
+    scorer.similarity = _similarity(bundle, device, threads)  # its encoder has golden texts of its own
     scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
     return scorer
 

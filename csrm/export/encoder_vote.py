@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +13,15 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, MOST_TOLERANCE, EncoderVote
-from csrm.bundle.golden import GoldenPairs
-from csrm.bundle.loading import load_bundle, load_scorer
+from csrm.bundle.loading import default_tokens_per_call, load_bundle, load_scorer
 from csrm.embedding.encoder import Encoder, open_encoder, read_encoder
 from csrm.errors import ConfigError, InputError
-from csrm.export.parity import SCORE_TOLERANCE
-from csrm.export.quality import query_ndcgs
-from csrm.export.trials import grade_gains
-from csrm.manifest import GOLDEN_NAME, write_manifest
-from csrm.scoring.labels import Label, expected_gain
+from csrm.export.parity import pack_spread
+from csrm.export.quality import measure_quality, query_ndcgs
+from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
+from csrm.manifest import MODEL_NAME, write_manifest
+from csrm.scoring.labels import Label
+from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.similarity import LabelMap, Similarity, vote_features
 from csrm.training.distillation.label_map import fit_label_map
@@ -64,48 +66,70 @@ def open_voter(folder: str, device: str, judged: pd.DataFrame | None) -> Voter:
 
 
 def add_vote(
-    folder: Path, voter: Voter, fp32_scorer: PairScorer, judged: pd.DataFrame, grade_labels: Mapping[str, str] | None
+    folder: Path,
+    voter: Voter,
+    fp32_scorer: PairScorer,
+    *,
+    pairs: pd.DataFrame,
+    judged: pd.DataFrame,
+    grade_labels: Mapping[str, str] | None,
 ) -> None:
-    """Put an encoder into a finished bundle, whose golden pairs then have the scores of both.
+    """Put an encoder into a finished bundle. Its golden pairs still prove the model, its own golden texts the encoder.
+
+    Speed, quality and the spread over packs are measured again, with the vote.
 
     Args:
         folder: of the bundle; nobody reads it yet.
         voter: the encoder.
-        fp32_scorer: of the bundle's fp32 graph, which the golden scores are of.
+        fp32_scorer: of the bundle's fp32 graph.
+        pairs: see csrm.export.bundle.export_bundle.
         judged: pairs that choose how much the encoder counts: query, title, and what fp32_scorer scores; market,
             query_id, grade.
         grade_labels: grade to label.
 
     Raises:
-        InputError: higher cosines do not go with better labels.
+        InputError: model or encoder do not order the judged products.
         BundleError: the finished bundle does not give its golden scores.
     """
     bundle = load_bundle(folder)
     settings, labels = bundle.settings, bundle.settings.labels
+    scorer = load_scorer(folder, settings.device)
     vote = fit_vote(voter.encoder, fp32_scorer, judged, labels, grade_labels)
-    label_map = LabelMap(np.array(vote.weights), np.array(vote.thresholds))
-    similarity = Similarity(voter.encoder.embed, label_map, labels)
-    golden = bundle.golden_pairs()
-    texts = [[text or "" for text in golden.pairs[name]] for name in ("query", "title")]
-
-    def scores_of(scorer: PairScorer) -> np.ndarray:
-        logits = similarity.mixed(scorer.logits(golden.pairs), *texts)
-        return expected_gain(logits, np.array([label.gain for label in labels])).astype(np.float64)
-
-    scores, source = scores_of(fp32_scorer), f"{golden.source}, with {vote.model}"
-    shift = np.abs(scores_of(load_scorer(folder, settings.device)) - scores).max()
-    tolerance = SCORE_TOLERANCE if settings.precision == "fp32" else max(SCORE_TOLERANCE, 2 * float(shift))
-    GoldenPairs(source, golden.pairs, golden.prompt_ids, scores).write(folder / GOLDEN_NAME)
-    shutil.copytree(voter.folder, folder / ENCODER_FOLDER)
-    spread = settings.pack_tolerance * max(1.0, vote.weights[0])
-    changes = {
-        "encoder": vote,
-        "pack_tolerance": min(MOST_TOLERANCE, spread),
-        "golden_tolerance": min(MOST_TOLERANCE, tolerance),
-        "golden_source": source,
+    similarity = Similarity(voter.encoder.embed, LabelMap(np.array(vote.weights), np.array(vote.thresholds)), labels)
+    fp32_scorer.similarity = scorer.similarity = similarity
+    pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, settings.device)
+    tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
+    spread = pack_spread(sample, scorer.tokenizer, labels, pack_scorer, tokens, similarity=similarity)
+    in_fp32, found = fp32_scorer.score_parts(judged), scorer.score_parts(judged)
+    queries = (judged["market"] + "\t" + judged["query_id"].astype(str)).to_numpy()
+    measured = {
+        "pairs_per_s": len(sample) / _seconds(scorer, similarity, sample),
+        "pack_spread": spread,
+        "quality": measure_quality(queries, grade_gains(judged, labels, grade_labels), in_fp32, found),
     }
+    own = settings.report
+    golden_median = float(np.median(scorer.score_parts(bundle.golden_pairs().pairs)))
+    changes = {
+        "encoder": vote.model_copy(update={"golden_median": golden_median}),
+        "precisions": tuple(
+            report.model_copy(update=measured) if report is own else report for report in settings.precisions
+        ),
+        "pack_tolerance": min(MOST_TOLERANCE, max(MIN_PACK_TOLERANCE, 2 * spread)),
+    }
+    shutil.copytree(voter.folder, folder / ENCODER_FOLDER)
     write_manifest(folder, BUNDLE_KIND, settings.model_copy(update=changes).model_dump(mode="json"))
     load_scorer(folder, settings.device, num_golden=None)
+
+
+def _seconds(scorer: PairScorer, similarity: Similarity, sample: pd.DataFrame) -> float:
+    """Of the sample, each text embedded anew: the median of three."""
+    taken = []
+    for _ in range(3):
+        similarity.forget()
+        start = time.perf_counter()
+        scorer.logits(sample)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def fit_vote(
@@ -118,7 +142,7 @@ def fit_vote(
     """The vote of an encoder under which judged pairs are in their order, and have their labels.
 
     Raises:
-        InputError: higher cosines do not go with better labels, or a grade has no label.
+        InputError: model or encoder do not order the judged products, or a grade has no label.
     """
     gains = grade_gains(judged, labels, grade_labels)
     names = judged["grade"].map(grade_labels) if grade_labels else judged["grade"]
@@ -127,16 +151,19 @@ def fit_vote(
     _, queries = np.unique(judged["market"] + "\t" + judged["query_id"].astype(str), return_inverse=True)
     scores, cosines = scorer.score_parts(judged), text_cosines(encoder, judged)
     label_map = fit_pair_map(vote_features(scores, cosines), gains, queries, given, len(labels))
-    if label_map.slopes[1] == 0:
-        raise InputError(
-            f"ensemble.encoder {encoder.settings.model!r}: higher cosines do not go with better labels on "
-            f"{len(judged)} judged pairs, so it has nothing to say. Leave it out, or name an encoder that knows the "
-            "language. Has it the prefixes that it was trained with?"
-        )
-    both = vote_features(scores, cosines) @ label_map.slopes
-    ndcgs = {
-        name: query_ndcgs(queries, gains, of) for name, of in (("model", scores), ("encoder", cosines), ("both", both))
-    }
+    for name, slope, way in zip(
+        ("the model's scores", f"cosines of encoder {encoder.settings.model!r}"),
+        label_map.slopes,
+        ("Train the model longer", "Leave the encoder out, or give it the prefixes that it was trained with"),
+        strict=True,
+    ):
+        if slope == 0:
+            raise InputError(
+                f"ensemble.encoder: expected {name} to order the products of {len(judged)} judged pairs, beside the "
+                f"other one; they do not. {way}. Where queries have products of one grade alone, judge more."
+            )
+    rankings = {"model": scores, "encoder": cosines, "both": vote_features(scores, cosines) @ label_map.slopes}
+    ndcgs = {name: query_ndcgs(queries, gains, ranking) for name, ranking in rankings.items()}
     vote = EncoderVote(
         digest=encoder.digest,
         model=encoder.settings.model,
@@ -144,8 +171,15 @@ def fit_vote(
         thresholds=tuple(label_map.thresholds.tolist()),
         num_queries=int(queries.max()) + 1,
         ndcg={name: round(float(np.nanmean(values)), 4) for name, values in ndcgs.items()},
+        golden_median=0.0,
     )
     logger.info("weights %.2f and %.2f; nDCG@10 %s", *vote.weights, vote.ndcg)
+    if vote.ndcg["both"] < max(vote.ndcg["model"], vote.ndcg["encoder"]):
+        logger.warning("model and encoder together rank no better than one of them, by nDCG@10: %s", vote.ndcg)
+    places = np.linspace(-20, 20, 2_001)[:, None] + np.mean(label_map.thresholds)
+    likeliest = LabelMap(np.ones(1), label_map.thresholds).probabilities(places).argmax(axis=1)
+    if never := [label.name for place, label in enumerate(by_gain) if place not in likeliest]:
+        logger.warning("grades %s are the most probable ones at no score, and are predicted no more", never)
     return vote
 
 

@@ -141,7 +141,7 @@ def export_ensemble(
         if encoder is not None:
             assert judged is not None
             with logged_step("the encoder's vote"):
-                add_vote(folder, encoder, graph.whole, judged, grade_labels)
+                add_vote(folder, encoder, graph.whole, pairs=pairs, judged=judged, grade_labels=grade_labels)
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
 
@@ -182,7 +182,8 @@ def _joined(
         names = ("the members", provider)
         parity = compare_logits(pairs, expected, whole.logits(pairs), first.labels, names, SCORE_TOLERANCE)
     scores = expected_gain(expected, np.array([label.gain for label in first.labels]))
-    golden = choose_golden_pairs(pairs, scores, whole.tokenizer, f"the mean of {len(members)} bundles, {provider}")
+    alone = members[0].settings.golden_source if len(members) == 1 else f"the mean of {len(members)} bundles"
+    golden = choose_golden_pairs(pairs, scores, whole.tokenizer, f"{alone}, {provider}")
     golden.require_different(SCORE_TOLERANCE)
     return _Joined(pack_scorer, whole, parity, golden)
 
@@ -339,6 +340,8 @@ def best_share(first: np.ndarray, second: np.ndarray, gains: np.ndarray, queries
 
 def _origin(members: Sequence[Bundle], shares: Sequence[float]) -> Origin:
     """Where the weights of all members come from."""
+    if len(members) == 1:
+        return members[0].settings.origin
     return Origin(
         base_model=" and ".join(dict.fromkeys(member.settings.origin.base_model for member in members)),
         base_model_files={

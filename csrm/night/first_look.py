@@ -47,13 +47,13 @@ def look_at_texts(bundle: Bundle, queries: Sequence[str], titles: Sequence[str])
     ids_of_queries = _uncut_ids(tokenizer, [line for line in query_lines if line.field == "query"])
     ids_of_titles = _uncut_ids(tokenizer, title_lines)
     ids = np.array([id_ for ids in (*ids_of_queries, *ids_of_titles) for id_ in ids], dtype=np.int64)
-    seen = bundle.seen_tokens()
+    seen, vote = bundle.seen_tokens(), bundle.settings.encoder
     return FirstLook(
         num_tokens=len(ids),
         num_unseen=None if seen is None else int(len(ids) - seen[ids[ids < len(seen)]].sum()),
         num_titles=len(ids_of_titles),
         num_cut=sum(len(ids) > tokenizer.budgets.title for ids in ids_of_titles),
-        golden_median=float(np.median(bundle.golden_pairs().scores)),
+        golden_median=float(np.median(bundle.golden_pairs().scores)) if vote is None else vote.golden_median,
     )
 
 

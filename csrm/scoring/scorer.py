@@ -11,7 +11,7 @@ from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain, least_cost, softmax
 from csrm.scoring.packing import Group, Pack, build_packs
-from csrm.scoring.prompts import Product, Query, is_shown
+from csrm.scoring.prompts import Product, Query, is_shown, neutralize
 from csrm.scoring.similarity import Similarity
 from csrm.scoring.tokenization import PromptTokenizer
 
@@ -67,7 +67,6 @@ class PairScorer:
         digest: str = "",
         provider: str = "",
         grade_costs: GradeCosts | None = None,
-        similarity: Similarity | None = None,
     ) -> None:
         """Make a scorer.
 
@@ -80,7 +79,6 @@ class PairScorer:
             digest: of the bundle; empty for a model that is not one.
             provider: name of what computes the logits.
             grade_costs: what mistakes of the predicted grade cost; None: it is the most probable label.
-            similarity: vote of an encoder in each score; None: the model alone gives it.
 
         Raises:
             ConfigError: tokens_per_call is below 1 or not whole; or see cost_matrix.
@@ -104,8 +102,9 @@ class PairScorer:
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self.tokenizer = tokenizer
         """Of its prompts."""
+        self.similarity: Similarity | None = None
+        """Vote of an encoder in each score; None: the model alone gives it."""
         self._pack_scorer = pack_scorer
-        self._similarity = similarity
         self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
         self._calls_to_grow = CALLS_TO_GROW
         self._calls_since_failure = 0
@@ -200,9 +199,9 @@ class PairScorer:
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
         reasons = np.full(len(pairs), None, dtype=object)
         self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
-        if self._similarity is not None:
+        if self.similarity is not None:
             self._mix_rows(
-                self._similarity, pairs, np.flatnonzero([reason is None for reason in reasons]), logits, reasons
+                self.similarity, pairs, np.flatnonzero([reason is None for reason in reasons]), logits, reasons
             )
         scores, grades = self._graded(logits)
         is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
@@ -223,7 +222,7 @@ class PairScorer:
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         for rows, pack in self.prepare(pairs).packs:
             logits[rows] = self._pack_logits(pack)
-        return logits if self._similarity is None else self._similarity.mixed(logits, *_queries_and_titles(pairs))
+        return logits if self.similarity is None else self.similarity.mixed(logits, *_queries_and_titles(pairs))
 
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gains = np.array([label.gain for label in self.labels])
@@ -343,8 +342,8 @@ def _is_shown(value: Any) -> bool:
 
 
 def _queries_and_titles(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Texts of the pairs, empty where there is none."""
-    queries, titles = ([_text(value) or "" for value in pairs[name]] for name in ("query", "title"))
+    """Texts of the pairs as prompts show them, empty where there is none."""
+    queries, titles = ([neutralize(_text(value)) for value in pairs[name]] for name in ("query", "title"))
     return queries, titles
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from csrm.scoring.labels import Label, expected_gain
 
 MOST_VECTORS = 50_000
-"""Vectors of titles, and of queries, that are kept: 77 MB of 384 dimensions. The products of a night come with many
-queries, and each is embedded once."""
+"""Vectors of titles, and of queries, that are kept, those used last: 77 MB of 384 dimensions. A product comes with many
+queries of a task."""
 _LEAST = 1e-30
 """Probability below which its logarithm falls no more."""
 _END = 1e-4
@@ -93,16 +94,26 @@ class Similarity:
         except Exception:  # onnxruntime's errors have no common base
             return False
 
+    def forget(self) -> None:
+        """Drop the vectors that are kept."""
+        for known in self._known.values():
+            known.clear()
+
     def _vectors(self, texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
-        known, wanted = self._known[kind], dict.fromkeys(texts)
-        new = [text for text in wanted if text not in known]
+        known = self._known[kind]
+        new = []
+        for text in dict.fromkeys(texts):
+            if text in known:
+                known[text] = known.pop(text)  # to the end: the last to be dropped
+            else:
+                new.append(text)
         if new:
-            if len(known) + len(new) > MOST_VECTORS:
-                known.clear()
-                new = list(wanted)
             known.update(zip(new, self._embed(new, kind), strict=True))
             self._first_text = new[0] if self._first_text is None else self._first_text
-        return np.stack([known[text] for text in texts])
+        vectors = np.stack([known[text] for text in texts])
+        for text in [*islice(known, max(0, len(known) - MOST_VECTORS))]:
+            del known[text]
+        return vectors
 
 
 def vote_features(scores: np.ndarray, cosines: np.ndarray) -> np.ndarray:

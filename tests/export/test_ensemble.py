@@ -199,23 +199,27 @@ def test_a_weight_for_each_bundle(values: dict[str, Any], message: str) -> None:
         Ensemble.model_validate(values)
 
 
-def judged_by_encoder(encoder: Path, pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with labels that follow the cosine."""
-    cosines = text_cosines(load_encoder(encoder), pairs)
-    grades = pd.Series(cosines).rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
+def judged_by_both(bundle: Path, encoder: Path, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs with labels that follow the score of the bundle and the cosine."""
+    scores = load_scorer(bundle, "cpu", threads=1).score(pairs)["relevance_score"]
+    ranks = scores.rank() + pd.Series(text_cosines(load_encoder(encoder), pairs)).rank()
+    grades = ranks.rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
     return pairs.assign(query_id=pairs["query"], product_id=pairs["title"], grade=grades)
 
 
 def test_an_encoder_votes_in_the_scores_of_a_bundle(
     tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
     joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
     bundle = load_bundle(tmp_path / "both")
     vote = bundle.settings.encoder
     assert vote is not None
-    assert vote.weights[1] > 0
-    assert vote.ndcg["both"] > vote.ndcg["model"]
+    assert min(vote.weights) > 0
+    assert vote.ndcg["both"] > max(vote.ndcg["model"], vote.ndcg["encoder"])
+    assert bundle.settings.report.quality is not None
+    assert bundle.settings.report.quality.ndcg == pytest.approx(vote.ndcg["both"], abs=1e-3)
+    assert bundle.settings.origin == load_bundle(tiny_bundle).settings.origin
     assert f"encoder     {vote.model} ({vote.digest[:12]}), weights" in bundle_card(bundle)
 
     monkeypatch.setenv("CSRM_CACHE_DIR", str(tmp_path / "cache"))
@@ -229,17 +233,21 @@ def test_an_encoder_votes_in_the_scores_of_a_bundle(
     expected = 0.01 * (at_least[0] - at_least[1]) + 0.1 * (at_least[1] - at_least[2]) + at_least[2]
     np.testing.assert_allclose(found["relevance_score"], expected, atol=1e-5)
     np.testing.assert_allclose(scorer.score_or_reject(pairs_pdf)["relevance_score"], expected, atol=1e-5)
-    odd = pairs_pdf.assign(title=[7, *pairs_pdf["title"][1:-1], None])  # as an input table may hold them
+    odd = pairs_pdf.assign(title=[7, "a \ud83d", *pairs_pdf["title"][2:-1], None])  # as an input table may hold them
     assert scorer.score(odd)["relevance_score"].isna().tolist() == [False] * 29 + [True]
+    hidden = pairs_pdf.assign(title=pairs_pdf["title"].str.replace(" ", "\u200b "))  # what no one sees moves no score
+    np.testing.assert_allclose(scorer.score(hidden)["relevance_score"], expected, atol=1e-5)
+    scorer.similarity = None  # what the golden pairs prove is the model alone
+    np.testing.assert_allclose(scorer.score(pairs_pdf)["relevance_score"], alone, atol=1e-5)
 
 
 def test_a_pair_that_the_encoder_fails_on_is_set_aside(
     tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
-    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
     joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
     scorer = load_scorer(tmp_path / "both", "cpu", threads=1)
-    similarity = scorer._similarity
+    similarity = scorer.similarity
     assert similarity is not None
     embed, is_broken = similarity._embed, False
 
@@ -249,14 +257,14 @@ def test_a_pair_that_the_encoder_fails_on_is_set_aside(
         return embed(texts, kind)
 
     similarity._embed = fails
-    similarity._known = {"query": {}, "passage": {}}
+    similarity.forget()
     found = scorer.score_or_reject(pairs_pdf)
     is_bad = pairs_pdf["title"] == pairs_pdf["title"][4]
     assert found["reason"].eq("model_error").tolist() == is_bad.tolist()
     assert found["relevance_score"].isna().tolist() == is_bad.tolist()
 
     is_broken = True
-    similarity._known = {"query": {}, "passage": {}}
+    similarity.forget()
     with pytest.raises(DeviceError, match=r"the bundle's encoder: a text failed \(no\)"):
         scorer.score_or_reject(pairs_pdf)
 
@@ -266,9 +274,9 @@ def test_an_encoder_needs_judged_pairs_that_agree_with_it(
 ) -> None:
     with pytest.raises(ConfigError, match=r"expected judged pairs that tell how much its cosines count, got none"):
         joined((tiny_bundle,), tmp_path / "both", pairs_pdf, encoder=str(tiny_encoder))
-    judged = judged_by_encoder(tiny_encoder, pairs_pdf)
+    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
     against = judged.assign(grade=judged["grade"].map(dict(zip("ICSE", "ESCI", strict=True))))
-    with pytest.raises(InputError, match=r"higher cosines do not go with better labels on 30 judged pairs"):
+    with pytest.raises(InputError, match=r"expected .* to order the products of 30 judged pairs, beside the other"):
         joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=against, encoder=str(tiny_encoder))
     assert not (tmp_path / "both").exists()
 

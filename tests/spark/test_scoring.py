@@ -300,7 +300,8 @@ def test_the_encoder_of_a_bundle_votes_in_spark_too(
     spark: SparkSession, tiny_bundle: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     pdf = pairs_pdf(12)
-    places = pd.Series(text_cosines(load_encoder(tiny_encoder), pdf)).rank(pct=True)
+    scores = load_scorer(tiny_bundle, "cpu").score(pdf)["relevance_score"]
+    places = (pd.Series(text_cosines(load_encoder(tiny_encoder), pdf)).rank() + scores.rank()).rank(pct=True)
     judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 0.5 else "I" for place in places])
     ensemble = Ensemble(bundles=(str(tiny_bundle),), encoder=str(tiny_encoder))
     folder = tmp_path / "both"

@@ -25,6 +25,7 @@ from csrm.embedding.encoder import Encoder, load_encoder
 from csrm.errors import BundleError, InputError
 from csrm.schemas import COMPARED_SCORES, PAIR_KEY
 from csrm.scoring.labels import Label
+from csrm.scoring.prompts import neutralize
 from csrm.scoring.similarity import LabelMap, cosine
 from csrm.training.data.database import add_table, open_database
 from csrm.training.data.judged import TAUGHT, Fold, JudgedPairs, UnlabelledInputs
@@ -275,11 +276,11 @@ def text_cosines(encoder: Encoder, pairs: pd.DataFrame) -> np.ndarray:
     """Cosine of query and title of each pair, shape (num_pairs,), in [-1, 1].
 
     Args:
-        encoder: each text is embedded once.
+        encoder: each text is embedded once, as prompts show it.
         pairs: query and title, both text.
     """
-    query_places, queries = pd.factorize(pairs["query"])
-    title_places, titles = pd.factorize(pairs["title"])
+    query_places, queries = pd.factorize(pairs["query"].map(neutralize))
+    title_places, titles = pd.factorize(pairs["title"].map(neutralize))
     return cosine(encoder.embed(list(queries), "query")[query_places], encoder.embed(list(titles))[title_places])
 
 
