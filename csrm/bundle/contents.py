@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from csrm.config import Settings
 from csrm.scoring.labels import Label, cost_matrix
 from csrm.scoring.prompts import TEMPLATE_VERSION
+from csrm.scoring.similarity import LabelMap
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
 
@@ -121,6 +123,11 @@ class EncoderVote(Settings):
     """nDCG@10 on them, of the model, of the encoder, and of both."""
     golden_median: float
     """Median score of the golden pairs, whose own scores are the model's alone."""
+
+    @property
+    def label_map(self) -> LabelMap:
+        """Label probabilities by csrm.scoring.similarity.vote_features."""
+        return LabelMap(np.array(self.weights), np.array(self.thresholds))
 
 
 class BundleSettings(Settings):

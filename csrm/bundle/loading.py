@@ -16,7 +16,7 @@ from csrm.errors import BundleError, ConfigError
 from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, require_same
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
-from csrm.scoring.similarity import LabelMap, Similarity
+from csrm.scoring.similarity import Similarity
 from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
 
 TOKENS_PER_CALL = {"cpu": 1_024, "cuda": 16_384}
@@ -194,8 +194,7 @@ def _similarity(bundle: Bundle, device: str, threads: int | None) -> Similarity 
     if vote is None:
         return None
     encoder = load_encoder(bundle.folder / ENCODER_FOLDER, device, threads=threads, digest=vote.digest)
-    label_map = LabelMap(np.array(vote.weights), np.array(vote.thresholds))
-    return Similarity(encoder.embed, label_map, bundle.settings.labels)
+    return Similarity(encoder.embed, vote.label_map, bundle.settings.labels)
 
 
 def default_tokens_per_call(device: str) -> int:

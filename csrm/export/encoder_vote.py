@@ -95,7 +95,7 @@ def add_vote(
     settings, labels = bundle.settings, bundle.settings.labels
     scorer = load_scorer(folder, settings.device)
     vote = fit_vote(voter.encoder, fp32_scorer, judged, labels, grade_labels)
-    similarity = Similarity(voter.encoder.embed, LabelMap(np.array(vote.weights), np.array(vote.thresholds)), labels)
+    similarity = Similarity(voter.encoder.embed, vote.label_map, labels)
     fp32_scorer.similarity = scorer.similarity = similarity
     pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, settings.device)
     tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
