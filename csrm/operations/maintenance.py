@@ -35,6 +35,8 @@ from csrm.spark.tables import open_table, read_table, sql_literal, sql_path, tab
 
 _RETENTION = "delta.deletedFileRetentionDuration"
 _DRY_RUN_LIMIT = 1000
+MOST_FILES = 10_000
+"""Of a clustered market; past them its files get larger than was asked, for no query is split."""
 
 
 class TableSize(NamedTuple):
@@ -99,6 +101,8 @@ def cluster_market(spark: SparkSession, path: str, market: str, file_mb: float) 
     settings = {
         "spark.databricks.delta.optimize.maxFileSize": str(max(int(file_mb * 2**20), 1)),
         "spark.databricks.io.skipping.mdc.sortWithinFiles": "true",  # a reader skips pages of the file too
+        "spark.databricks.io.skipping.mdc.addNoise": "false",  # Delta's default deals one query's rows to many files
+        "spark.databricks.io.skipping.mdc.rangeId.max": str(MOST_FILES),
         USER_METADATA: _clustering(market),
     }
     with session_settings(spark, settings):

@@ -51,7 +51,7 @@ def add_run(spark: SparkSession, tables_dir: str, run_id: str, verdict: str, day
     values |= {"bundle_digest": "d", "pair_key": 1, "scored_at": START, "run_id": run_id, "state": "to_score"}
     values |= {"reason": "no_query", "bucket": 0}
     for table in (SCORES_STAGING, RUN_PAIRS, REJECTED_PAIRS):
-        row = tuple(values[name] for name in table.column_names)
+        row = tuple(values.get(name) for name in table.column_names)
         row_df = spark.createDataFrame([row], spark_schema(table))
         replace_rows(row_df, table, table_path(tables_dir, table), where=f"run_id = '{run_id}'")
 

@@ -299,10 +299,11 @@ def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: Spar
 def test_the_encoder_of_a_bundle_votes_in_spark_too(
     spark: SparkSession, tiny_bundle: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    pdf = pairs_pdf(12)
+    pdf = pairs_pdf(40).assign(market="kr", language="ko")  # ten products a query
     scores = load_scorer(tiny_bundle, "cpu").score(pdf)["relevance_score"]
-    places = (pd.Series(text_cosines(load_encoder(tiny_encoder), pdf)).rank() + scores.rank()).rank(pct=True)
-    judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 0.5 else "I" for place in places])
+    cosines = pd.Series(text_cosines(load_encoder(tiny_encoder), pdf), index=pdf.index)
+    places = (scores.groupby(pdf["query"]).rank() + cosines.groupby(pdf["query"]).rank()).groupby(pdf["query"]).rank()
+    judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 5 else "I" for place in places])
     ensemble = Ensemble(bundles=(str(tiny_bundle),), encoder=str(tiny_encoder))
     folder = tmp_path / "both"
     export_ensemble(ensemble, folder, pairs=pdf, judged=judged, precision="fp32", device="cpu", grade_labels=None)
