@@ -21,21 +21,22 @@ ROOT = Path(__file__).parent.parent
 # The law of the house: the rooms that a room may import, lazily or not. Ground files (errors, config, ...) are open to
 # all. Rooms stand in the order of reading: a room imports rooms above it only, so there is no circle.
 LAW = {
+    "artefacts": [],
     "scoring": [],
-    "embedding": ["scoring"],
-    "bundle": ["scoring", "embedding"],
+    "embedding": ["artefacts", "scoring"],
+    "bundle": ["artefacts", "scoring", "embedding"],
     "evaluation": [],
     "pages": [],
     "market": [],
-    "spark": ["scoring", "embedding", "bundle"],
+    "spark": ["artefacts", "scoring", "embedding", "bundle"],
     "retrieval": ["embedding", "spark"],
-    "night": ["scoring", "bundle", "evaluation", "spark"],
+    "night": ["artefacts", "scoring", "bundle", "evaluation", "spark"],
     "operations": ["scoring", "evaluation", "pages", "spark", "retrieval", "night"],
-    "doctor": ["scoring", "bundle", "embedding", "spark", "night"],
-    "capacity": ["scoring", "bundle", "embedding", "night"],
-    "start": ["scoring"],
-    "training": ["scoring", "bundle", "embedding", "evaluation", "pages"],
-    "export": ["scoring", "bundle", "embedding", "evaluation", "training"],
+    "doctor": ["artefacts", "scoring", "bundle", "embedding", "spark", "night"],
+    "capacity": ["artefacts", "scoring", "bundle", "embedding", "night"],
+    "start": ["artefacts", "scoring"],
+    "training": ["artefacts", "scoring", "bundle", "embedding", "evaluation", "pages"],
+    "export": ["artefacts", "scoring", "bundle", "embedding", "evaluation", "training"],
     "commands": None,  # parser, configuration, one call: any room
 }
 # The packages that the modules of a room may not import.
@@ -43,7 +44,7 @@ SPARK = {"pyspark", "delta", "py4j"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum", "onnx", "gguf", "safetensors"}
 FOREIGN = {
     **dict.fromkeys(
-        ["ground", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity", "start"],
+        ["ground", "artefacts", "scoring", "bundle", "embedding", "evaluation", "pages", "market", "capacity", "start"],
         SPARK | TORCH,
     ),
     **dict.fromkeys(["spark", "retrieval", "night", "operations", "doctor"], TORCH),

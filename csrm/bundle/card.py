@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from csrm.artefacts.cache import artefact_kind
+from csrm.artefacts.manifest import MANIFEST_NAME
 from csrm.bundle.contents import BUNDLE_KIND, Estimate, PrecisionReport, made_with
 from csrm.bundle.loading import Bundle, load_bundle
-from csrm.cache import artefact_kind
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import MANIFEST_NAME
 from csrm.scoring.template import BUILT_IN_TEMPLATE
 
 

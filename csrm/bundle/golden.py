@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from csrm.artefacts.manifest import read_golden, write_golden
 from csrm.config import Settings
 from csrm.errors import BundleError
-from csrm.manifest import read_golden, write_golden
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer, pair_groups
 from csrm.scoring.tokenization import PromptTokenizer
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from csrm.artefacts.cache import fetch_folder
+from csrm.artefacts.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, require_same
 from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, FORMAT_VERSION, BundleSettings, made_with
 from csrm.bundle.golden import GoldenPairs, check_golden_pairs
-from csrm.cache import fetch_folder
 from csrm.config import problems_of
 from csrm.embedding.encoder import load_encoder
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, require_same
 from csrm.scoring.prompts import TEMPLATE_VERSION
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.similarity import Similarity
@@ -77,7 +77,7 @@ def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     """Open a bundle and check every file's digest.
 
     Args:
-        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.cache).
+        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.artefacts.cache).
         digest: what the bundle's digest must be, or begin with; None: any.
 
     Raises:

@@ -19,10 +19,10 @@ import math
 import time
 from dataclasses import dataclass
 
+from csrm.artefacts.manifest import GOLDEN_NAME
 from csrm.capacity.formula import Machines
 from csrm.embedding.contents import QUERIES_PER_CHUNK, GoldenTexts
 from csrm.embedding.encoder import open_encoder, read_encoder
-from csrm.manifest import GOLDEN_NAME
 
 SIMILARITIES_PER_S = 50e6
 """Pairs of vectors of 384 numbers that one core compares in a second of processor time."""

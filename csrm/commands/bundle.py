@@ -8,13 +8,13 @@ csrm bundle list FOLDER      every bundle below a folder, one a line, the newest
 import argparse
 from collections.abc import Sequence
 
+from csrm.artefacts.cache import artefact_kind, fetch_folder
+from csrm.artefacts.manifest import GOLDEN_NAME
 from csrm.bundle.card import bundle_card, bundle_rows, find_bundles
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.cache import artefact_kind, fetch_folder
 from csrm.embedding.card import encoder_card
 from csrm.embedding.contents import ENCODER_KIND, GoldenTexts
 from csrm.embedding.encoder import load_encoder
-from csrm.manifest import GOLDEN_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:

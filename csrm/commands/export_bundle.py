@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from csrm.artefacts.tracking import check_reached, register_bundle
 from csrm.bundle.card import bundle_card
 from csrm.cli import job_parser, job_settings
 from csrm.export.bundle import export_bundle
 from csrm.export.ensemble import export_ensemble
 from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
-from csrm.tracking import check_reached, register_bundle
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from csrm.cache import cache_dir
+from csrm.artefacts.cache import cache_dir
+from csrm.artefacts.manifest import GOLDEN_NAME
 from csrm.config import Settings, TablesSettings
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.doctor.machine import check_disk
 from csrm.embedding.contents import EncoderSettings, GoldenTexts
 from csrm.embedding.encoder import encoder_digest, open_encoder, read_encoder
 from csrm.errors import ConfigError
-from csrm.manifest import GOLDEN_NAME
 
 
 class CheckedSemantic(Settings):

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import csrm
+from csrm.artefacts.cache import cache_dir, is_far
 from csrm.bundle.contents import other_cpu
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.cache import cache_dir, is_far
 from csrm.doctor.checks import Check, CheckWarning, checked
 from csrm.errors import ConfigError, DeviceError
 from csrm.night.settings import NightSettings

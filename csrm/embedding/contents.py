@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from csrm.artefacts.manifest import read_golden, write_golden
 from csrm.config import Settings
-from csrm.manifest import read_golden, write_golden
 
 ENCODER_KIND = "encoder"
 FORMAT_VERSION = 1

@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from csrm.cache import fetch_folder
+from csrm.artefacts.cache import fetch_folder
+from csrm.artefacts.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, read_manifest, require_same
 from csrm.embedding.contents import ENCODER_KIND, FORMAT_VERSION, EncoderSettings, GoldenTexts, TextKind
 from csrm.errors import BundleError
-from csrm.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, read_manifest, require_same
 from csrm.scoring.similarity import cosine
 
 TOKENS_PER_CALL = 4_096
@@ -130,7 +130,7 @@ def load_encoder(
     """Open an encoder on a device, after it gave its golden vectors there.
 
     Args:
-        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.cache).
+        folder: a path, or the URI of a folder, which is fetched once and kept (see csrm.artefacts.cache).
         device: cpu, cuda, or cuda:<number>.
         threads: threads of one forward pass on the CPU; None for one per core.
         digest: what the encoder's digest must be, or begin with; None: any.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from csrm.artefacts.manifest import MODEL_NAME, TOKENIZER_NAME, check_replaceable, replace_folder, unfinished_folder
 from csrm.bundle.contents import BUNDLE_KIND, BundleSettings, Parity, TensorSpec
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle
@@ -19,7 +20,6 @@ from csrm.export.source import ExportSource, Reranker, open_source
 from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
 from csrm.export.weights import ModelWeights
-from csrm.manifest import MODEL_NAME, TOKENIZER_NAME, check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PairScorer

@@ -18,14 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from csrm.config import InputSpec, Settings
-from csrm.embedding.contents import ENCODER_KIND, EncoderSettings, GoldenTexts, Pooling, Recall, TextKind
-from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, graph_model, load_encoder
-from csrm.errors import ConfigError, ParityError
-from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
-from csrm.export.graph_files import check_locations
-from csrm.export.trials import logged_step
-from csrm.manifest import (
+from csrm.artefacts.manifest import (
     GOLDEN_NAME,
     MODEL_NAME,
     TOKENIZER_NAME,
@@ -35,6 +28,13 @@ from csrm.manifest import (
     unfinished_folder,
     write_manifest,
 )
+from csrm.config import InputSpec, Settings
+from csrm.embedding.contents import ENCODER_KIND, EncoderSettings, GoldenTexts, Pooling, Recall, TextKind
+from csrm.embedding.encoder import Encoder, TextModel, TextTokenizer, graph_model, load_encoder
+from csrm.errors import ConfigError, ParityError
+from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
+from csrm.export.graph_files import check_locations
+from csrm.export.trials import logged_step
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
 from csrm.scoring.similarity import cosine
 from csrm.training.model.families import check_weights

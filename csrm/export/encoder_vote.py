@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+from csrm.artefacts.manifest import MODEL_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, MOST_TOLERANCE, EncoderVote
 from csrm.bundle.loading import default_tokens_per_call, load_bundle, load_scorer
 from csrm.embedding.encoder import Encoder, open_encoder, read_encoder
@@ -19,7 +20,6 @@ from csrm.errors import ConfigError, InputError
 from csrm.export.parity import pack_spread
 from csrm.export.quality import measure_quality, query_ndcgs
 from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
-from csrm.manifest import MODEL_NAME, write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer

@@ -17,10 +17,11 @@ from onnx import compose, helper
 from pydantic import Field, model_validator
 from scipy.special import log_softmax, logsumexp
 
+from csrm.artefacts.cache import is_far
+from csrm.artefacts.manifest import MODEL_NAME, TOKENIZER_NAME, check_replaceable, replace_folder, unfinished_folder
 from csrm.bundle.contents import BUNDLE_KIND, Origin, Parity
 from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle, load_scorer
-from csrm.cache import is_far
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
 from csrm.export.encoder_vote import add_vote, open_voter
@@ -28,7 +29,6 @@ from csrm.export.graph_files import TORCH_TYPES, GraphReader, GraphWriter, check
 from csrm.export.parity import SCORE_TOLERANCE, compare_logits
 from csrm.export.quality import query_ndcgs
 from csrm.export.trials import grade_gains, logged_step, wanted_precisions, write_best_precision
-from csrm.manifest import MODEL_NAME, TOKENIZER_NAME, check_replaceable, replace_folder, unfinished_folder
 from csrm.scoring.labels import expected_gain
 from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PackScorer, PairScorer

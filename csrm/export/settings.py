@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from csrm.artefacts.tracking import Tracker
 from csrm.config import InputSpec, Markets, Settings
 from csrm.export.ensemble import Ensemble
 from csrm.export.source import Reranker
-from csrm.tracking import Tracker
 
 
 class ExportInputs(Settings):
@@ -61,7 +61,7 @@ class ExportConfig(Settings):
     grade of least expected cost is then predicted. Default: the most probable label."""
     tracking: Tracker | None = None
     """mlflow: the bundle goes to MLflow too, into the run of its training, and becomes a version of a registered model
-    with its card; see csrm.tracking."""
+    with its card; see csrm.artefacts.tracking."""
     registered_model_name: str = Field(default="csrm", pattern=r"^[^/:@]+$")
     """Name of that registered model. `bundle: models:/csrm/3` or `bundle: models:/csrm@alias` then names the bundle."""
 

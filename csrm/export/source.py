@@ -6,11 +6,11 @@ from pathlib import Path
 from pydantic import field_validator
 from tokenizers import Tokenizer
 
+from csrm.artefacts.manifest import file_digest, verify_manifest
 from csrm.bundle.contents import Origin
 from csrm.config import Settings
 from csrm.errors import ConfigError
 from csrm.export.weights import ModelWeights, TrainedWeights
-from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label, check_labels
 from csrm.scoring.template import PromptTemplate
 from csrm.scoring.tokenization import Budgets, PromptTokenizer

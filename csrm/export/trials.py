@@ -13,6 +13,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 
+from csrm.artefacts.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND, MOST_TOLERANCE, PLOT_NAME, BundleSettings, Precision, PrecisionReport
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import default_tokens_per_call, load_scorer
@@ -23,7 +24,6 @@ from csrm.export.parity import SCORE_TOLERANCE, pack_spread
 from csrm.export.precision import RECIPES, Recipe, recipes_for, write_precision
 from csrm.export.quality import gate, measure_quality, plot_precisions
 from csrm.export.w8a8 import channel_maxima
-from csrm.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import load_pack_scorer

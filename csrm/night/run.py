@@ -11,8 +11,8 @@ from datetime import date, datetime
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.artefacts.cache import pinned
 from csrm.bundle.loading import Bundle, load_bundle
-from csrm.cache import pinned
 from csrm.cli import Console
 from csrm.config import InputSpec
 from csrm.errors import AuditError, LeaseError

@@ -20,8 +20,8 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.functions import arrow_udf
 
 from csrm import errors
+from csrm.artefacts.cache import pinned
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.cache import pinned
 from csrm.conversions import NotConvertibleError, converted, found_in_arrow, is_kept, refusal
 from csrm.errors import BundleError, CsrmError, InputError
 from csrm.schemas import LABEL_PROBABILITIES, PAIR_KEY, SCORES_STAGING

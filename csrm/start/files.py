@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from csrm.artefacts.tracking import MODEL_SCHEME
 from csrm.config import InputSpec, folder_of_tables, parse_yaml
 from csrm.start.proposal import Proposal, base_model_setting
-from csrm.tracking import MODEL_SCHEME
 
 SHARED = "market.yaml"
 _EXTENDS = f"extends: {SHARED}\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 from tokenizers import Tokenizer
 
+from csrm.artefacts.manifest import check_replaceable, only_writer, replace_folder, verify_manifest
+from csrm.artefacts.tracking import tracked_run
 from csrm.errors import ConfigError
-from csrm.manifest import check_replaceable, only_writer, replace_folder, verify_manifest
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer
-from csrm.tracking import tracked_run
 from csrm.training.best_step import kept_step, known_scores
 from csrm.training.checks import TrainingData, check_data, warn_of_unknown_scripts
 from csrm.training.data.judged import JudgedPairs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from csrm.manifest import verify_manifest
+from csrm.artefacts.manifest import verify_manifest
 from csrm.scoring.phrasebook import Phrasebook
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.tokenization import PromptTokenizer

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
+from csrm.artefacts.tracking import Tracker
 from csrm.config import InputSpec, Markets, Settings
 from csrm.scoring.labels import ESCI_LABELS, Label, check_labels
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
-from csrm.tracking import Tracker
 from csrm.training.data.judged import TAUGHT, UNLABELLED, JudgedInputs
 from csrm.training.data.title_pairs import TitlePairs
 from csrm.training.data.translated_rows import TRANSLATED, TranslatedRows
@@ -92,7 +92,7 @@ class TrainConfig(Settings):
     without distillation, which trains many models."""
     tracking: Tracker | None = None
     """mlflow: settings, losses, dev metrics and the report go to MLflow too, which its environment names; see
-    csrm.tracking. Each start is a run."""
+    csrm.artefacts.tracking. Each start is a run."""
     model_dir: str
     """Where the trained folder goes; replaced when the training has ended. Stages and rounds lie beside it, in
     <model_dir>.stages: what has ended there is not run again while its inputs and settings stay the same."""

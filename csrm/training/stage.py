@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from csrm import __version__
+from csrm.artefacts.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.errors import ConfigError, InputError
-from csrm.manifest import check_replaceable, file_digest, replace_folder, verify_manifest, write_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate

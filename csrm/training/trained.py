@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from csrm.artefacts.manifest import file_digest, verify_manifest
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import file_digest, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.scoring.scorer import PairScorer
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate

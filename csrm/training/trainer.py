@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from csrm.artefacts.tracking import TrackedRun, current_run
 from csrm.errors import ConfigError
 from csrm.scoring.scorer import PairScorer
-from csrm.tracking import TrackedRun, current_run
 from csrm.training.best_step import DEV_SCORES, METRICS, DevSplit, evaluation_steps, joined_history
 from csrm.training.data.packs import PackFile, TrainingPack, collate
 from csrm.training.model.base import BaseModel, load_language_model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from csrm.manifest import verify_manifest
+from csrm.artefacts.manifest import verify_manifest
 from csrm.scoring.prompts import Translation
 from csrm.scoring.tokenization import PromptTokenizer
 from csrm.training.data.packs import TrainingPack, translation_packs

@@ -60,9 +60,9 @@ from speed_report import Spread, markdown
 from torch import nn
 from transformers import DynamicCache
 
+from csrm.artefacts.manifest import TOKENIZER_NAME
 from csrm.bundle.loading import TOKENS_PER_CALL
 from csrm.errors import CsrmError
-from csrm.manifest import TOKENIZER_NAME
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
 from csrm.scoring.packing import Group, Pack, lay_out
 from csrm.scoring.runtime import load_pack_scorer, require_device

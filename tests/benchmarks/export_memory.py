@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from speed_report import markdown
 from transformers import Qwen3Config
 
+from csrm.artefacts.manifest import MODEL_NAME, TOKENIZER_NAME, file_digest, write_manifest
 from csrm.bundle.golden import choose_golden_pairs
 from csrm.export.bundle import torch_scorer
 from csrm.export.graph_files import graph_files
@@ -44,7 +45,6 @@ from csrm.export.half import fuse_norms, write_half, write_rounded
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.streamed import empty_language_model
 from csrm.export.weights import TrainedWeights
-from csrm.manifest import MODEL_NAME, TOKENIZER_NAME, file_digest, write_manifest
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
 from csrm.scoring.packing import lay_out
 from csrm.scoring.scorer import pair_groups

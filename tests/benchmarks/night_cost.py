@@ -47,12 +47,12 @@ from speed import machine
 from speed_inputs import REPOSITORY, code_digest
 from speed_report import markdown
 
+from csrm.artefacts.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND, Origin
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle
 from csrm.capacity.figures import Run, bundle_figures, read_run, with_run
 from csrm.capacity.formula import PHASES, TABLE_BYTES, Machines, PhaseCost, Plan
-from csrm.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 from csrm.scoring.packing import Pack
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PAIR_COLUMNS, PairScorer

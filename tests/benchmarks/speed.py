@@ -41,7 +41,7 @@ from speed_contenders import LOADERS, MATMUL
 from speed_inputs import PAIRS, REPOSITORY, SEEDED_MODELS, WORKLOADS, code_digest
 from speed_report import write_report
 
-from csrm.manifest import MANIFEST_NAME, file_digest
+from csrm.artefacts.manifest import MANIFEST_NAME, file_digest
 from csrm.scoring.runtime import cpu_features
 
 HERE = Path(__file__).parent

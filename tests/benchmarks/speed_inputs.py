@@ -31,9 +31,9 @@ import numpy as np
 import pandas as pd
 from tokenizers import Tokenizer
 
+from csrm.artefacts.manifest import MANIFEST_NAME, TOKENIZER_NAME, file_digest, write_manifest
 from csrm.bundle.contents import Precision
 from csrm.bundle.loading import load_bundle
-from csrm.manifest import MANIFEST_NAME, TOKENIZER_NAME, file_digest, write_manifest
 from csrm.market import generate_market
 from csrm.market.categories import Storefront, category_markets
 from csrm.scoring.labels import ESCI_LABELS

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from csrm.artefacts.manifest import MANIFEST_NAME, write_manifest
 from csrm.bundle.card import bundle_card
 from csrm.bundle.contents import other_cpu
 from csrm.bundle.golden import GoldenPairs
@@ -19,7 +20,6 @@ from csrm.bundle.loading import GOLDEN_AT_LOAD, load_bundle, load_scorer
 from csrm.cli import Console
 from csrm.commands.bundle import main
 from csrm.errors import BundleError, ConfigError, DeviceError
-from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.night.messages import warn_of_other_cpu
 from csrm.scoring import runtime
 from csrm.spark.scoring import ScorerInfo

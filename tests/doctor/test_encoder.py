@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
-from csrm import manifest
+from csrm.artefacts import manifest
 from csrm.commands.doctor import main
 from csrm.doctor.checks import Check, checked
 from csrm.doctor.cluster import check_text_vectors

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
 
+from csrm.artefacts.manifest import write_manifest
 from csrm.cli import setting_arguments
 from csrm.commands.export_encoder import main
 from csrm.embedding import load_encoder
@@ -18,7 +19,6 @@ from csrm.embedding.contents import GoldenTexts
 from csrm.errors import BundleError, ConfigError, InputError, ParityError
 from csrm.export import encoder as export
 from csrm.export.encoder import EncoderExportConfig, encoder_settings, export_encoder
-from csrm.manifest import write_manifest
 from tests.export.encoder_models import FAMILIES, HIDDEN_SIZE, write_encoder_model, write_json
 
 TITLES = ["캠핑 텐트 4인용", "無線藍牙耳機", "Red running shoe, size 42", "x", "🎁 gift " * 40]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from csrm.artefacts.manifest import MANIFEST_NAME, write_manifest
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.embedding import load_encoder
@@ -19,7 +20,6 @@ from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
 from csrm.export.encoder_vote import fit_pair_map
 from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
-from csrm.manifest import MANIFEST_NAME, write_manifest
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
 from csrm.training.distillation.teacher import text_cosines

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config
 
+from csrm.artefacts.manifest import file_digest, write_manifest
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.errors import BundleError, ConfigError, DeviceError, ParityError
 from csrm.export import bundle as export_module
 from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.parity import check_parity
 from csrm.export.weights import TrainedWeights
-from csrm.manifest import file_digest, write_manifest
 from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Pack, build_packs, lay_out
 from csrm.scoring.runtime import load_pack_scorer

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from csrm.artefacts.manifest import load_manifest, write_manifest
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.cli import Console, run_job, setting_arguments
@@ -22,7 +23,6 @@ from csrm.export.bundle import export_bundle
 from csrm.export.pairs import proof_pairs
 from csrm.export.settings import ExportConfig
 from csrm.export.source import Reranker, open_source
-from csrm.manifest import load_manifest, write_manifest
 from csrm.night.messages import warn_of_query_languages
 from csrm.scoring.prompts import prompt_text
 from csrm.scoring.scorer import pair_texts

@@ -15,6 +15,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from csrm.artefacts.manifest import write_manifest
 from csrm.errors import BundleError, ConfigError
 from csrm.export import graph_files as graph_files_module
 from csrm.export.bundle import check_merge, torch_scorer
@@ -24,7 +25,6 @@ from csrm.export.packed_onnx import export_packed_graph
 from csrm.export.precision import Recipe, write_precision
 from csrm.export.streamed import StreamedModel, empty_language_model
 from csrm.export.weights import FileWeights, TrainedWeights, Weights
-from csrm.manifest import write_manifest
 from csrm.scoring.labels import ESCI_LABELS
 from csrm.scoring.packing import Group, build_packs
 from csrm.scoring.runtime import load_pack_scorer

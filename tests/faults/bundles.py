@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from csrm.artefacts.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle
-from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, write_manifest
 
 ERROR_MARK, NAN_MARK, NAN_PACK_MARK, HANG_MARK, TOKENIZER_MARK = "Ж", "Ա", "א", "Ω", "ܐ"
 """Letters of two bytes of alphabets that no other text of these tests uses; the first byte is a token of its own."""

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
+from csrm.artefacts.manifest import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.config import InputSpec, load_config
 from csrm.errors import BundleError, ConfigError, CsrmError, InputError
-from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, TOKENIZER_NAME, write_manifest
 from csrm.night.settings import ScoringConfig
 from csrm.schemas import RETRIEVAL_TABLE
 from csrm.spark.inputs import read_input

@@ -11,11 +11,11 @@ import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
+from csrm.artefacts.manifest import write_manifest
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.loading import load_bundle
 from csrm.commands import score_catalog
 from csrm.errors import BundleError, InputError
-from csrm.manifest import write_manifest
 from csrm.night import run
 from csrm.spark.commits import session_settings
 from tests.faults.bundles import give_one_score

@@ -14,15 +14,15 @@ import pandas as pd
 import pytest
 from pydantic import Field
 
-from csrm import cache
+from csrm.artefacts import cache
+from csrm.artefacts.cache import artefact_kind, fetch_folder, pinned
+from csrm.artefacts.manifest import verify_manifest
+from csrm.artefacts.tracking import register_bundle, tracked_run
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.cache import artefact_kind, fetch_folder, pinned
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import bundle, export_bundle, train
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import verify_manifest
-from csrm.tracking import register_bundle, tracked_run
 
 STARTS_WITHIN_S = 200
 

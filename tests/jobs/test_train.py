@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from csrm.artefacts.manifest import verify_manifest
 from csrm.bundle.loading import load_scorer
 from csrm.cli import run_job, setting_arguments
 from csrm.commands import export_bundle, train
-from csrm.manifest import verify_manifest
 from csrm.training.model.tiny import train_byte_tokenizer, write_tiny_base_model
 from csrm.training.settings import TranslationSettings
 from csrm.training.tuning import Tuning

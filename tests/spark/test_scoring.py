@@ -19,6 +19,7 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from csrm.artefacts.manifest import GOLDEN_NAME, MANIFEST_NAME, write_manifest
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import load_bundle, load_scorer
@@ -26,7 +27,6 @@ from csrm.cli import Console
 from csrm.embedding import load_encoder
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
 from csrm.export.ensemble import Ensemble, export_ensemble
-from csrm.manifest import GOLDEN_NAME, MANIFEST_NAME, write_manifest
 from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.explanation import label_probabilities

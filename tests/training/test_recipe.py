@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from csrm.artefacts.manifest import only_writer, verify_manifest
 from csrm.config import InputSpec
 from csrm.errors import ConfigError, InputError
-from csrm.manifest import only_writer, verify_manifest
 from csrm.scoring.labels import Label
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
 from csrm.training.distillation.rounds import Distillation

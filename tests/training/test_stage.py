@@ -17,8 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from csrm.artefacts.manifest import file_digest, write_manifest
 from csrm.errors import BundleError, ConfigError, InputError
-from csrm.manifest import file_digest, write_manifest
 from csrm.scoring.labels import BINARY_LABELS, ESCI_LABELS
 from csrm.scoring.prompts import Translation
 from csrm.scoring.scorer import PairScorer

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 from sklearn.metrics import roc_auc_score
 
+from csrm.artefacts.cache import artefact_kind
 from csrm.bundle.contents import BUNDLE_KIND
 from csrm.bundle.loading import load_scorer
-from csrm.cache import artefact_kind
 from csrm.config import InputSpec, Markets, Settings
 from csrm.embedding.contents import ENCODER_KIND
 from csrm.embedding.encoder import Encoder, load_encoder

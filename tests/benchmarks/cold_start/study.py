@@ -33,8 +33,8 @@ import pandas as pd
 from legs import GENERATED, REAL_NOISE, Leg, ndcg, read_english, write_english, write_esci
 from report import JOINT_ROWS, joint_results, write_report
 
+from csrm.artefacts.manifest import file_digest
 from csrm.cli import setting_arguments
-from csrm.manifest import file_digest
 from csrm.scoring.scorer import PairScorer
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
 from csrm.training.model.base import BaseModel, load_language_model, load_tokenizer

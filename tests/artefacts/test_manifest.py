@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from csrm.errors import BundleError, ConfigError
-from csrm.manifest import (
+from csrm.artefacts.manifest import (
     check_replaceable,
     load_manifest,
     only_writer,
@@ -13,6 +12,7 @@ from csrm.manifest import (
     verify_manifest,
     write_manifest,
 )
+from csrm.errors import BundleError, ConfigError
 
 
 @pytest.fixture

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from csrm import cache as delivery
-from csrm.cache import fetch_folder
+from csrm.artefacts import cache as delivery
+from csrm.artefacts.cache import fetch_folder
+from csrm.artefacts.manifest import verify_manifest, write_manifest
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import verify_manifest, write_manifest
 from tests.disks import small_disk
 
 KIND = "bundle"
 
-FETCH = "import sys; from csrm.cache import fetch_folder; print(fetch_folder(sys.argv[1], 'bundle'), flush=True); "
+FETCH = (
+    "import sys; from csrm.artefacts.cache import fetch_folder; "
+    "print(fetch_folder(sys.argv[1], 'bundle'), flush=True); "
+)
 HOLD = FETCH + "sys.stdin.readline()"
 
 
@@ -100,7 +103,7 @@ def test_a_damaged_entry_in_use_is_an_error_and_not_a_hang(
 
 def test_what_a_killed_download_leaves_is_not_used(cache: Path, tmp_path: Path) -> None:
     uri = artefact(tmp_path / "far")
-    slow = "import csrm.cache as d, time\ncopy = d.pa_fs.copy_files\n"
+    slow = "import csrm.artefacts.cache as d, time\ncopy = d.pa_fs.copy_files\n"
     slow += "def copy_slowly(*args):\n    copy(*args); print('one file', flush=True); time.sleep(60)\n"
     slow += "d.pa_fs.copy_files = copy_slowly\n" + FETCH
     process = fetching_process(uri, slow)

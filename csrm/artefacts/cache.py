@@ -23,9 +23,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.fs as pa_fs
 
+from csrm.artefacts.manifest import MANIFEST_NAME, Manifest, parse_manifest, verify_manifest
+from csrm.artefacts.tracking import MODEL_SCHEME, download_model, pinned_model, read_model_text
 from csrm.errors import BundleError, ConfigError
-from csrm.manifest import MANIFEST_NAME, Manifest, parse_manifest, verify_manifest
-from csrm.tracking import MODEL_SCHEME, download_model, pinned_model, read_model_text
 
 DEFAULT_CACHE_GB = 50.0
 _PATIENCE_S = 30.0
@@ -88,7 +88,7 @@ def fetch_folder(place: str | Path, kind: str) -> Path:
 
     Args:
         place: a path, which is returned as it is, or a URI.
-        kind: of the artefact, see csrm.manifest.
+        kind: of the artefact, see csrm.artefacts.manifest.
 
     Raises:
         BundleError: there is no such artefact, it does not arrive whole, or it does not fit into the cache.
