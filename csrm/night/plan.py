@@ -163,11 +163,14 @@ def plan_pairs(
     )
 
 
-def with_rejections(planned_df: DataFrame, staged_df: DataFrame) -> DataFrame:
+def with_rejections(planned_df: DataFrame, published_df: DataFrame, staged_df: DataFrame) -> DataFrame:
     """Planned pairs, of which those that could not be scored are rejected now, with the reason that scoring found.
+
+    A pair whose published score is still right keeps it as "unchanged": only its label probabilities were to come.
 
     Args:
         planned_df: columns of run_pairs.
+        published_df: market, query_id, product_id, pair_key of relevance_scores.
         staged_df: columns of scores_staging. Where a pair has a score there too, the score counts.
     """
     key = [*PAIR_KEY, "pair_key"]
@@ -175,13 +178,15 @@ def with_rejections(planned_df: DataFrame, staged_df: DataFrame) -> DataFrame:
         staged_df.groupBy(*key)
         .agg(F.min("reason").alias("found_reason"), F.count("relevance_score").alias("num_scores"))
         .where((F.col("num_scores") == 0) & F.col("found_reason").isNotNull())
+        .join(published_df.select(*key, F.lit(True).alias("is_published")), on=key, how="left")
     )
     is_waiting = F.col("state").isin("staged", "to_score")
     is_failed = is_waiting & F.col("found_reason").isNotNull()
+    is_kept = is_failed & F.col("is_published").isNotNull()
     return (
         planned_df.join(failed_df, on=key, how="left")
-        .withColumn("reason", F.when(is_failed, F.col("found_reason")).otherwise(F.col("reason")))
-        .withColumn("state", F.when(is_failed, "rejected").otherwise(F.col("state")))
+        .withColumn("reason", F.when(is_failed & ~is_kept, F.col("found_reason")).otherwise(F.col("reason")))
+        .withColumn("state", F.when(is_kept, "unchanged").when(is_failed, "rejected").otherwise(F.col("state")))
         .select(*planned_df.columns)
     )
 

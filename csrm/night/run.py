@@ -254,7 +254,7 @@ def score_run(context: RunContext, plan: RunPlan) -> ScoredRun:
     staged_df = _usable_staging(context)
     if not staged_df.where("reason IS NOT NULL").isEmpty():
         context.require_leases()
-        planned_df = _with_own_plan(context, with_rejections(planned_df, staged_df))
+        planned_df = _with_own_plan(context, with_rejections(planned_df, context.published_df, staged_df))
         write_run_rows(planned_df.where("state = 'rejected'"), REJECTED_PAIRS, config.tables, run_id)
         counts = count_plan(planned_df, config.markets, context.inputs["candidates"].path)
         say_rejected_pairs(console, counts.rejected)

@@ -198,9 +198,7 @@ def test_label_probabilities_are_filled_once_where_they_are_asked_for(
     assert market.scores().equals(asked)
 
 
-def test_a_staged_score_without_probabilities_does_not_stand_for_a_pair_that_failed_when_asked_for_them(
-    spark: SparkSession, scored_market: Market
-) -> None:
+def test_a_right_score_stays_where_its_probabilities_cannot_be_had(spark: SparkSession, scored_market: Market) -> None:
     market = scored_market
     path = str(market.folder / "tables" / "scores_staging")
     is_pair = (F.col("market") == KR) & (F.col("query_id") == "q0") & (F.col("product_id") == "p0")
@@ -213,8 +211,11 @@ def test_a_staged_score_without_probabilities_does_not_stand_for_a_pair_that_fai
 
     market.score("asked", label_probabilities=True)
 
-    assert market.run("asked")["rejected"] == {"model_error": 1}
-    assert market.run("asked")["changes"] == {"update": 47, "delete": 1}
+    assert market.run("asked")["rejected"] == {}
+    assert market.run("asked")["changes"] == {"update": 47}
+    scores = market.scores()
+    assert scores["relevance_score"].notna().all()
+    assert scores["label_probabilities"].isna().sum() == 1
 
 
 def test_a_night_scores_what_changed_and_the_change_feed_holds_exactly_that(

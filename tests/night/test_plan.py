@@ -327,6 +327,8 @@ def test_pairs_that_could_not_be_scored_are_rejected_unless_an_attempt_has_score
             ("kr", "q", "failed, then scored", 4, "staged", None),
             ("kr", "q", "failed with another text", 5, "to_score", None),
             ("kr", "q", "published", 6, "unchanged", None),
+            ("kr", "q", "published without probabilities", 7, "to_score", None),
+            ("kr", "q", "published with another text", 8, "to_score", None),
             ("kr", "q", "gone", None, "rejected", "no_product"),
         ],
         "market string, query_id string, product_id string, pair_key bigint, state string, reason string",
@@ -340,11 +342,22 @@ def test_pairs_that_could_not_be_scored_are_rejected_unless_an_attempt_has_score
             ("kr", "q", "failed, then scored", 4, 0.5, None),
             ("kr", "q", "failed with another text", 55, None, "model_error"),
             ("kr", "q", "published", 6, None, "model_error"),
+            ("kr", "q", "published without probabilities", 7, None, "model_error"),
+            ("kr", "q", "published with another text", 8, None, "model_error"),
         ],
         "market string, query_id string, product_id string, pair_key bigint, relevance_score float, reason string",
     )
 
-    rows = with_rejections(planned_df, staged_df).collect()
+    published_df = spark.createDataFrame(
+        [
+            ("kr", "q", "published", 6),
+            ("kr", "q", "published without probabilities", 7),
+            ("kr", "q", "published with another text", 88),
+        ],
+        "market string, query_id string, product_id string, pair_key bigint",
+    )
+
+    rows = with_rejections(planned_df, published_df, staged_df).collect()
 
     assert {row["product_id"]: (row["state"], row["reason"]) for row in rows} == {
         "scored": ("to_score", None),
@@ -353,6 +366,8 @@ def test_pairs_that_could_not_be_scored_are_rejected_unless_an_attempt_has_score
         "failed, then scored": ("staged", None),
         "failed with another text": ("to_score", None),
         "published": ("unchanged", None),
+        "published without probabilities": ("unchanged", None),
+        "published with another text": ("rejected", "model_error"),
         "gone": ("rejected", "no_product"),
     }
-    assert len(rows) == 7
+    assert len(rows) == 9
