@@ -11,13 +11,12 @@ from csrm.config import TablesSettings
 from csrm.errors import ConfigError, InputError
 from csrm.night.leases import hold_leases
 from csrm.night.publish import Publication
-from csrm.night.published import is_same_table, require_unique_pairs
-from csrm.night.runs import PUBLISHED, read_newest, read_nights, require_run
+from csrm.night.published import is_same_table
+from csrm.night.runs import PUBLISHED, read_nights, require_run
 from csrm.night.settings import LEASE_SECONDS, LeaseSeconds
 from csrm.operations.interventions import publish_intervention
 from csrm.operations.maintenance import market_files, missing_files
-from csrm.schemas import PAIR_KEY, RELEVANCE_SCORES
-from csrm.spark.session import persisted
+from csrm.schemas import RELEVANCE_SCORES
 from csrm.spark.tables import read_table, table_path
 
 
@@ -46,20 +45,17 @@ def roll_back(spark: SparkSession, config: RollbackConfig, market: str, *, run_i
     with hold_leases(spark, config.tables, [market], f"jobs/rollback.py to {run_id}", config.lease_seconds) as leases:
         run = require_run(spark, config.tables, run_id)
         wanted_df = read_published_state(spark, config.tables, run, market)
-        published_df = read_newest(spark, RELEVANCE_SCORES, config.tables).where(F.col("market") == market)
-        path = table_path(config.tables, RELEVANCE_SCORES)
-        require_unique_pairs(spark, published_df, path)
-        with persisted(exact_changes(wanted_df, published_df)) as changes_df:
-            return publish_intervention(
-                spark,
-                config.tables,
-                changes_df,
-                market=market,
-                lease=leases[market],
-                verdict="rolled_back",
-                metadata={"rollback_to": run_id},
-                inputs={RELEVANCE_SCORES.name: f"{without_credentials(path)}@v{run['published_version']}"},
-            )
+        path = without_credentials(table_path(config.tables, RELEVANCE_SCORES))
+        return publish_intervention(
+            spark,
+            config.tables,
+            wanted_df,
+            market=market,
+            lease=leases[market],
+            verdict="rolled_back",
+            metadata={"rollback_to": run_id},
+            inputs={RELEVANCE_SCORES.name: f"{path}@v{run['published_version']}"},
+        )
 
 
 def read_published_state(spark: SparkSession, tables_dir: str, run: Mapping[str, Any], market: str) -> DataFrame:
@@ -108,31 +104,6 @@ def published_runs(spark: SparkSession, tables_dir: str, market: str) -> list[tu
     runs_df = read_nights(spark, tables_dir).where(is_published)
     rows = runs_df.select("run_id", "published_version").orderBy("published_version", "started_at").collect()
     return [(row["run_id"], row["published_version"]) for row in rows]
-
-
-def exact_changes(wanted_df: DataFrame, published_df: DataFrame) -> DataFrame:
-    """What turns the published rows into the wanted ones, to the last bit of every column.
-
-    Args:
-        wanted_df: columns of relevance_scores, one row a pair.
-        published_df: the same.
-
-    Returns:
-        The columns of relevance_scores and `operation`: insert, update, or delete (then only the key is set).
-    """
-    key = list(PAIR_KEY)
-    values = [column for column in RELEVANCE_SCORES.columns if column.name not in key]
-    maps = [column.name for column in values if column.type.startswith("map")]  # Spark compares their entries only
-    comparable = [F.map_entries(c.name).alias(c.name) if c.name in maps else F.col(c.name) for c in values]
-    new_df = wanted_df.select(*key, F.struct(*comparable).alias("new"))
-    old_df = published_df.select(*key, F.struct(*comparable).alias("old"))
-    operation = F.when(F.col("old").isNull(), "insert").when(F.col("new").isNull(), "delete").otherwise("update")
-    return (
-        new_df.join(old_df, on=key, how="full")
-        .where(~F.col("new").eqNullSafe(F.col("old")))
-        .select(*key, "new.*", operation.alias("operation"))
-        .withColumns({name: F.map_from_entries(name) for name in maps})
-    )
 
 
 def _is_left(spark: SparkSession, path: str, market: str, version: int) -> bool:

@@ -15,6 +15,7 @@ from csrm.errors import ConfigError, InputError
 from csrm.night import publish as night_publish
 from csrm.night.published import is_still_published
 from csrm.night.runs import read_newest, require_run
+from csrm.operations import interventions as interventions_of
 from csrm.operations import rollback as rollback_of
 from csrm.operations.history import interventions, read_runs, taken_back
 from csrm.operations.maintenance import remove_old_files, set_retention
@@ -213,7 +214,7 @@ def test_a_market_is_rolled_back_across_a_migration(
     newer = replace(RELEVANCE_SCORES, columns=(*columns, note, last), schema_version=version)
     assert migrate_table(spark, newer, path) == ["note"]
     DeltaTable.forPath(spark, path).update("product_id = 'p1'", {"note": "'written since'"})
-    for module in (rollback_of, night_publish):
+    for module in (rollback_of, interventions_of, night_publish):
         monkeypatch.setattr(module, "RELEVANCE_SCORES", newer)
 
     publication = roll_back(spark, RollbackConfig(tables=tables_dir), HOSTILE_MARKET, run_id="r1")
