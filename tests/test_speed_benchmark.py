@@ -59,6 +59,7 @@ def test_a_ratio_is_the_median_over_turns_of_the_two_runs_of_a_turn(speed: Modul
     assert report.ratio(cell, "fast", "absent") is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_tiny_benchmark_measures_two_contenders_and_keeps_the_cell(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def export(folder: Path) -> None:
     print(json.dumps({"peak": peak.value, "memory_gb": memory, "sizes_gb": sizes, "differences": differences}))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_model_above_2_gb_has_its_weights_beside_the_graph(tmp_path: Path) -> None:

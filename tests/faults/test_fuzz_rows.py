@@ -103,6 +103,7 @@ def expected_reasons(night: Night) -> pd.Series:
 
 @pytest.mark.fault("ten thousand generated rows: any text in any column, keys too")
 @pytest.mark.spark
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_of_ten_thousand_generated_rows_none_is_lost(spark: SparkSession, night: Night) -> None:

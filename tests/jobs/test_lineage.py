@@ -13,7 +13,7 @@ from csrm.commands import generate_market
 from csrm.errors import ConfigError
 from csrm.spark.jars import resolve_jars
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 
 

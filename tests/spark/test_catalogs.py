@@ -135,6 +135,7 @@ assert [(row.query, row.title, row.relevance_score) for row in rows] == [("shoe"
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_hive_metastore_keeps_the_view_of_the_page(spark: SparkSession, tmp_path: Path, run: Run) -> None:
     publish(spark, str(tmp_path), "r1", {"us": {("q1", "p1"): 0.5}}, day=0)
