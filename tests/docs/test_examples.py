@@ -114,7 +114,7 @@ def test_score_in_spark_prints_the_best_product_of_each_query(run_example: Calla
         "Creme Rinse for Damaged Hair, 350ml",
         "Navy Nonstick Skillet, 9.5-Inch",
     ]
-    assert [float(line.split("  ")[-2]) for line in lines] == pytest.approx([0.378, 0.199], abs=0.0011)
+    assert [float(line.split("  ")[-2]) for line in lines] == pytest.approx([0.061, 0.230], abs=0.0011)
 
 
 @pytest.mark.spark
