@@ -10,6 +10,13 @@ from csrm.bundle.contents import BUNDLE_KIND, Estimate, PrecisionReport, made_wi
 from csrm.bundle.loading import Bundle, load_bundle
 from csrm.errors import BundleError, ConfigError
 from csrm.scoring.template import BUILT_IN_TEMPLATE
+from csrm.scoring.vote import Voter
+
+_VOTERS: dict[Voter, str] = {
+    "model": "the model's log-odds",
+    "words": "the query's words that the product names",
+    "encoder": "the encoder's cosine",
+}
 
 
 def bundle_card(bundle: Bundle) -> str:
@@ -23,18 +30,18 @@ def bundle_card(bundle: Bundle) -> str:
     template = f"template {settings.template_version}"
     if settings.template != BUILT_IN_TEMPLATE:
         template = f"own template, cue {settings.template.cue!r}"
-    encoder = []
-    if (vote := settings.encoder) is not None:
+    beside = []
+    if (vote := settings.vote) is not None:
+        if vote.encoder is not None:
+            beside.append(f"encoder     {vote.encoder.model} ({vote.encoder.digest[:12]})")
+        weights = ", ".join(f"{weight:.2f} of {_VOTERS[name]}" for name, weight in vote.weights.items())
         found = ", ".join(f"{value:.3f} {name}" for name, value in vote.ndcg.items())
-        encoder = [
-            f"encoder     {vote.model} ({vote.digest[:12]}), weights {vote.weights[0]:.2f} of the model and "
-            f"{vote.weights[1]:.2f} of the encoder; nDCG@10 on the {vote.num_queries} queries that chose them: {found}"
-        ]
+        beside.append(f"vote        {weights}; nDCG@10 on the {vote.num_queries} queries that chose them: {found}")
     lines = [
         f"bundle      {bundle.folder}",
         f"digest      {bundle.digest}",
         f"model       {origin.base_model}{trained}{', adapters merged' if origin.adapter else ''}",
-        *encoder,
+        *beside,
         f"precision   {settings.precision}, proven on {settings.device}; {bundle.num_bytes / 1e6:,.1f} MB",
         *([f"speed       of a CPU with {', '.join(settings.cpu_features)}"] if settings.cpu_features else []),
         f"labels      {labels}",

@@ -1,7 +1,7 @@
 """What `manifest.json` of a bundle says under `about`, and the names of the bundle's files."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -9,9 +9,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from csrm.config import Settings
 from csrm.scoring.labels import Label, cost_matrix
 from csrm.scoring.prompts import TEMPLATE_VERSION
-from csrm.scoring.similarity import LabelMap
 from csrm.scoring.template import BUILT_IN_TEMPLATE, PromptTemplate
 from csrm.scoring.tokenization import Budgets
+from csrm.scoring.vote import VOTERS, LabelMap, Voter
 
 BUNDLE_KIND = "bundle"
 FORMAT_VERSION = 3
@@ -106,28 +106,46 @@ class Origin(Settings):
     model."""
 
 
-class EncoderVote(Settings):
-    """The encoder in a bundle, in ENCODER_FOLDER: it votes in each score, see csrm.scoring.similarity."""
+class VotingEncoder(Settings):
+    """The encoder of a bundle, in ENCODER_FOLDER."""
 
     digest: str
-    """Of the encoder."""
     model: str
     """Name of the model that it was exported from."""
-    weights: tuple[float, float]
-    """Of the log-odds of the model's score and of the cosine, 0 or more: slopes of csrm.scoring.similarity.LabelMap."""
+
+
+class BundleVote(Settings):
+    """What votes in each score of a bundle beside its model, see csrm.scoring.vote."""
+
+    weights: dict[Voter, Annotated[float, Field(ge=0)]]
+    """Of the features of csrm.scoring.vote.Voters: slopes of its LabelMap."""
     thresholds: tuple[float, ...] = Field(min_length=1)
     """Of each label but the least relevant one, ascending."""
     num_queries: int = Field(ge=1)
     """Judged queries that chose weights and thresholds."""
     ndcg: dict[str, float]
-    """nDCG@10 on them, of the model, of the encoder, and of both."""
+    """nDCG@10 on them, of each voter alone, and of all together."""
+    encoder: VotingEncoder | None = None
     golden_median: float
     """Median score of the golden pairs, whose own scores are the model's alone."""
+    golden_words: float | None = None
+    """Mean of csrm.scoring.vote.named_share over the golden pairs; None where words do not vote."""
+
+    @model_validator(mode="after")
+    def _has_what_votes(self) -> Self:
+        if "model" not in self.weights or len(self.weights) < 2:
+            raise ValueError(f"weights: expected the model and another voter, got {sorted(self.weights)}")
+        for name, given in (("encoder", self.encoder), ("words", self.golden_words)):
+            if (name in self.weights) != (given is not None):
+                raise ValueError(f"weights: expected {name} there where the vote has it, got {sorted(self.weights)}")
+        return self
 
     @property
     def label_map(self) -> LabelMap:
-        """Label probabilities by csrm.scoring.similarity.vote_features."""
-        return LabelMap(np.array(self.weights), np.array(self.thresholds))
+        """Label probabilities by the features of csrm.scoring.vote.Voters."""
+        return LabelMap(
+            np.array([self.weights[name] for name in VOTERS if name in self.weights]), np.array(self.thresholds)
+        )
 
 
 class BundleSettings(Settings):
@@ -140,8 +158,8 @@ class BundleSettings(Settings):
     labels: tuple[Label, ...] = Field(min_length=2)
     grade_costs: dict[str, dict[str, float]] | None = None
     """See csrm.scoring.labels.GradeCosts; not written where there are none."""
-    encoder: EncoderVote | None = None
-    """An encoder that scores too; not written where there is none."""
+    vote: BundleVote | None = None
+    """What scores beside the model; not written where nothing does."""
     budgets: Budgets
     precision: Precision
     device: str
@@ -171,8 +189,8 @@ class BundleSettings(Settings):
 
     @model_validator(mode="after")
     def _thresholds_are_of_labels(self) -> Self:
-        if self.encoder is not None and len(self.encoder.thresholds) != len(self.labels) - 1:
-            raise ValueError(f"encoder.thresholds: expected {len(self.labels) - 1}, got {len(self.encoder.thresholds)}")
+        if self.vote is not None and len(self.vote.thresholds) != len(self.labels) - 1:
+            raise ValueError(f"vote.thresholds: expected {len(self.labels) - 1}, got {len(self.vote.thresholds)}")
         return self
 
     @model_serializer(mode="wrap")
@@ -184,8 +202,8 @@ class BundleSettings(Settings):
             del values["origin"]["ensemble"]
         if self.grade_costs is None:
             del values["grade_costs"]
-        if self.encoder is None:
-            del values["encoder"]
+        if self.vote is None:
+            del values["vote"]
         return values
 
     @property

@@ -15,15 +15,17 @@ from csrm.config import problems_of
 from csrm.embedding.encoder import load_encoder
 from csrm.errors import BundleError, ConfigError
 from csrm.scoring.prompts import TEMPLATE_VERSION
-from csrm.scoring.scorer import PairScorer
-from csrm.scoring.similarity import Similarity
+from csrm.scoring.scorer import PairScorer, pair_texts
 from csrm.scoring.tokenization import SEEN_TOKENS_NAME, PromptTokenizer
+from csrm.scoring.vote import Vote, Voters, named_share
 
 TOKENS_PER_CALL = {"cpu": 1_024, "cuda": 16_384}
 """Most tokens of one forward pass on a device. On a CPU they hold a usual query's group, and what attention computes of
 it stays in the cache. On a GPU issuing a layer's kernels takes the same time for 512 tokens and for these."""
 GOLDEN_AT_LOAD = 8
 """Golden pairs that are scored whenever a bundle is loaded: about the pairs of two packs."""
+_WORDS_TOLERANCE = 1e-9
+"""Of a mean of shares, which are sums of the same fractions in the same order."""
 
 
 @dataclass(frozen=True)
@@ -179,22 +181,38 @@ def load_scorer(
         )
     except BundleError as error:
         raise BundleError(f"bundle {str(bundle.folder)!r} on device {device!r}: {error}") from error
-    scorer.similarity = _similarity(bundle, device, threads)  # its encoder has golden texts of its own
+    scorer.vote = _vote(bundle, golden, device, threads)
     scorer.num_tokens = scorer.num_prompt_tokens = 0  # only what is asked for is counted
     return scorer
 
 
-def _similarity(bundle: Bundle, device: str, threads: int | None) -> Similarity | None:
-    """The vote of the bundle's encoder; None where it has none.
+def _vote(bundle: Bundle, golden: GoldenPairs, device: str, threads: int | None) -> Vote | None:
+    """What votes beside the bundle's model; None where nothing does. The encoder proves its golden texts.
 
     Raises:
-        BundleError: the encoder is not the one that the bundle names, or gives other vectors here.
+        BundleError: the encoder is not the one that the bundle names, or gives other vectors here; or words are cut
+            otherwise here than where the bundle was made.
     """
-    vote = bundle.settings.encoder
+    vote = bundle.settings.vote
     if vote is None:
         return None
-    encoder = load_encoder(bundle.folder / ENCODER_FOLDER, device, threads=threads, digest=vote.digest)
-    return Similarity(encoder.embed, vote.label_map, bundle.settings.labels)
+    if vote.golden_words is not None and abs(golden_words(golden) - vote.golden_words) > _WORDS_TOLERANCE:
+        raise BundleError(
+            f"bundle {str(bundle.folder)!r}: its golden products name {vote.golden_words:.4f} of their queries' words, "
+            f"and {golden_words(golden):.4f} as this CSRM ({version('csrm')}) cuts words: its vote of words would "
+            "be another one. Export the model again, or use the CSRM that exported it."
+        )
+    embed = None
+    if vote.encoder is not None:
+        folder = bundle.folder / ENCODER_FOLDER
+        embed = load_encoder(folder, device, threads=threads, digest=vote.encoder.digest).embed
+    voters = Voters(counts_words=vote.golden_words is not None, embed=embed)
+    return Vote(voters, vote.label_map, bundle.settings.labels)
+
+
+def golden_words(golden: GoldenPairs) -> float:
+    """Mean share of the golden queries' words that their products name."""
+    return float(np.mean([named_share(query.query, product) for query, product in pair_texts(golden.pairs)]))
 
 
 def default_tokens_per_call(device: str) -> int:

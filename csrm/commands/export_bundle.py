@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision=config.precision,
             device=config.device,
             grade_labels=config.grade_labels,
+            vote=config.vote,
         )
     else:
         bundle = export_bundle(
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config.device,
             config.grade_labels,
             grade_costs=config.grade_costs,
+            vote=config.vote,
         )
     card = bundle_card(bundle)
     print(card)

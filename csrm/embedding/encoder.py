@@ -12,7 +12,7 @@ from csrm.artefacts.cache import fetch_folder
 from csrm.artefacts.manifest import GOLDEN_NAME, MODEL_NAME, TOKENIZER_NAME, load_manifest, read_manifest, require_same
 from csrm.embedding.contents import ENCODER_KIND, FORMAT_VERSION, EncoderSettings, GoldenTexts, TextKind
 from csrm.errors import BundleError
-from csrm.scoring.similarity import cosine
+from csrm.scoring.vote import cosine
 
 TOKENS_PER_CALL = 4_096
 """Most tokens of one forward pass, with padding."""

@@ -19,6 +19,7 @@ from csrm.export.parity import SCORE_TOLERANCE, check_parity, compare_logits
 from csrm.export.source import ExportSource, Reranker, open_source
 from csrm.export.streamed import StreamedModel
 from csrm.export.trials import logged_step, wanted_precisions, write_best_precision
+from csrm.export.vote import VoteSettings, add_vote, open_vote
 from csrm.export.weights import ModelWeights
 from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain
 from csrm.scoring.runtime import cpu_features, graph_tensors, load_pack_scorer, require_device, require_one_onnxruntime
@@ -42,6 +43,7 @@ def export_bundle(
     grade_labels: Mapping[str, str] | None = None,
     *,
     grade_costs: GradeCosts | None = None,
+    vote: VoteSettings | None = None,
 ) -> Bundle:
     """Write the bundle of a trained folder, or of a reranker as it is.
 
@@ -53,9 +55,11 @@ def export_bundle(
         device: that will score.
         grade_labels: see ExportConfig.
         grade_costs: see ExportConfig; other ones make another bundle, with another digest.
+        vote: what votes beside the model; None: nothing.
 
     Raises:
         ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
+        InputError: there is a vote, and the model does not order the judged products; nothing was written.
         BundleError: the model is incomplete or was changed, or gives all pairs one score; nothing was written.
         ConfigError: the model is not supported, the precision cannot be proven, grade_costs do not fit its labels, or
             another process exports there; said before any work.
@@ -65,6 +69,7 @@ def export_bundle(
     require_device(device)
     has_labels = judged is not None and len(judged) > 0
     precisions = wanted_precisions(precision, device, has_labels)
+    beside = open_vote(vote, device, judged)
     source = open_source(model)
     tokenizer, labels = source.prompt_tokenizer(), source.labels
     if grade_costs is not None:
@@ -118,6 +123,9 @@ def export_bundle(
             settings,
             folder,
         )
+        if beside is not None and judged is not None:
+            with logged_step("the vote"):
+                add_vote(folder, beside, onnx_scorer, pairs=pairs, judged=judged, grade_labels=grade_labels)
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
 

@@ -36,7 +36,7 @@ from csrm.export.encoder_precision import JudgedTexts, recall, write_gated
 from csrm.export.graph_files import check_locations
 from csrm.export.trials import logged_step
 from csrm.scoring.runtime import open_session, require_device, require_one_onnxruntime
-from csrm.scoring.similarity import cosine
+from csrm.scoring.vote import cosine
 from csrm.training.model.families import check_weights
 from csrm.training.model.quiet import quiet_libraries
 

@@ -24,11 +24,11 @@ from csrm.bundle.golden import GoldenPairs, choose_golden_pairs
 from csrm.bundle.loading import Bundle, default_tokens_per_call, load_bundle, load_scorer
 from csrm.config import Settings
 from csrm.errors import BundleError, ConfigError
-from csrm.export.encoder_vote import add_vote, open_voter
 from csrm.export.graph_files import TORCH_TYPES, GraphReader, GraphWriter, check_locations
 from csrm.export.parity import SCORE_TOLERANCE, compare_logits
 from csrm.export.quality import query_ndcgs
 from csrm.export.trials import grade_gains, logged_step, wanted_precisions, write_best_precision
+from csrm.export.vote import VoteSettings, add_vote, open_vote
 from csrm.scoring.labels import expected_gain
 from csrm.scoring.runtime import cpu_features, load_pack_scorer, require_device, require_one_onnxruntime
 from csrm.scoring.scorer import PackScorer, PairScorer
@@ -47,18 +47,9 @@ class Ensemble(Settings):
     bundles: tuple[str, ...] = Field(min_length=1)
     """Folders of fp32 bundles with the same tokenizer, labels, budgets and template: of one base model, trained with
     other seeds, recipes or labels."""
-    encoder: str | None = None
-    """Folder of an encoder that votes too, by the cosine of query and title; how much is chosen on quality_split. None:
-    the bundles alone score."""
     weights: tuple[float, ...] | None = None
     """Weight of each bundle's probabilities, above 0; their sum does not matter. None: chosen on quality_split of two
     bundles, where another share than the half gains more than its standard error over queries; else equal."""
-
-    @model_validator(mode="after")
-    def _is_more_than_one(self) -> "Ensemble":
-        if len(self.bundles) == 1 and self.encoder is None:
-            raise ValueError("expected two bundles, or a bundle and an encoder; got one bundle")
-        return self
 
     @model_validator(mode="after")
     def _has_a_weight_each(self) -> "Ensemble":
@@ -78,6 +69,7 @@ def export_ensemble(
     precision: str,
     device: str,
     grade_labels: Mapping[str, str] | None,
+    vote: VoteSettings | None = None,
 ) -> Bundle:
     """Write the bundle of an ensemble, after proof that it scores as its members' weighted mean.
 
@@ -89,17 +81,18 @@ def export_ensemble(
         precision: of the whole.
         device: that will score.
         grade_labels: grade to label.
+        vote: what votes beside the bundles; None: nothing.
 
     Raises:
         BundleError: a member is not whole, is not fp32, or reads other prompts than the first.
-        ConfigError: the ensemble would replace a member, or has an encoder and there are no judged pairs.
+        ConfigError: the ensemble would replace a member, or there is a vote and no judged pair.
         ParityError: the graph scores otherwise than its members, or the precision does not pass its gate.
     """
     check_replaceable(bundle_dir, BUNDLE_KIND)
     _require_apart(ensemble, bundle_dir)
     require_device(device)
     precisions = wanted_precisions(precision, device, judged is not None and len(judged) > 0)
-    encoder = None if ensemble.encoder is None else open_voter(ensemble.encoder, device, judged)
+    beside = open_vote(vote, device, judged)
     members = [load_bundle(folder) for folder in ensemble.bundles]
     _require_alike(members)
     scorers = [load_scorer(member.folder, device) for member in members]
@@ -138,10 +131,9 @@ def export_ensemble(
             settings,
             folder,
         )
-        if encoder is not None:
-            assert judged is not None
-            with logged_step("the encoder's vote"):
-                add_vote(folder, encoder, graph.whole, pairs=pairs, judged=judged, grade_labels=grade_labels)
+        if beside is not None and judged is not None:
+            with logged_step("the vote"):
+                add_vote(folder, beside, graph.whole, pairs=pairs, judged=judged, grade_labels=grade_labels)
         replace_folder(folder, bundle_dir, BUNDLE_KIND)
     return load_bundle(bundle_dir)
 
@@ -271,10 +263,10 @@ def _require_alike(members: Sequence[Bundle]) -> None:
             "give it the larger weight."
         )
     for member in members:
-        if member.settings.encoder is not None:
+        if member.settings.vote is not None:
             raise BundleError(
-                f"ensemble: bundle {str(member.folder)!r} has an encoder already, which votes in its scores. Name the "
-                "bundle that it was made of, and give the encoder under ensemble.encoder."
+                f"ensemble: bundle {str(member.folder)!r} has a vote already. Export it without one, and give the "
+                "section vote where the bundles are joined."
             )
         if member.settings.precision != "fp32":
             raise BundleError(

@@ -7,8 +7,8 @@ from csrm.bundle.contents import Parity
 from csrm.errors import ParityError
 from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.scorer import PackScorer, PairScorer
-from csrm.scoring.similarity import Similarity
 from csrm.scoring.tokenization import PromptTokenizer
+from csrm.scoring.vote import Vote
 
 SCORE_TOLERANCE = 1e-4
 """Largest difference of a score between torch and the fp32 graph, and between adapters beside and inside of weights."""
@@ -69,14 +69,14 @@ def pack_spread(
     pack_scorer: PackScorer,
     tokens_per_call: int,
     num_packings: int = NUM_PACKINGS,
-    similarity: Similarity | None = None,
+    vote: Vote | None = None,
 ) -> float:
     """Largest difference of one pair's score over packs of other sizes with other pairs in another order.
 
     Args:
         pairs: see csrm.scoring.PAIR_COLUMNS; every one is scored in every packing.
         tokens_per_call: most tokens of a pack; packings have that many, down to one prefix with one suffix.
-        similarity: vote of an encoder, which embeds the texts anew for each packing; None: there is none.
+        vote: beside the model, whose encoder embeds the texts anew for each packing; None: there is none.
     """
     rng = np.random.default_rng(0)
     longest = tokenizer.budgets.prompt
@@ -89,8 +89,8 @@ def pack_spread(
             pack_scorer=pack_scorer,
             tokens_per_call=int(rng.integers(longest, max(longest, tokens_per_call) + 1)),
         )
-        if similarity is not None:
-            similarity.forget()
-            scorer.similarity = similarity
+        if vote is not None:
+            vote.voters.forget()
+            scorer.vote = vote
         row[order] = scorer.score_parts(pairs.iloc[order])
     return float(np.ptp(scores, axis=0).max())

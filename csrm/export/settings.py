@@ -8,6 +8,7 @@ from csrm.artefacts.tracking import Tracker
 from csrm.config import InputSpec, Markets, Settings
 from csrm.export.ensemble import Ensemble
 from csrm.export.source import Reranker
+from csrm.export.vote import VoteSettings
 
 
 class ExportInputs(Settings):
@@ -40,6 +41,8 @@ class ExportConfig(Settings):
     """A model that others trained to judge relevance, exported as it is; in place of model_dir."""
     ensemble: Ensemble | None = None
     """Bundles that become one, whose score is the weighted mean of theirs; in place of model_dir."""
+    vote: VoteSettings | None = None
+    """What votes in each score beside the model: the words that a product names, an encoder, or both."""
     bundle_dir: str
     """Where the bundle goes; replaced, in one piece, when the proof holds."""
     markets: Markets
@@ -71,6 +74,8 @@ class ExportConfig(Settings):
             raise ValueError(
                 "name one of model_dir, a trained folder, reranker, a model as it is, and ensemble, bundles to join"
             )
+        if self.ensemble is not None and len(self.ensemble.bundles) == 1 and self.vote is None:
+            raise ValueError("ensemble: expected two bundles, or one and a section vote; got one bundle alone")
         if self.ensemble is not None and self.grade_costs is not None:
             raise ValueError("grade_costs: an ensemble has those of its bundles; set them where these are exported")
         return self

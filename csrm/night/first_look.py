@@ -47,7 +47,7 @@ def look_at_texts(bundle: Bundle, queries: Sequence[str], titles: Sequence[str])
     ids_of_queries = _uncut_ids(tokenizer, [line for line in query_lines if line.field == "query"])
     ids_of_titles = _uncut_ids(tokenizer, title_lines)
     ids = np.array([id_ for ids in (*ids_of_queries, *ids_of_titles) for id_ in ids], dtype=np.int64)
-    seen, vote = bundle.seen_tokens(), bundle.settings.encoder
+    seen, vote = bundle.seen_tokens(), bundle.settings.vote
     return FirstLook(
         num_tokens=len(ids),
         num_unseen=None if seen is None else int(len(ids) - seen[ids[ids < len(seen)]].sum()),

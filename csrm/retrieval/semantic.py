@@ -124,7 +124,7 @@ def cosine_scores(
 
 
 def _cosine(one: str, other: str) -> Column:
-    """Null where a vector is null; -1 where one has no length, as csrm.scoring.similarity.cosine."""
+    """Null where a vector is null; -1 where one has no length, as csrm.scoring.vote.cosine."""
     lengths = f"sqrt({_dot(one, one)} * {_dot(other, other)})"
     return F.expr(f"CASE WHEN {lengths} = 0 THEN -1D ELSE {_dot(one, other)} / {lengths} END")
 

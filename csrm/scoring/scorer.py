@@ -11,9 +11,9 @@ from csrm.conversions import JSON, NotConvertibleError, converted
 from csrm.errors import ConfigError, DeviceError, InputError
 from csrm.scoring.labels import GradeCosts, Label, cost_matrix, expected_gain, least_cost, softmax
 from csrm.scoring.packing import Group, Pack, build_packs
-from csrm.scoring.prompts import Product, Query, is_shown, neutralize
-from csrm.scoring.similarity import Similarity
+from csrm.scoring.prompts import Product, Query, is_shown
 from csrm.scoring.tokenization import PromptTokenizer
+from csrm.scoring.vote import Vote
 
 logger = logging.getLogger(__name__)
 PackScorer = Callable[[Pack], np.ndarray]
@@ -102,8 +102,8 @@ class PairScorer:
         """Forward passes so far that failed and whose halves did not: memory does not suffice for their size."""
         self.tokenizer = tokenizer
         """Of its prompts."""
-        self.similarity: Similarity | None = None
-        """Vote of an encoder in each score; None: the model alone gives it."""
+        self.vote: Vote | None = None
+        """What votes in each score beside the model; None: the model alone gives it."""
         self._pack_scorer = pack_scorer
         self._tokens_per_call = self._most_tokens = max(tokens_per_call, tokenizer.budgets.prompt)
         self._calls_to_grow = CALLS_TO_GROW
@@ -199,10 +199,9 @@ class PairScorer:
         logits = np.zeros((len(pairs), len(self.labels)), dtype=np.float32)
         reasons = np.full(len(pairs), None, dtype=object)
         self._try_rows(pairs, np.arange(len(pairs)), logits, reasons, prepared)
-        if self.similarity is not None:
-            self._mix_rows(
-                self.similarity, pairs, np.flatnonzero([reason is None for reason in reasons]), logits, reasons
-            )
+        if self.vote is not None:
+            scored = np.flatnonzero([reason is None for reason in reasons])
+            self._mix_rows(self.vote, pairs, scored, logits, reasons)
         scores, grades = self._graded(logits)
         is_rejected = np.array([reason is not None for reason in reasons], dtype=bool)
         scores[is_rejected], grades[is_rejected] = np.nan, None
@@ -222,7 +221,7 @@ class PairScorer:
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         for rows, pack in self.prepare(pairs).packs:
             logits[rows] = self._pack_logits(pack)
-        return logits if self.similarity is None else self.similarity.mixed(logits, *_queries_and_titles(pairs))
+        return logits if self.vote is None else self.vote.mixed(logits, list(pair_texts(pairs)))
 
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gains = np.array([label.gain for label in self.labels])
@@ -282,20 +281,20 @@ class PairScorer:
                     self._ask_for_less(pack, error)
 
     def _mix_rows(
-        self, similarity: Similarity, pairs: pd.DataFrame, rows: np.ndarray, logits: np.ndarray, reasons: np.ndarray
+        self, vote: Vote, pairs: pd.DataFrame, rows: np.ndarray, logits: np.ndarray, reasons: np.ndarray
     ) -> None:
-        """Mix the encoder's vote into the logits of some rows of `pairs`, or fill in their reasons.
+        """Mix the vote into the logits of some rows of `pairs`, or fill in their reasons.
 
         Raises:
             DeviceError: the encoder cannot embed what it could embed before.
         """
         try:
-            logits[rows] = similarity.mixed(logits[rows], *_queries_and_titles(pairs.iloc[rows]))
+            logits[rows] = vote.mixed(logits[rows], list(pair_texts(pairs.iloc[rows])))
         except Exception as error:  # onnxruntime's errors have no common base
             if len(rows) > 1:
                 for half in np.array_split(rows, 2):
-                    self._mix_rows(similarity, pairs, half, logits, reasons)
-            elif similarity.is_healthy():
+                    self._mix_rows(vote, pairs, half, logits, reasons)
+            elif vote.voters.is_healthy():
                 _reject(pairs, rows[0], MODEL_ERROR, error, reasons)
             else:
                 raise DeviceError(
@@ -339,12 +338,6 @@ class PairScorer:
 def _is_shown(value: Any) -> bool:
     """Whether a prompt shows something of a query or title, of any type that pairs may hold."""
     return is_shown(value) if isinstance(value, str) else not bool(pd.isna(value))
-
-
-def _queries_and_titles(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Texts of the pairs as prompts show them, empty where there is none."""
-    queries, titles = ([neutralize(_text(value)) for value in pairs[name]] for name in ("query", "title"))
-    return queries, titles
 
 
 def _split(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:

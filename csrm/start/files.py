@@ -134,6 +134,8 @@ def _export(proposal: Proposal, folder: Path, *, written: str, bundle: str) -> s
         "model_dir": _inside(folder, "model"),
         "bundle_dir": _bundle_dir(folder, bundle),
     }
+    if proposal.splits.get("dev"):
+        values["vote"] = {"words": True}
     if grades.grade_labels is not None:
         values["grade_labels"] = dict(grades.grade_labels)
     return f"# The trained model to a bundle, after proof that it scores alike.\n{_EXTENDS}" + _yaml(values)

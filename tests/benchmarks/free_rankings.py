@@ -1,12 +1,13 @@
-"""Is a trained model better than what is free: BM25 alone, an encoder alone, both fused? And with the encoder's vote?
+"""Is a trained model better than what is free: BM25 alone, an encoder alone, both fused? And what does a vote give?
 
     python tests/benchmarks/free_rankings.py --data FOLDER/esci_us --gguf FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --encoder build/encoder
 
 Real judgments: the US sample of ESCI, 120 queries in two folds. A model is trained on the queries of each fold, as
 conf/train_esci_sample.yaml does but with --steps, and scores the pairs of the other one: no query is judged by a model
-that saw it. The encoder is an exported one. Its vote is fitted on a half of the scored queries, and measured on the
-other half, in turns. Without a label, the vote is the sum of log-odds and cosine, each in standard deviations.
+that saw it. The encoder is an exported one. Votes of words and encoder are fitted on a half of the scored queries of a
+fold, and measured on the other half, in turns. Without a label, the encoder's vote is the sum of log-odds and cosine,
+each in standard deviations.
 
 Intervals are 95% percentile bootstrap intervals over queries. What has ended is not run again: the tables, models and
 scores lie in --work.
@@ -26,11 +27,12 @@ from speed_report import markdown
 from csrm.cli import setting_arguments
 from csrm.commands import build_retrieval_table, import_esci, train
 from csrm.embedding import load_encoder
-from csrm.export.encoder_vote import fit_pair_map
+from csrm.export.vote import fit_pair_map
 from csrm.retrieval.lexical import bm25_scores, product_terms, query_terms
 from csrm.schemas import PAIR_KEY
 from csrm.scoring.labels import ESCI_LABELS, expected_gain
-from csrm.scoring.similarity import vote_features
+from csrm.scoring.scorer import pair_texts
+from csrm.scoring.vote import named_share
 from csrm.spark.session import build_session
 from csrm.training.data.judged import JudgedInputs, JudgedPairs
 from csrm.training.distillation.teacher import text_cosines
@@ -66,11 +68,12 @@ class Study:
         if not path.exists():
             pairs = self.read("all", self.judged.assign(split="test"))
             pairs["encoder"] = text_cosines(load_encoder(self.args.encoder), pairs)
+            pairs["words"] = [named_share(query.query, product) for query, product in pair_texts(pairs)]
             spark = build_session("free_rankings")
             catalog_df, queries_df = (spark.read.format("delta").load(spec["path"]) for spec in self.texts.values())
             found = bm25_scores(product_terms(catalog_df), query_terms(queries_df)).toPandas()
             pairs = pairs.merge(found[[*PAIR_KEY, "bm25"]], on=[*PAIR_KEY], how="left").fillna({"bm25": 0.0})
-            pairs[[*PAIR_KEY, "grade", "encoder", "bm25"]].to_parquet(path)
+            pairs[[*PAIR_KEY, "grade", "encoder", "words", "bm25"]].to_parquet(path)
         return pd.read_parquet(path)
 
     def inputs(self, name: str, judged: pd.DataFrame) -> dict[str, Any]:
@@ -111,29 +114,34 @@ def add_rankings(pairs: pd.DataFrame) -> list[str]:
     """Add a column for each ranking; returns their names, the free ones first.
 
     Args:
-        pairs: fold, query_id, grade, logits, encoder, bm25.
+        pairs: fold, query_id, grade, logits, encoder, words, bm25.
     """
     logits = np.stack(pairs["logits"].tolist())
     pairs["model"] = expected_gain(logits, GAINS)
     pairs["BM25 and encoder, fused by reciprocal rank"] = reciprocal_rank(pairs, "bm25") + reciprocal_rank(
         pairs, "encoder"
     )
-    odds = pd.Series(logit(pairs["model"].clip(1e-3, 1 - 1e-3)))
-    pairs["model and encoder, equal weights"] = standard(odds) + standard(pairs["encoder"])
+    pairs["odds"] = logit(pairs["model"].clip(1e-4, 1 - 1e-4))
+    pairs["model and encoder, equal weights"] = standard(pairs["odds"]) + standard(pairs["encoder"])
     gains = pairs["grade"].map(dict(zip(NAMES, GAINS, strict=True))).to_numpy()
     given = pairs["grade"].map({name: place for place, name in enumerate(NAMES)}).to_numpy()
     _, numbers = np.unique(pairs["query_id"], return_inverse=True)
-    features = vote_features(pairs["model"].to_numpy(), pairs["encoder"].to_numpy())
-    voted = np.empty(len(pairs))
-    for fold in sorted(pairs["fold"].unique()):
-        queries = np.random.default_rng(1).permutation(sorted(pairs["query_id"][pairs["fold"] == fold].unique()))
-        for half in (0, 1):
-            fitted, measured = (pairs["query_id"].isin(queries[part::2]).to_numpy() for part in (half, 1 - half))
-            label_map = fit_pair_map(features[fitted], gains[fitted], numbers[fitted], given[fitted], len(NAMES))
-            voted[measured] = label_map.probabilities(features[measured]) @ GAINS
-    pairs["model and encoder, the bundle's vote"] = voted
+    votes = {
+        "words": ["odds", "words"],
+        "encoder": ["odds", "encoder"],
+        "words and encoder": ["odds", "words", "encoder"],
+    }
+    for voters, columns in votes.items():
+        features, voted = pairs[columns].to_numpy(np.float64), np.empty(len(pairs))
+        for fold in sorted(pairs["fold"].unique()):
+            queries = np.random.default_rng(1).permutation(sorted(pairs["query_id"][pairs["fold"] == fold].unique()))
+            for half in (0, 1):
+                fitted, measured = (pairs["query_id"].isin(queries[part::2]).to_numpy() for part in (half, 1 - half))
+                label_map = fit_pair_map(features[fitted], gains[fitted], numbers[fitted], given[fitted], len(NAMES))
+                voted[measured] = label_map.probabilities(features[measured]) @ GAINS
+        pairs[f"model and the vote of {voters}"] = voted
     fused, equal = "BM25 and encoder, fused by reciprocal rank", "model and encoder, equal weights"
-    return ["bm25", "encoder", fused, "model", equal, "model and encoder, the bundle's vote"]
+    return ["bm25", "encoder", fused, "words", "model", equal, *(f"model and the vote of {voters}" for voters in votes)]
 
 
 def reciprocal_rank(pairs: pd.DataFrame, column: str) -> pd.Series:

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,15 +14,12 @@ import pytest
 from csrm.artefacts.manifest import MANIFEST_NAME, write_manifest
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
-from csrm.embedding import load_encoder
-from csrm.errors import BundleError, ConfigError, DeviceError, InputError
+from csrm.errors import BundleError, ConfigError
 from csrm.export import graph_files
 from csrm.export.bundle import export_bundle
-from csrm.export.encoder_vote import fit_pair_map
 from csrm.export.ensemble import Ensemble, best_share, export_ensemble, join_graphs, mean_logits, seen_by_all
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer
-from csrm.training.distillation.teacher import text_cosines
 from csrm.training.model.base import BaseModel
 
 
@@ -189,7 +186,6 @@ def test_members_are_alike_and_fp32(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bundles": ["a"]}, "expected two bundles, or a bundle and an encoder; got one bundle"),
         ({"bundles": ["a", "b"], "weights": [1]}, "weights: expected 2, one a bundle, got 1"),
         ({"bundles": ["a", "b"], "weights": [1, 0]}, r"expected numbers above 0, got \[1.0, 0.0\]"),
     ],
@@ -197,110 +193,3 @@ def test_members_are_alike_and_fp32(
 def test_a_weight_for_each_bundle(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ensemble.model_validate(values)
-
-
-def judged_by_both(bundle: Path, encoder: Path, pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs with labels that follow the score of the bundle and the cosine."""
-    scores = load_scorer(bundle, "cpu", threads=1).score(pairs)["relevance_score"]
-    ranks = scores.rank() + pd.Series(text_cosines(load_encoder(encoder), pairs)).rank()
-    grades = ranks.rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
-    return pairs.assign(query_id=pairs["query"], product_id=pairs["title"], grade=grades)
-
-
-def test_an_encoder_votes_in_the_scores_of_a_bundle(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
-    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
-    bundle = load_bundle(tmp_path / "both")
-    vote = bundle.settings.encoder
-    assert vote is not None
-    assert min(vote.weights) > 0
-    assert vote.ndcg["both"] > max(vote.ndcg["model"], vote.ndcg["encoder"])
-    assert bundle.settings.report.quality is not None
-    assert bundle.settings.report.quality.ndcg == pytest.approx(vote.ndcg["both"], abs=1e-3)
-    assert bundle.settings.origin == load_bundle(tiny_bundle).settings.origin
-    assert f"encoder     {vote.model} ({vote.digest[:12]}), weights" in bundle_card(bundle)
-
-    monkeypatch.setenv("CSRM_CACHE_DIR", str(tmp_path / "cache"))
-    scorer = load_scorer(f"file://{tmp_path}/both", "cpu", threads=1, num_golden=None)  # fetched with its encoder
-    found = scorer.score(pairs_pdf)
-    model = load_scorer(tiny_bundle, "cpu", threads=1)
-    cosines = text_cosines(load_encoder(tiny_encoder), pairs_pdf)
-    alone = model.score(pairs_pdf)["relevance_score"].to_numpy(np.float64)
-    reached = vote.weights[0] * np.log(alone / (1 - alone)) + vote.weights[1] * cosines
-    at_least = 1 / (1 + np.exp(np.array(vote.thresholds)[:, None] - reached))  # P(C or better), P(S or better), P(E)
-    expected = 0.01 * (at_least[0] - at_least[1]) + 0.1 * (at_least[1] - at_least[2]) + at_least[2]
-    np.testing.assert_allclose(found["relevance_score"], expected, atol=1e-5)
-    np.testing.assert_allclose(scorer.score_or_reject(pairs_pdf)["relevance_score"], expected, atol=1e-5)
-    odd = pairs_pdf.assign(title=[7, "a \ud83d", *pairs_pdf["title"][2:-1], None])  # as an input table may hold them
-    assert scorer.score(odd)["relevance_score"].isna().tolist() == [False] * 29 + [True]
-    hidden = pairs_pdf.assign(title=pairs_pdf["title"].str.replace(" ", "\u200b "))  # what no one sees moves no score
-    np.testing.assert_allclose(scorer.score(hidden)["relevance_score"], expected, atol=1e-5)
-    scorer.similarity = None  # what the golden pairs prove is the model alone
-    np.testing.assert_allclose(scorer.score(pairs_pdf)["relevance_score"], alone, atol=1e-5)
-
-
-def test_a_pair_that_the_encoder_fails_on_is_set_aside(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
-) -> None:
-    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
-    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
-    scorer = load_scorer(tmp_path / "both", "cpu", threads=1)
-    similarity = scorer.similarity
-    assert similarity is not None
-    embed, is_broken = similarity._embed, False
-
-    def fails(texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
-        if is_broken or pairs_pdf["title"][4] in texts:
-            raise RuntimeError("no")
-        return embed(texts, kind)
-
-    similarity._embed = fails
-    similarity.forget()
-    found = scorer.score_or_reject(pairs_pdf)
-    is_bad = pairs_pdf["title"] == pairs_pdf["title"][4]
-    assert found["reason"].eq("model_error").tolist() == is_bad.tolist()
-    assert found["relevance_score"].isna().tolist() == is_bad.tolist()
-
-    is_broken = True
-    similarity.forget()
-    with pytest.raises(DeviceError, match=r"the bundle's encoder: a text failed \(no\)"):
-        scorer.score_or_reject(pairs_pdf)
-
-
-def test_an_encoder_needs_judged_pairs_that_agree_with_it(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=r"expected judged pairs that tell how much its cosines count, got none"):
-        joined((tiny_bundle,), tmp_path / "both", pairs_pdf, encoder=str(tiny_encoder))
-    judged = judged_by_both(tiny_bundle, tiny_encoder, pairs_pdf)
-    against = judged.assign(grade=judged["grade"].map(dict(zip("ICSE", "ESCI", strict=True))))
-    with pytest.raises(InputError, match=r"expected .* to order the products of 30 judged pairs, beside the other"):
-        joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=against, encoder=str(tiny_encoder))
-    assert not (tmp_path / "both").exists()
-
-    joined((tiny_bundle,), tmp_path / "both", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
-    with pytest.raises(BundleError, match=r"has an encoder already, which votes in its scores"):
-        joined((tmp_path / "both",), tmp_path / "again", pairs_pdf, judged=judged, encoder=str(tiny_encoder))
-    (tmp_path / "both" / "encoder" / "model.onnx").write_bytes(b"another")
-    with pytest.raises(BundleError, match=r"encoder/model.onnx has"):
-        load_bundle(tmp_path / "both")
-
-
-def test_slopes_order_the_products_of_a_query_and_thresholds_give_labels() -> None:
-    """The first feature tells queries apart, which orders nothing; the second and the third order products."""
-    rng = np.random.default_rng(0)
-    queries = np.repeat(np.arange(200), 20)
-    of_query, of_pair = rng.normal(size=200)[queries], rng.normal(size=(4_000, 2))
-    reached = 3 * of_query + of_pair @ [2.0, 1.0] + rng.logistic(size=4_000)
-    given = np.digitize(reached, [-1.0, 1.0])
-    gains = np.array([0.0, 0.1, 1.0])[given]
-    found = fit_pair_map(np.column_stack([of_query, 5 * of_pair + 7]), gains, queries, given, 3)
-    assert found.slopes[0] == 0
-    assert found.slopes[1] / found.slopes[2] == pytest.approx(2, rel=0.15)
-    shares = found.probabilities(np.column_stack([of_query, 5 * of_pair + 7])).mean(axis=0)
-    np.testing.assert_allclose(shares, np.bincount(given) / 4_000, atol=0.01)
-
-    nothing = fit_pair_map(np.ones((20, 2)), np.zeros(20), np.arange(20), np.zeros(20, np.int64), 3)
-    assert not nothing.slopes.any()

@@ -26,11 +26,13 @@ from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.cli import Console
 from csrm.embedding import load_encoder
 from csrm.errors import BundleError, ConfigError, DeviceError, InputError, ScoringError
-from csrm.export.ensemble import Ensemble, export_ensemble
+from csrm.export.bundle import export_bundle
+from csrm.export.vote import VoteSettings
 from csrm.night.messages import say_host_limit
 from csrm.schemas import SCORES_STAGING
 from csrm.scoring.explanation import label_probabilities
-from csrm.scoring.scorer import PAIR_COLUMNS
+from csrm.scoring.scorer import PAIR_COLUMNS, pair_texts
+from csrm.scoring.vote import named_share
 from csrm.spark.progress import ScoringProgress
 from csrm.spark.scoring import ScorerPlace, probe_scorer, relevance_score_udf, score_pair_batches, with_relevance_score
 from csrm.spark.workers import errors_of_workers, scoring_profile
@@ -296,17 +298,23 @@ def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: Spar
 
 
 @pytest.mark.spark
-def test_the_encoder_of_a_bundle_votes_in_spark_too(
+def test_what_votes_in_a_bundle_votes_in_spark_too(
     spark: SparkSession, tiny_bundle: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    pdf = pairs_pdf(40).assign(market="kr", language="ko")  # ten products a query
+    queries = [f"red {n % 4}" for n in range(40)]  # ten products each, of which some are red
+    pdf = pairs_pdf(40).assign(market="kr", language="ko", query=queries)
     scores = load_scorer(tiny_bundle, "cpu").score(pdf)["relevance_score"]
     cosines = pd.Series(text_cosines(load_encoder(tiny_encoder), pdf), index=pdf.index)
-    places = (scores.groupby(pdf["query"]).rank() + cosines.groupby(pdf["query"]).rank()).groupby(pdf["query"]).rank()
+    shares = pd.Series([named_share(query.query, product) for query, product in pair_texts(pdf)], index=pdf.index)
+    sums = sum(values.groupby(pdf["query"]).rank() for values in (scores, cosines, shares))
+    places = sums.groupby(pdf["query"]).rank(method="first")
     judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 5 else "I" for place in places])
-    ensemble = Ensemble(bundles=(str(tiny_bundle),), encoder=str(tiny_encoder))
     folder = tmp_path / "both"
-    export_ensemble(ensemble, folder, pairs=pdf, judged=judged, precision="fp32", device="cpu", grade_labels=None)
+    model, vote = str(tiny_bundle.with_name("model")), VoteSettings(words=True, encoder=str(tiny_encoder))
+    export_bundle(model, folder, pdf, judged, vote=vote)
+    vote = load_bundle(folder).settings.vote
+    assert vote is not None
+    assert len(vote.weights) == 3
     udf = relevance_score_udf(str(folder))
     rows = pairs_df(spark, pdf).select(F.col("product_id").cast("int").alias("n"), udf(F.struct(*PAIR_COLUMNS)))
     found = [score for _, score in rows.orderBy("n").collect()]

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
-from csrm.scoring.similarity import LabelMap
+from csrm.scoring.vote import LabelMap
 
 _WIDEST = 10.0
 """Largest distance of a threshold from the next, as a logarithm."""

@@ -26,7 +26,7 @@ from csrm.errors import BundleError, InputError
 from csrm.schemas import COMPARED_SCORES, PAIR_KEY
 from csrm.scoring.labels import Label
 from csrm.scoring.prompts import neutralize
-from csrm.scoring.similarity import LabelMap, cosine
+from csrm.scoring.vote import LabelMap, cosine
 from csrm.training.data.database import add_table, open_database
 from csrm.training.data.judged import TAUGHT, Fold, JudgedPairs, UnlabelledInputs
 from csrm.training.distillation.label_map import assumed_label_map, fit_label_map, score_features

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
-from csrm.scoring.similarity import LabelMap
+from csrm.scoring.vote import LabelMap
 from csrm.training.distillation.label_map import assumed_label_map, fit_label_map, score_features
 
 

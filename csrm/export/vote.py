@@ -1,0 +1,285 @@
+"""What votes in a bundle beside its model, and how much each voter counts, chosen on judged pairs."""
+
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+from pydantic import model_validator
+from scipy.optimize import minimize
+
+from csrm.artefacts.manifest import MODEL_NAME, write_manifest
+from csrm.bundle.contents import BUNDLE_KIND, ENCODER_FOLDER, MOST_TOLERANCE, BundleVote, VotingEncoder
+from csrm.bundle.golden import GoldenPairs
+from csrm.bundle.loading import default_tokens_per_call, golden_words, load_bundle, load_scorer
+from csrm.config import Settings
+from csrm.embedding.encoder import open_encoder, read_encoder
+from csrm.errors import ConfigError, InputError
+from csrm.export.parity import pack_spread
+from csrm.export.quality import measure_quality, query_ndcgs
+from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
+from csrm.scoring.labels import Label
+from csrm.scoring.runtime import load_pack_scorer
+from csrm.scoring.scorer import PairScorer, pair_texts
+from csrm.scoring.vote import Embed, LabelMap, Vote, Voter, Voters
+from csrm.training.distillation.label_map import fit_label_map
+
+logger = logging.getLogger(__name__)
+_LARGEST_SLOPE = 10.0
+"""Of a feature in standard deviations."""
+_LEAST_SCALE = 0.1
+"""Of both together, in standard deviations: products keep their order where queries tell the labels."""
+_PRIOR = 1e-3
+"""Weight of the squared slopes beside the loss of a query: a few queries choose no slope without bound."""
+_REASONS: dict[Voter, str] = {
+    "model": "Train the model longer, on labels of several grades a query",
+    "words": "The judged products name all words of their queries, or none",
+    "encoder": "Give it the prefixes that it was trained with",
+}
+
+
+class VoteSettings(Settings):
+    """What votes in the scores of a bundle beside its model. How much each counts is chosen on quality_split; one that
+    orders nothing there is left out.
+    """
+
+    words: bool = False
+    """Whether the share of the query's words that the product names votes."""
+    encoder: str | None = None
+    """Folder of an encoder whose cosine of query and title votes; None: none does."""
+
+    @model_validator(mode="after")
+    def _has_a_voter(self) -> Self:
+        if not self.words and self.encoder is None:
+            raise ValueError("expected words: true, the folder of an encoder, or both; got neither")
+        return self
+
+
+class OpenVote(NamedTuple):
+    """What is to vote, opened."""
+
+    voters: Voters
+    encoder: tuple[Embed, VotingEncoder, Path] | None
+    """With its name, and its folder."""
+
+    def only(self, names: Collection[Voter]) -> Voters:
+        """Those with these names."""
+        embed = self.encoder[0] if self.encoder is not None and "encoder" in names else None
+        return Voters(counts_words="words" in names, embed=embed)
+
+
+def open_vote(vote: VoteSettings | None, device: str, judged: pd.DataFrame | None) -> OpenVote | None:
+    """Open what is to vote; None where nothing is.
+
+    Args:
+        vote: what is to vote.
+        device: that will score.
+        judged: pairs that will choose the weights.
+
+    Raises:
+        ConfigError: there are none.
+        BundleError: see csrm.embedding.load_encoder.
+    """
+    if vote is None:
+        return None
+    if judged is None or judged.empty:
+        raise ConfigError(
+            "vote: expected judged pairs that tell how much each voter counts, got none in the split quality_split. "
+            "Name inputs.judgments with that split, of any market whose labels you have, or leave the section out."
+        )
+    if vote.encoder is None:
+        return OpenVote(Voters(counts_words=True), None)
+    settings, digest, path = read_encoder(vote.encoder)
+    embed = open_encoder(settings, digest, path, device).embed
+    named = VotingEncoder(digest=digest, model=settings.model)
+    return OpenVote(Voters(counts_words=vote.words, embed=embed), (embed, named, path))
+
+
+def add_vote(
+    folder: Path,
+    vote: OpenVote,
+    fp32_scorer: PairScorer,
+    *,
+    pairs: pd.DataFrame,
+    judged: pd.DataFrame,
+    grade_labels: Mapping[str, str] | None,
+) -> None:
+    """Put a vote into a finished bundle, where a voter orders anything. Its golden pairs still prove the model.
+
+    Speed, quality and the spread over packs are measured again, with the vote.
+
+    Args:
+        folder: of the bundle; nobody reads it yet.
+        vote: what is to vote.
+        fp32_scorer: of the bundle's fp32 graph.
+        pairs: see csrm.export.bundle.export_bundle.
+        judged: pairs that choose the weights: what fp32_scorer scores, and market, query_id, grade.
+        grade_labels: grade to label.
+
+    Raises:
+        InputError: the model does not order the judged products.
+        BundleError: the finished bundle does not give its golden scores.
+    """
+    bundle = load_bundle(folder)
+    settings, labels, golden = bundle.settings, bundle.settings.labels, bundle.golden_pairs()
+    scorer = load_scorer(folder, settings.device)
+    scores = fp32_scorer.score_parts(judged)
+    fitted = fit_vote(vote, scores, judged, labels=labels, grade_labels=grade_labels, golden=golden)
+    if fitted is None:
+        return
+    voters = vote.only(fitted.weights)
+    fp32_scorer.vote = scorer.vote = Vote(voters, fitted.label_map, labels)
+    pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, settings.device)
+    tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
+    spread = pack_spread(sample, scorer.tokenizer, labels, pack_scorer, tokens, vote=scorer.vote)
+    in_fp32, found = fp32_scorer.score_parts(judged), scorer.score_parts(judged)
+    measured = {
+        "pairs_per_s": len(sample) / _seconds(scorer, voters, sample),
+        "pack_spread": spread,
+        "quality": measure_quality(_queries(judged), grade_gains(judged, labels, grade_labels), in_fp32, found),
+    }
+    own = settings.report
+    golden_median = float(np.median(scorer.score_parts(golden.pairs)))
+    changes = {
+        "vote": fitted.model_copy(update={"golden_median": golden_median}),
+        "precisions": tuple(
+            report.model_copy(update=measured) if report is own else report for report in settings.precisions
+        ),
+        "pack_tolerance": min(MOST_TOLERANCE, max(MIN_PACK_TOLERANCE, 2 * spread)),
+    }
+    if vote.encoder is not None and fitted.encoder is not None:
+        shutil.copytree(vote.encoder[2], folder / ENCODER_FOLDER)
+    write_manifest(folder, BUNDLE_KIND, settings.model_copy(update=changes).model_dump(mode="json"))
+    load_scorer(folder, settings.device, num_golden=None)
+
+
+def _seconds(scorer: PairScorer, voters: Voters, sample: pd.DataFrame) -> float:
+    """Of the sample, each text embedded anew: the median of three."""
+    taken = []
+    for _ in range(3):
+        voters.forget()
+        start = time.perf_counter()
+        scorer.logits(sample)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _queries(judged: pd.DataFrame) -> np.ndarray:
+    return (judged["market"] + "\t" + judged["query_id"].astype(str)).to_numpy()
+
+
+def fit_vote(
+    vote: OpenVote,
+    scores: np.ndarray,
+    judged: pd.DataFrame,
+    *,
+    labels: tuple[Label, ...],
+    grade_labels: Mapping[str, str] | None,
+    golden: GoldenPairs,
+) -> BundleVote | None:
+    """The vote under which judged pairs are in their order, and have their labels; None where no voter is left.
+
+    A voter that orders nothing beside the others is left out.
+
+    Args:
+        vote: what is to vote.
+        scores: of the judged pairs by the model, shape (num_pairs,).
+        judged: csrm.scoring.PAIR_COLUMNS, query_id and grade.
+        labels: of the model.
+        grade_labels: grade to label.
+        golden: pairs that will prove that words are cut in the same way.
+
+    Raises:
+        InputError: the model does not order the judged products, or a grade has no label.
+    """
+    gains = grade_gains(judged, labels, grade_labels)
+    grades = judged["grade"].map(grade_labels) if grade_labels else judged["grade"]
+    by_gain = sorted(labels, key=lambda label: label.gain)
+    given = grades.map({label.name: place for place, label in enumerate(by_gain)}).to_numpy(np.int64)
+    _, queries = np.unique(_queries(judged), return_inverse=True)
+    names, features = vote.voters.names, vote.voters.features(scores, list(pair_texts(judged)))
+    label_map = fit_pair_map(features, gains, queries, given, len(labels))
+    if label_map.slopes[0] == 0:
+        raise InputError(
+            f"vote: expected the model to order the products of {len(judged)} judged pairs, beside the others; it does "
+            f"not. {_REASONS['model']}."
+        )
+    weights = {name: slope for name, slope in zip(names, label_map.slopes.tolist(), strict=True) if slope > 0}
+    for name in names:
+        if name not in weights:
+            logger.warning("%s left out: no order of the %d judged pairs. %s", name, len(judged), _REASONS[name])
+    if len(weights) == 1:
+        return None
+    rankings = {**dict(zip(names, features.T, strict=True)), "together": features @ label_map.slopes}
+    ndcgs = {
+        name: round(float(np.nanmean(query_ndcgs(queries, gains, ranking))), 4) for name, ranking in rankings.items()
+    }
+    logger.info("weights %s; nDCG@10 %s", {name: round(weight, 2) for name, weight in weights.items()}, ndcgs)
+    if ndcgs["together"] < max(ndcgs.values()):
+        logger.warning("the voters together rank no better than one of them, by nDCG@10: %s", ndcgs)
+    places = np.linspace(-20, 20, 2_001)[:, None] + np.mean(label_map.thresholds)
+    likeliest = LabelMap(np.ones(1), label_map.thresholds).probabilities(places).argmax(axis=1)
+    if never := [label.name for place, label in enumerate(by_gain) if place not in likeliest]:
+        logger.warning("grades %s are the most probable ones at no score, and are predicted no more", never)
+    return BundleVote(
+        weights=weights,
+        thresholds=tuple(label_map.thresholds.tolist()),
+        num_queries=int(queries.max()) + 1,
+        ndcg=ndcgs,
+        encoder=vote.encoder[1] if vote.encoder is not None and "encoder" in weights else None,
+        golden_median=0.0,
+        golden_words=golden_words(golden) if "words" in weights else None,
+    )
+
+
+def fit_pair_map(
+    features: np.ndarray, gains: np.ndarray, queries: np.ndarray, given: np.ndarray, num_labels: int
+) -> LabelMap:
+    """Slopes that order the pairs of each query, then their scale and thresholds that give each pair its label.
+
+    Labels alone would choose slopes by what tells queries apart, which orders no products: a query with few good
+    products has low labels throughout. So slopes come from pairs of products of one query (RankNet, Burges et al.
+    2005, "Learning to Rank using Gradient Descent"), where each query counts the same and a pair by its difference of
+    gains. Slopes are 0 or more.
+
+    Args:
+        features: shape (num_pairs, num_features).
+        gains: of each pair's label, shape (num_pairs,).
+        queries: of each pair, as numbers, shape (num_pairs,).
+        given: number of each pair's label, least relevant first, shape (num_pairs,).
+        num_labels: how many labels there are.
+
+    Returns:
+        Slopes of 0 where no two products of a query have different gains.
+    """
+    spread = features.std(axis=0)
+    unit = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    better, weight = [], []
+    for query in np.unique(queries):
+        rows = np.flatnonzero(queries == query)
+        above, below = np.nonzero(gains[rows][:, None] > gains[rows])
+        if len(above):
+            better.append(unit[rows[above]] - unit[rows[below]])
+            differences = gains[rows[above]] - gains[rows[below]]
+            weight.append(differences / differences.sum())
+    if not better:
+        return LabelMap(np.zeros(features.shape[1]), np.zeros(num_labels - 1))
+    ahead, share = np.concatenate(better), np.concatenate(weight) / len(better)
+
+    def loss(slopes: np.ndarray) -> float:
+        return float(share @ np.logaddexp(0.0, -ahead @ slopes)) + _PRIOR * float(slopes @ slopes)
+
+    bounds = [(0.0, _LARGEST_SLOPE)] * features.shape[1]
+    slopes = minimize(loss, np.full(features.shape[1], 0.5), method="L-BFGS-B", bounds=bounds).x
+    slopes[slopes < 1e-3] = 0.0
+    if not slopes.any():
+        return LabelMap(slopes, np.zeros(num_labels - 1))
+    together = unit @ slopes
+    of_label = fit_label_map((together / together.std())[:, None], given, num_labels)
+    raw = max(of_label.slopes[0], _LEAST_SCALE) / together.std() * slopes / np.where(spread > 0, spread, 1.0)
+    return LabelMap(raw, of_label.thresholds + features.mean(axis=0) @ raw)
