@@ -139,7 +139,7 @@ class PairScorer:
         >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "wireless mouse", "title": titles})
         >>> scorer.score(pairs).round(2)
            relevance_score predicted_grade
-        0             0.46               S
+        0             0.86               E
         1             0.00               I
         """
         scores, grades = self._graded(self.logits(pairs))
