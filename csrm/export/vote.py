@@ -37,7 +37,7 @@ _LEAST_SCALE = 0.1
 _PRIOR = 1e-3
 """Weight of the squared slopes beside the loss of a query: a few queries choose no slope without bound."""
 _REASONS: dict[Voter, str] = {
-    "model": "Train the model longer, on labels of several grades a query",
+    "model": "Train it longer, judge queries with products of several grades, or leave the section out",
     "words": "The judged products name all words of their queries, or none",
     "encoder": "Give it the prefixes that it was trained with",
 }

@@ -14,6 +14,7 @@ from csrm.commands.run import NIGHT
 from csrm.config import InputSpec, Settings, load_config
 from csrm.errors import ConfigError, CsrmError
 from csrm.export.settings import ExportConfig
+from csrm.export.vote import VoteSettings
 from csrm.night.settings import ScoringConfig
 from csrm.training.model.base import BaseModel
 from csrm.training.settings import TrainConfig
@@ -121,6 +122,9 @@ def test_tables_become_one_shared_file_and_a_file_for_each_job(
     assert night.inputs.catalog.columns == {"market": "locale", "product_id": "sku", "title": "name", "brand": "Brand"}
     assert night.inputs.queries.columns["frequency"] == "searches"
     assert (night.tables, night.bundle) == (str(tmp_path / "mine/tables"), str(tmp_path / "mine/bundle"))
+    export = settings["export_bundle"]
+    assert isinstance(export, ExportConfig)
+    assert export.vote == VoteSettings(words=True)
     printed = capsys.readouterr().out
     assert "grades: 1 1, 0 0 (relevant or not); judgments: 1 dev, 1 train" in printed
     assert f"csrm run night --config {tmp_path / 'mine'}" in printed
@@ -206,6 +210,13 @@ def test_own_labels_are_learnt_with_random_negatives(tmp_path: Path, capsys: pyt
     assert (train.translation, train.title_pairs, train.tuning.max_steps) == (None, None, None)
     assert "launch_report" not in loaded(tmp_path / "mine")
     assert "recipe own-labels: every market has judgments" in capsys.readouterr().out
+    (tmp_path / "no_dev").mkdir()
+    undivided = {name: values for name, values in judged.items() if name != "split"}
+    words = init_words(tmp_path / "no_dev", "catalog", "queries", "judgments", judgments=undivided)
+    assert run_job(init.main, words) == 0
+    export = loaded(tmp_path / "no_dev" / "mine")["export_bundle"]
+    assert isinstance(export, ExportConfig)
+    assert export.vote is None  # no split dev would choose its weights
 
 
 def test_a_night_scores_the_candidates_that_it_builds_with_the_given_ones_among_them(tmp_path: Path) -> None:
