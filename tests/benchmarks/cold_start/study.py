@@ -287,7 +287,7 @@ class Study:
             "recipe": self.recipe(cell),
             "training_seconds": round(trained - started),
             "scores": [round(float(score), 4) for score in scores_of(self.measured(cell))],
-            "english": self.english(scores_of, has_titles) if cell.num_queries == ALL else None,
+            **(self.english(scores_of, has_titles) if cell.num_queries == ALL else {"english": None}),
             "rounds": [
                 {name: one[name] for name in ("dev_auc", "dev_ndcg", "doubts", "flips", "calibration")}
                 for one in rounds
@@ -349,9 +349,14 @@ class Study:
         catalog = pd.read_parquet(tables["catalog"]["path"], columns=["market", "product_id", "language"])
         return tested.merge(catalog.rename(columns={"language": "title_language"}), on=["market", "product_id"])
 
-    def english(self, scores_of: ScoresOf, has_titles: bool) -> dict[str, list[float]]:
-        """nDCG@10 of each query of the English data sets, in the order of their ids."""
-        return {name: ndcg(judged, scores_of(judged)) for name, judged in read_english(self.data, has_titles).items()}
+    def english(self, scores_of: ScoresOf, has_titles: bool) -> dict[str, dict[str, list[float]]]:
+        """Of the English data sets: nDCG@10 of each query in the order of their ids, and the score of each pair."""
+        judged = read_english(self.data, has_titles)
+        scores = {name: scores_of(pairs) for name, pairs in judged.items()}
+        return {
+            "english": {name: ndcg(judged[name], of_pairs) for name, of_pairs in scores.items()},
+            "english_scores": {name: of_pairs.round(4).tolist() for name, of_pairs in scores.items()},
+        }
 
     def converted_base_model(self) -> Path:
         """The base model as a folder: a GGUF file is converted once."""
@@ -379,11 +384,11 @@ def measure_untrained(study: Study, row: str, scores_of: ScoresOf) -> None:
         "recipe": "none",
         "training_seconds": 0,
         "scores": [round(float(score), 4) for score in scores_of(pairs)],
-        "english": english,
+        **english,
         "rounds": None,
     }
     write(RESULTS / f"{GENERATED.name}.{row.replace(' ', '-')}.json", json.dumps(result))
-    print({name: round(float(np.mean(values)), 3) for name, values in english.items()})
+    print({name: round(float(np.mean(values)), 3) for name, values in english["english"].items()})
 
 
 def write_folder(gguf: Path, folder: Path) -> None:
