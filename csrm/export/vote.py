@@ -26,7 +26,7 @@ from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
 from csrm.scoring.labels import Label
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer, pair_texts
-from csrm.scoring.vote import Embed, LabelMap, Vote, Voter, Voters
+from csrm.scoring.vote import VOTERS, Embed, LabelMap, Vote, Voter, Voters
 from csrm.training.distillation.label_map import fit_label_map
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,9 @@ _REASONS: dict[Voter, str] = {
 
 
 class VoteSettings(Settings):
-    """What votes in the scores of a bundle beside its model. How much each counts is chosen on quality_split; one that
-    orders nothing there is left out.
+    """What votes in the scores of a bundle beside its model, as much as quality_split says.
+
+    What orders nothing there is left out.
     """
 
     words: bool = False
@@ -60,17 +61,24 @@ class VoteSettings(Settings):
         return self
 
 
+class OpenEncoder(NamedTuple):
+    """An encoder that is to vote."""
+
+    embed: Embed
+    named: VotingEncoder
+    folder: Path
+
+
 class OpenVote(NamedTuple):
     """What is to vote, opened."""
 
-    voters: Voters
-    encoder: tuple[Embed, VotingEncoder, Path] | None
-    """With its name, and its folder."""
+    words: bool
+    encoder: OpenEncoder | None
 
-    def only(self, names: Collection[Voter]) -> Voters:
+    def voters(self, names: Collection[Voter]) -> Voters:
         """Those with these names."""
-        embed = self.encoder[0] if self.encoder is not None and "encoder" in names else None
-        return Voters(counts_words="words" in names, embed=embed)
+        embed = self.encoder.embed if self.encoder is not None and "encoder" in names else None
+        return Voters(counts_words=self.words and "words" in names, embed=embed)
 
 
 def open_vote(vote: VoteSettings | None, device: str, judged: pd.DataFrame | None) -> OpenVote | None:
@@ -93,11 +101,11 @@ def open_vote(vote: VoteSettings | None, device: str, judged: pd.DataFrame | Non
             "Name inputs.judgments with that split, of any market whose labels you have, or leave the section out."
         )
     if vote.encoder is None:
-        return OpenVote(Voters(counts_words=True), None)
+        return OpenVote(vote.words, None)
     settings, digest, path = read_encoder(vote.encoder)
     embed = open_encoder(settings, digest, path, device).embed
     named = VotingEncoder(digest=digest, model=settings.model)
-    return OpenVote(Voters(counts_words=vote.words, embed=embed), (embed, named, path))
+    return OpenVote(vote.words, OpenEncoder(embed, named, path))
 
 
 def add_vote(
@@ -132,7 +140,7 @@ def add_vote(
     fitted = fit_vote(vote, scores, judged, labels=labels, grade_labels=grade_labels, golden=golden)
     if fitted is None:
         return
-    voters = vote.only(fitted.weights)
+    voters = vote.voters(fitted.weights)
     fp32_scorer.vote = scorer.vote = Vote(voters, fitted.label_map, labels)
     pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, settings.device)
     tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
@@ -153,7 +161,7 @@ def add_vote(
         "pack_tolerance": min(MOST_TOLERANCE, max(MIN_PACK_TOLERANCE, 2 * spread)),
     }
     if vote.encoder is not None and fitted.encoder is not None:
-        shutil.copytree(vote.encoder[2], folder / ENCODER_FOLDER)
+        shutil.copytree(vote.encoder.folder, folder / ENCODER_FOLDER)
     write_manifest(folder, BUNDLE_KIND, settings.model_copy(update=changes).model_dump(mode="json"))
     load_scorer(folder, settings.device, num_golden=None)
 
@@ -202,7 +210,8 @@ def fit_vote(
     by_gain = sorted(labels, key=lambda label: label.gain)
     given = grades.map({label.name: place for place, label in enumerate(by_gain)}).to_numpy(np.int64)
     _, queries = np.unique(_queries(judged), return_inverse=True)
-    names, features = vote.voters.names, vote.voters.features(scores, list(pair_texts(judged)))
+    voters = vote.voters(VOTERS)
+    names, features = voters.names, voters.features(scores, list(pair_texts(judged)))
     label_map = fit_pair_map(features, gains, queries, given, len(labels))
     if label_map.slopes[0] == 0:
         raise InputError(
@@ -231,7 +240,7 @@ def fit_vote(
         thresholds=tuple(label_map.thresholds.tolist()),
         num_queries=int(queries.max()) + 1,
         ndcg=ndcgs,
-        encoder=vote.encoder[1] if vote.encoder is not None and "encoder" in weights else None,
+        encoder=vote.encoder.named if vote.encoder is not None and "encoder" in weights else None,
         golden_median=0.0,
         golden_words=golden_words(golden) if "words" in weights else None,
     )

@@ -1,5 +1,6 @@
 """The page about a query: its products, the titles that augment it, and why one product has its score."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -37,6 +38,7 @@ def explanation_html(explanation: QueryExplanation, made_at: datetime) -> str:
         has_grades=bool(products["grade"].notna().any()),
         titles=rows(explanation.titles),
         parts=None if explanation.parts is None else _with_bars(rows(explanation.parts)),
+        votes="" if explanation.parts is None else votes_text(explanation.parts.attrs["votes"]),
         history=rows(explanation.history),
         notes=explanation.notes,
         made_at=made_at,
@@ -65,10 +67,26 @@ def explanation_text(explanation: QueryExplanation) -> str:
     if explanation.parts is not None:
         score = explanation.parts.attrs["relevance_score"]
         lines.append(f"  what moves the score of {seen(explanation.product_id or '')}, which is {score:.4f} now:")
+        if votes := votes_text(explanation.parts.attrs["votes"]):
+            lines.append(f"  {votes}")
         parts = [part for part in rows(explanation.parts) if part["effect"] is not None]
         for part in sorted(parts, key=lambda part: -abs(part["effect"]))[:_NUM_PRINTED]:
             lines.append(f"  {part['effect']:+8.4f}  {part['field'].replace('_', ' ')}: {_beginning(part['text'])}")
     return "\n".join(lines)
+
+
+def votes_text(votes: Mapping[str, float]) -> str:
+    """What stands beside the model in a score, in a sentence; empty where nothing does.
+
+    >>> votes_text({"model": 0.4567, "words": 0.5})
+    "the model alone gives 0.4567; the product names 50 % of the query's words"
+    """
+    said = []
+    if "words" in votes:
+        said.append(f"the product names {votes['words']:.0%} of the query's words".replace("%", " %"))
+    if "encoder" in votes:
+        said.append(f"the encoder's cosine is {votes['encoder']:.3f}")
+    return "; ".join([f"the model alone gives {votes['model']:.4f}", *said]) if said else ""
 
 
 def _beginning(text: str | None) -> str:

@@ -28,7 +28,8 @@ def explain(scorer: PairScorer, pair: Mapping[str, Any]) -> pd.DataFrame:
     Returns:
         One row for each part of the prompt, in its order: field, text (what the model reads), cut (what the budgets cut
         off), num_tokens, score_without (NaN for market and language) and effect (the score less score_without: above 0
-        where the part raises the score), all float64. The score itself is in `attrs["relevance_score"]`.
+        where the part raises the score), all float64. The score itself is in `attrs["relevance_score"]`, and what each
+        voter says in `attrs["votes"]`: see PairScorer.votes.
 
     Raises:
         InputError: a column is missing, or a value is nothing that an input table may hold.
@@ -60,6 +61,7 @@ def explain(scorer: PairScorer, pair: Mapping[str, Any]) -> pd.DataFrame:
     frame["score_without"] = np.where(frame["field"].isin(PLACE), np.nan, scores[1:])
     frame["effect"] = scores[0] - frame["score_without"]
     frame.attrs["relevance_score"] = float(scores[0])
+    frame.attrs["votes"] = {str(name): float(value) for name, value in scorer.votes(whole).iloc[0].items()}
     return frame
 
 

@@ -155,6 +155,27 @@ class PairScorer:
         """
         return self._graded(self.logits(pairs))[0]
 
+    def votes(self, pairs: pd.DataFrame) -> pd.DataFrame:
+        """What each voter says of pairs (see score): the model's own score, and what stands beside it.
+
+        Returns:
+            model (float32, in [0, 1]), and where they vote words (share of the query's words that the product names)
+            and encoder (cosine of query and title), float64; on the index of `pairs`.
+
+        >>> from csrm.bundle import load_scorer
+        >>> scorer = load_scorer("conf/demo_bundle", "cpu")
+        >>> pairs = pd.DataFrame({"market": "us", "language": "en", "query": "wireless mouse", "title": ["Mouse Pad"]})
+        >>> scorer.votes(pairs)["words"].tolist()
+        [0.5]
+        """
+        scores = expected_gain(self._model_logits(pairs), np.array([label.gain for label in self.labels]))
+        columns: dict[str, np.ndarray] = {"model": scores}
+        if self.vote is not None:
+            voters = self.vote.voters
+            features = voters.features(scores, list(pair_texts(pairs)))
+            columns |= {name: features[:, place] for place, name in enumerate(voters.names) if name != "model"}
+        return pd.DataFrame(columns, index=pairs.index)
+
     def prepare(self, pairs: pd.DataFrame) -> PreparedPairs:
         """Tokens and packs of pairs, with which score and score_or_reject begin.
 
@@ -218,10 +239,15 @@ class PairScorer:
 
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
         """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""
+        logits = self._model_logits(pairs)
+        return logits if self.vote is None else self.vote.mixed(logits, list(pair_texts(pairs)))
+
+    def _model_logits(self, pairs: pd.DataFrame) -> np.ndarray:
+        """Of the model alone."""
         logits = np.empty((len(pairs), len(self.labels)), dtype=np.float32)
         for rows, pack in self.prepare(pairs).packs:
             logits[rows] = self._pack_logits(pack)
-        return logits if self.vote is None else self.vote.mixed(logits, list(pair_texts(pairs)))
+        return logits
 
     def _graded(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gains = np.array([label.gain for label in self.labels])

@@ -18,6 +18,7 @@ from csrm.export.bundle import export_bundle
 from csrm.export.ensemble import Ensemble, export_ensemble
 from csrm.export.settings import ExportConfig
 from csrm.export.vote import VoteSettings, fit_pair_map
+from csrm.scoring.explanation import explain
 from csrm.scoring.scorer import pair_texts
 from csrm.scoring.vote import named_share
 from csrm.training.distillation.teacher import text_cosines
@@ -79,6 +80,8 @@ def test_words_and_an_encoder_vote_in_the_scores_of_a_bundle(
     expected = 0.01 * (at_least[0] - at_least[1]) + 0.1 * (at_least[1] - at_least[2]) + at_least[2]
     np.testing.assert_allclose(scorer.score(pairs_pdf)["relevance_score"], expected, atol=1e-5)
     np.testing.assert_allclose(scorer.score_or_reject(pairs_pdf)["relevance_score"], expected, atol=1e-5)
+    said = explain(scorer, pairs_pdf.iloc[0].to_dict()).attrs["votes"]
+    assert said == pytest.approx({"model": alone[0], "words": shares[0], "encoder": cosines[0]}, abs=1e-5)
     odd = pairs_pdf.assign(title=[7, "a \ud83d", *pairs_pdf["title"][2:-1], None])  # as an input table may hold them
     assert scorer.score(odd)["relevance_score"].isna().tolist() == [False] * 29 + [True]
     hidden = pairs_pdf.assign(title=pairs_pdf["title"].str.replace(" ", "\u200b "))  # what no one sees moves no score

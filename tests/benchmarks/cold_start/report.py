@@ -7,9 +7,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from legs import Leg
+from legs import Leg, ndcg
 from scipy.special import logit
 
+from csrm.scoring.scorer import pair_texts
+from csrm.scoring.vote import named_share
 from csrm.training.distillation.label_quality import resampled_auc
 
 FOLDER = Path(__file__).parent
@@ -18,6 +20,7 @@ WHOLE = "all but distillation"
 """What a user is advised to train."""
 WITH_E5, SEEDS_AS_ONE = f"{WHOLE} + e5", "its seeds as one"
 JOINT_ROWS = (WITH_E5, SEEDS_AS_ONE, f"{SEEDS_AS_ONE} + e5")
+ENGLISH_JOINT_ROWS = ("words", f"{WHOLE} + words", WITH_E5, f"{WITH_E5} + words")
 COMPARISONS = (
     *((f"+ {technique}", "labels only") for technique in ("translation", "titles", "title pairs", "distillation")),
     *(("all", f"all but {technique}") for technique in ("translation", "titles", "title pairs", "distillation")),
@@ -67,11 +70,42 @@ def joint_results(results: Sequence[Mapping[str, Any]], e5: str) -> list[Mapping
     return found
 
 
-def fused(scores: np.ndarray, cosines: np.ndarray) -> np.ndarray:
-    """Sum of the scores' log-odds and the cosines, each in standard deviations."""
-    odds = logit(scores.clip(1e-3, 1 - 1e-3))
-    both: np.ndarray = (odds - odds.mean()) / odds.std() + (cosines - cosines.mean()) / cosines.std()
-    return both
+def fused(scores: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """Sum of the scores' log-odds and of other values of the pairs, each in standard deviations."""
+    odds: np.ndarray = logit(scores.clip(1e-3, 1 - 1e-3))
+    parts = [(values - values.mean()) / values.std() for values in (odds, *others)]
+    return np.sum(parts, axis=0)
+
+
+def joint_english(
+    results: Sequence[Mapping[str, Any]], e5: str, judged: Mapping[str, pd.DataFrame]
+) -> list[Mapping[str, Any]]:
+    """Rows of the English labels that need no training: words alone, and WHOLE with words, an encoder, or both.
+
+    Args:
+        results: of the trained rows, and of the encoder.
+        e5: row of the encoder.
+        judged: see legs.read_english.
+    """
+    words = {
+        name: np.array([named_share(query.query, product) for query, product in pair_texts(pairs)])
+        for name, pairs in judged.items()
+    }
+    cosines = next((one.get("english_scores") for one in results if one["row"] == e5), None)
+    rows: list[tuple[str, Mapping[str, np.ndarray]]] = [("words", words)]
+    for one in results:
+        if one["row"] == WHOLE and cosines is not None and one.get("english_scores"):
+            of_model = {name: np.array(scores) for name, scores in one["english_scores"].items()}
+            beside = {name: np.array(cosines[name]) for name in judged}
+            rows += [
+                (ENGLISH_JOINT_ROWS[1], {name: fused(of_model[name], words[name]) for name in judged}),
+                (ENGLISH_JOINT_ROWS[2], {name: fused(of_model[name], beside[name]) for name in judged}),
+                (ENGLISH_JOINT_ROWS[3], {name: fused(of_model[name], beside[name], words[name]) for name in judged}),
+            ]
+    return [
+        {"row": row, "english": {name: ndcg(judged[name], values) for name, values in scores.items()}}
+        for row, scores in rows
+    ]
 
 
 class Estimate:
@@ -166,9 +200,13 @@ def leg_tables(leg: LegResults, rows: Sequence[str]) -> str:
     return "\n\n".join(texts)
 
 
-def english_table(results: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> str:
-    """nDCG@10 on the human labels in English."""
-    lines = ["| row | seeds | ESCI nDCG@10 | Chorus nDCG@10 |", "| --- | --- | --- | --- |"]
+def english_table(results: Sequence[Mapping[str, Any]], rows: Sequence[str], e5: str) -> str:
+    """nDCG@10 on the human labels in English, and what it is above the encoder's."""
+    lines = [
+        "| row | seeds | ESCI nDCG@10 | less e5 | Chorus nDCG@10 | less e5 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    (free,) = [one["english"] for one in results if one["row"] == e5] or [None]
     for row in rows:
         of_row = [one["english"] for one in results if one["row"] == row and one["english"]]
         if of_row:
@@ -176,19 +214,32 @@ def english_table(results: Sequence[Mapping[str, Any]], rows: Sequence[str]) -> 
             for name in ("ESCI", "Chorus"):
                 values = np.mean([one[name] for one in of_row], axis=0)
                 draws = np.random.default_rng(0).integers(0, len(values), size=(NUM_RESAMPLES, len(values)))
-                cells.append(f"{Estimate(np.array([values.mean(), *values[draws].mean(axis=1)])):.3f}")
+                cells.append(f"{_mean(values, draws):.3f}")
+                is_compared = free is not None and row != e5
+                cells.append(f"{_mean(values - np.array(free[name]), draws):+.3f}" if is_compared else "")
             lines.append("| " + " | ".join([row, str(len(of_row)), *cells]) + " |")
     return "\n".join(lines)
 
 
+def _mean(values: np.ndarray, draws: np.ndarray) -> Estimate:
+    """Of the queries' values."""
+    return Estimate(np.array([values.mean(), *values[draws].mean(axis=1)]))
+
+
 def write_report(
-    results: Sequence[Mapping[str, Any]], measured: Mapping[str, tuple[Leg, pd.DataFrame]], rows: Sequence[str]
+    results: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, tuple[Leg, pd.DataFrame]],
+    rows: Sequence[str],
+    english: Sequence[Mapping[str, Any]],
+    e5: str,
 ) -> None:
     """Write report.md and report.svg beside the results, and print the tables.
 
     Args:
         measured: name of each leg to the leg and its test pairs, in the order of the results' scores.
         rows: of the grid, in the order to show them.
+        english: see joint_english.
+        e5: row of the encoder.
     """
     parts = []
     for name, (leg, pairs) in measured.items():
@@ -196,7 +247,8 @@ def write_report(
         if of_leg:
             parts.append(f"## {name}\n\n{leg_tables(LegResults(leg, pairs, of_leg), rows)}")
     if any(one["english"] for one in results):
-        parts.append(f"## Labels in English, none of them learnt\n\n{english_table(results, rows)}")
+        table = english_table([*results, *english], [*dict.fromkeys([*rows, *ENGLISH_JOINT_ROWS])], e5)
+        parts.append(f"## Labels in English, none of them learnt\n\n{table}")
     text = "\n\n".join(parts)
     (FOLDER / "report.md").write_text(f"# Cold start study\n\nMade by study.py.\n\n{text}\n", encoding="utf-8")
     print(text)

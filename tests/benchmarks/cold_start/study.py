@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from legs import GENERATED, REAL_NOISE, Leg, ndcg, read_english, write_english, write_esci
-from report import JOINT_ROWS, joint_results, write_report
+from report import JOINT_ROWS, joint_english, joint_results, write_report
 
 from csrm.artefacts.manifest import file_digest
 from csrm.cli import setting_arguments
@@ -498,7 +498,9 @@ def main() -> None:
         measured = {
             leg.name: (leg, study.measured(Cell(leg, "labels only", FEW, 0.0, 0))) for leg in (GENERATED, REAL_NOISE)
         }
-        write_report([*results, *joint_results(results, E5_ROW)], measured, [BASE_ROW, E5_ROW, *ROWS, *JOINT_ROWS])
+        english = joint_english(results, E5_ROW, read_english(study.data, has_titles=False))
+        rows = [BASE_ROW, E5_ROW, *ROWS, *JOINT_ROWS]
+        write_report([*results, *joint_results(results, E5_ROW)], measured, rows, english, E5_ROW)
 
 
 if __name__ == "__main__":
