@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import islice
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from csrm.scoring.labels import Label, expected_gain
-from csrm.scoring.prompts import Product, Query, neutralize
+from csrm.scoring.prompts import MOST_CHARACTERS, Product, Query, neutralize
 from csrm.text import search_terms
 
 Voter = Literal["model", "words", "encoder"]
@@ -168,27 +168,33 @@ class Vote:
 def named_share(query: str | None, product: Product) -> float:
     """Share of the query's different terms that the product's text has, in [0, 1].
 
-    Terms are those of `csrm.text.search_terms`; the text is title, brand, category and attribute values, as prompts
-    show them and as BM25 reads them. A term in a script that the product's text has no letter of is not counted: it
+    Terms are those of `csrm.text.search_terms`; the text is title, brand, category and attribute values, as BM25 reads
+    them. A term in a script that the product's text has no letter of is not counted: it
     says nothing of a product in another language. Where no term counts, half are named.
 
     >>> product = Product("Mug, 0.3 l", brand="Arkenby", attributes={"color": "blue"})
     >>> named_share("blue mug", product), named_share("red mug", product), named_share("\u8336\u676f", product)
     (1.0, 0.5, 0.5)
     """
-    asked, _ = _terms_and_scripts(neutralize(query))
     values = () if product.attributes is None else product.attributes.values()
-    parts = map(neutralize, (product.title, product.brand, product.category, *values))
-    named, scripts = _terms_and_scripts(" ".join(part for part in parts if part))
-    counted = [term for term in asked if _scripts(term) <= scripts]
+    parts = (product.title, product.brand, product.category, *values)
+    named, scripts = _terms_and_scripts(" ".join(part[:MOST_CHARACTERS] for part in parts if part))
+    asked = _scripts_of_terms((query or "")[:MOST_CHARACTERS])
+    counted = [term for term, own in asked.items() if own <= scripts]
     return sum(term in named for term in counted) / len(counted) if counted else 0.5
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=5_000)
 def _terms_and_scripts(text: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Different terms of a text, and the scripts of their letters."""
+    """A product's different terms, and the scripts of their letters: it may come with many queries of a task."""
     terms = frozenset(search_terms(text))
     return terms, _scripts("".join(terms))
+
+
+@lru_cache(maxsize=1_000)
+def _scripts_of_terms(query: str) -> Mapping[str, frozenset[str]]:
+    """A query's different terms with the scripts of their letters."""
+    return {term: _scripts(term) for term in search_terms(query)}
 
 
 def _scripts(text: str) -> frozenset[str]:
