@@ -152,8 +152,12 @@ def test_graphs_with_weights_beside_them_are_joined(
 
 
 def test_members_read_the_same_prompts(tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"demo_bundle' has another .*tokenizer than .*One graph reads one prompt"):
-        joined((tiny_bundle, Path("conf/demo_bundle")), tmp_path / "both", pairs_pdf)
+    other = Path(shutil.copytree("conf/demo_bundle", tmp_path / "other"))
+    about = json.loads((other / MANIFEST_NAME).read_text())["about"]
+    del about["vote"]
+    write_manifest(other, "bundle", about)
+    with pytest.raises(BundleError, match=r"other' has another .*tokenizer than .*One graph reads one prompt"):
+        joined((tiny_bundle, other), tmp_path / "both", pairs_pdf)
     with pytest.raises(BundleError, match=r"are the same bundle\. Name each once"):
         joined((tiny_bundle, tiny_bundle), tmp_path / "both", pairs_pdf)
     assert not (tmp_path / "both").exists()
