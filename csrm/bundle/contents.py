@@ -124,7 +124,7 @@ class BundleVote(Settings):
     num_queries: int = Field(ge=1)
     """Judged queries that chose weights and thresholds."""
     ndcg: dict[str, float]
-    """nDCG@10 on them, of each voter alone, and of all together."""
+    """nDCG@10 on them, of each voter alone, and of all together: each half with weights that the other half chose."""
     encoder: VotingEncoder | None = None
     golden_median: float
     """Median score of the golden pairs, whose own scores are the model's alone."""

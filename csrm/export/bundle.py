@@ -59,7 +59,6 @@ def export_bundle(
 
     Raises:
         ParityError: scores do not agree, or the precision does not pass its gate; nothing was written.
-        InputError: there is a vote, and the model does not order the judged products; nothing was written.
         BundleError: the model is incomplete or was changed, or gives all pairs one score; nothing was written.
         ConfigError: the model is not supported, the precision cannot be proven, grade_costs do not fit its labels, or
             another process exports there; said before any work.

@@ -1,10 +1,11 @@
 """What votes in a bundle beside its model, and how much each voter counts, chosen on judged pairs."""
 
 import logging
+import math
 import shutil
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -19,9 +20,9 @@ from csrm.bundle.golden import GoldenPairs
 from csrm.bundle.loading import default_tokens_per_call, golden_words, load_bundle, load_scorer
 from csrm.config import Settings
 from csrm.embedding.encoder import open_encoder, read_encoder
-from csrm.errors import ConfigError, InputError
+from csrm.errors import ConfigError, ParityError
 from csrm.export.parity import pack_spread
-from csrm.export.quality import measure_quality, query_ndcgs
+from csrm.export.quality import gate, measure_quality, query_ndcgs
 from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
 from csrm.scoring.labels import Label
 from csrm.scoring.runtime import load_pack_scorer
@@ -36,17 +37,14 @@ _LEAST_SCALE = 0.1
 """Of both together, in standard deviations: products keep their order where queries tell the labels."""
 _PRIOR = 1e-3
 """Weight of the squared slopes beside the loss of a query: a few queries choose no slope without bound."""
-_REASONS: dict[Voter, str] = {
-    "model": "Train it longer, judge queries with products of several grades, or leave the section out",
-    "words": "The judged products name all words of their queries, or none",
-    "encoder": "Give it the prefixes that it was trained with",
-}
+_LEAST_QUERIES = 10
+"""With products of several gains, in each half of the judged queries that choose a vote."""
 
 
 class VoteSettings(Settings):
     """What votes in the scores of a bundle beside its model, as much as quality_split says.
 
-    What orders nothing there is left out.
+    What does not certainly help there is left out.
     """
 
     words: bool = False
@@ -117,7 +115,7 @@ def add_vote(
     judged: pd.DataFrame,
     grade_labels: Mapping[str, str] | None,
 ) -> None:
-    """Put a vote into a finished bundle, where a voter orders anything. Its golden pairs still prove the model.
+    """Put a vote into a finished bundle, where a voter helps. Its golden pairs still prove the model.
 
     Speed, quality and the spread over packs are measured again, with the vote.
 
@@ -130,7 +128,8 @@ def add_vote(
         grade_labels: grade to label.
 
     Raises:
-        InputError: the model does not order the judged products.
+        InputError: a grade has no label.
+        ParityError: with the vote the bundle's precision does not pass its gate.
         BundleError: the finished bundle does not give its golden scores.
     """
     bundle = load_bundle(folder)
@@ -146,10 +145,17 @@ def add_vote(
     tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
     spread = pack_spread(sample, scorer.tokenizer, labels, pack_scorer, tokens, vote=scorer.vote)
     in_fp32, found = fp32_scorer.score_parts(judged), scorer.score_parts(judged)
+    queries, gains = _queries(judged), grade_gains(judged, labels, grade_labels)
+    quality = measure_quality(queries, gains, in_fp32, found)
+    if settings.precision != "fp32" and (problems := gate(quality, measure_quality(queries, gains, in_fp32, in_fp32))):
+        raise ParityError(
+            f"quality gate: with the vote {settings.precision} does not pass, the bundle was not written: "
+            f"{'; '.join(problems)}. Export at precision fp32, or leave the section vote out."
+        )
     measured = {
         "pairs_per_s": len(sample) / _seconds(scorer, voters, sample),
         "pack_spread": spread,
-        "quality": measure_quality(_queries(judged), grade_gains(judged, labels, grade_labels), in_fp32, found),
+        "quality": quality,
     }
     own = settings.report
     golden_median = float(np.median(scorer.score_parts(golden.pairs)))
@@ -190,9 +196,11 @@ def fit_vote(
     grade_labels: Mapping[str, str] | None,
     golden: GoldenPairs,
 ) -> BundleVote | None:
-    """The vote under which judged pairs are in their order, and have their labels; None where no voter is left.
+    """The vote under which judged pairs are in their order, and have their labels; None where no voter certainly helps.
 
-    A voter that orders nothing beside the others is left out.
+    Queries are halved at random; each half's nDCG@10 is measured with the weights that the other half chose. Voters are
+    added one after the other, the best first, as long as one gains more than the standard error of its gain. All
+    queries then choose the weights of those.
 
     Args:
         vote: what is to vote.
@@ -203,47 +211,90 @@ def fit_vote(
         golden: pairs that will prove that words are cut in the same way.
 
     Raises:
-        InputError: the model does not order the judged products, or a grade has no label.
+        InputError: a grade has no label.
     """
     gains = grade_gains(judged, labels, grade_labels)
     grades = judged["grade"].map(grade_labels) if grade_labels else judged["grade"]
     by_gain = sorted(labels, key=lambda label: label.gain)
     given = grades.map({label.name: place for place, label in enumerate(by_gain)}).to_numpy(np.int64)
     _, queries = np.unique(_queries(judged), return_inverse=True)
-    voters = vote.voters(VOTERS)
-    names, features = voters.names, voters.features(scores, list(pair_texts(judged)))
-    label_map = fit_pair_map(features, gains, queries, given, len(labels))
-    if label_map.slopes[0] == 0:
-        raise InputError(
-            f"vote: expected the model to order the products of {len(judged)} judged pairs, beside the others; it does "
-            f"not. {_REASONS['model']}."
-        )
-    weights = {name: slope for name, slope in zip(names, label_map.slopes.tolist(), strict=True) if slope > 0}
-    for name in names:
-        if name not in weights:
-            logger.warning("%s left out: no order of the %d judged pairs. %s", name, len(judged), _REASONS[name])
-    if len(weights) == 1:
+    if why := _too_little(by_gain, given, gains, queries):
+        logger.warning("no vote: %s. The model alone scores", why)
         return None
-    rankings = {**dict(zip(names, features.T, strict=True)), "together": features @ label_map.slopes}
-    ndcgs = {
-        name: round(float(np.nanmean(query_ndcgs(queries, gains, ranking))), 4) for name, ranking in rankings.items()
-    }
-    logger.info("weights %s; nDCG@10 %s", {name: round(weight, 2) for name, weight in weights.items()}, ndcgs)
-    if ndcgs["together"] < max(ndcgs.values()):
-        logger.warning("the voters together rank no better than one of them, by nDCG@10: %s", ndcgs)
-    places = np.linspace(-20, 20, 2_001)[:, None] + np.mean(label_map.thresholds)
-    likeliest = LabelMap(np.ones(1), label_map.thresholds).probabilities(places).argmax(axis=1)
+    voters = vote.voters(VOTERS)
+    features = voters.features(scores, list(pair_texts(judged)))
+    columns = {name: features[:, [place]] for place, name in enumerate(voters.names)}
+
+    def fitted(names: Sequence[Voter], rows: np.ndarray) -> LabelMap:
+        values = np.hstack([columns[name] for name in names])[rows]
+        return fit_pair_map(values, gains[rows], queries[rows], given[rows], len(labels))
+
+    def held_out(names: Sequence[Voter]) -> np.ndarray:
+        """nDCG@10 of each query with the weights of the other half."""
+        ranking = np.empty(len(judged))
+        for half in (0, 1):
+            is_measured = halves[queries] == half
+            slopes = fitted(names, ~is_measured).slopes
+            ranking[is_measured] = np.hstack([columns[name] for name in names])[is_measured] @ slopes
+        return query_ndcgs(queries, gains, ranking)
+
+    halves = np.random.default_rng(0).permutation(np.arange(queries.max() + 1) % 2)
+    chosen, together = _chosen(voters.names, held_out)
+    if len(chosen) == 1:
+        return None
+    label_map = fitted(chosen, np.ones(len(judged), dtype=bool))
+    if label_map.slopes.min() == 0:
+        logger.warning("no vote: of all judged queries together, %s orders nothing", chosen[label_map.slopes.argmin()])
+        return None
+    ndcgs = {name: query_ndcgs(queries, gains, columns[name][:, 0]) for name in chosen} | {"together": together}
+    places = np.hstack([columns[name] for name in chosen]) @ label_map.slopes
+    reached = np.linspace(places.min(), places.max(), 2_001)[:, None]
+    likeliest = LabelMap(np.ones(1), label_map.thresholds).probabilities(reached).argmax(axis=1)
     if never := [label.name for place, label in enumerate(by_gain) if place not in likeliest]:
         logger.warning("grades %s are the most probable ones at no score, and are predicted no more", never)
     return BundleVote(
-        weights=weights,
+        weights=dict(zip(chosen, label_map.slopes.tolist(), strict=True)),
         thresholds=tuple(label_map.thresholds.tolist()),
         num_queries=int(queries.max()) + 1,
-        ndcg=ndcgs,
-        encoder=vote.encoder.named if vote.encoder is not None and "encoder" in weights else None,
+        ndcg={name: round(float(np.nanmean(values)), 4) for name, values in ndcgs.items()},
+        encoder=vote.encoder.named if vote.encoder is not None and "encoder" in chosen else None,
         golden_median=0.0,
-        golden_words=golden_words(golden) if "words" in weights else None,
+        golden_words=golden_words(golden) if "words" in chosen else None,
     )
+
+
+def _too_little(by_gain: Sequence[Label], given: np.ndarray, gains: np.ndarray, queries: np.ndarray) -> str:
+    """Why judged pairs can choose no vote; empty where they can."""
+    for place, label in ((0, by_gain[0]), (len(by_gain) - 1, by_gain[-1])):
+        if not (given == place).any():
+            return f"no judged pair has label {label.name!r}, so that nothing tells its scores"
+    frame = pd.DataFrame({"query": queries, "gain": gains}).groupby("query")["gain"].nunique()
+    if (num := int((frame > 1).sum())) < 2 * _LEAST_QUERIES:
+        return f"expected {2 * _LEAST_QUERIES} judged queries with products of several gains, got {num}"
+    return ""
+
+
+def _chosen(
+    names: Sequence[Voter], held_out: Callable[[Sequence[Voter]], np.ndarray]
+) -> tuple[tuple[Voter, ...], np.ndarray]:
+    """The model with the voters that help, in the order of VOTERS, and their nDCG@10 of each query."""
+    chosen: tuple[Voter, ...] = ("model",)
+    ndcgs, left = held_out(chosen), [name for name in names if name != "model"]
+    while left:
+        found = {}
+        for name in left:
+            more = tuple(voter for voter in VOTERS if voter in (*chosen, name))
+            found[name] = held_out(more)
+        name = max(left, key=lambda voter: float(np.nanmean(found[voter] - ndcgs)))
+        gain = (found[name] - ndcgs)[np.isfinite(ndcgs)]
+        error = float(gain.std(ddof=1)) / math.sqrt(len(gain))
+        logger.info("%s beside %s: nDCG@10 %+.4f, standard error %.4f", name, ", ".join(chosen), gain.mean(), error)
+        if gain.mean() <= error:
+            logger.warning("left out: %s, whose gain is within its standard error", ", ".join(left))
+            break
+        chosen, ndcgs = tuple(voter for voter in VOTERS if voter in (*chosen, name)), found[name]
+        left.remove(name)
+    return chosen, ndcgs
 
 
 def fit_pair_map(

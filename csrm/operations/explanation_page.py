@@ -79,11 +79,11 @@ def votes_text(votes: Mapping[str, float]) -> str:
     """What stands beside the model in a score, in a sentence; empty where nothing does.
 
     >>> votes_text({"model": 0.4567, "words": 0.5})
-    "the model alone gives 0.4567; the product names 50 % of the query's words"
+    "the model alone gives 0.4567; the share of the query's words that the product names counts as 0.50"
     """
     said = []
     if "words" in votes:
-        said.append(f"the product names {votes['words']:.0%} of the query's words".replace("%", " %"))
+        said.append(f"the share of the query's words that the product names counts as {votes['words']:.2f}")
     if "encoder" in votes:
         said.append(f"the encoder's cosine is {votes['encoder']:.3f}")
     return "; ".join([f"the model alone gives {votes['model']:.4f}", *said]) if said else ""

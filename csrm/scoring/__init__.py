@@ -1,6 +1,7 @@
 """A pair becomes a score, with neither Spark nor torch.
 
-Read labels, prompts, tokenization, packing, scorer, runtime (ONNX Runtime), then attempts (notes against crashes) and
+Read labels, prompts, tokenization, packing, scorer, vote (words and an encoder beside the model),
+runtime (ONNX Runtime), then attempts (notes against crashes) and
 explanation (what each part of a prompt does).
 Phrasebook puts texts into another language, for training and for the launch report.
 Every room that scores may import it, in Spark or in training. It imports ground files only.

@@ -238,7 +238,10 @@ class PairScorer:
         return pd.DataFrame(columns, index=pairs.index)
 
     def logits(self, pairs: pd.DataFrame) -> np.ndarray:
-        """Logits of the label tokens of pairs (see score), shape (num_pairs, num_labels), float32, in row order."""
+        """Logits of the labels of pairs (see score), shape (num_pairs, num_labels), float32, in row order.
+
+        Of the label tokens where the model alone scores; else logarithms of the label probabilities with the vote.
+        """
         logits = self._model_logits(pairs)
         return logits if self.vote is None else self.vote.mixed(logits, list(pair_texts(pairs)))
 

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import islice
 from typing import Literal, get_args
 
@@ -24,6 +24,9 @@ queries of a task."""
 _LEAST = 1e-30
 """Probability below which its logarithm falls no more."""
 _END = 1e-4
+_LATIN = "LATIN"
+_SHARED = frozenset({"MODIFIER", "IDEOGRAPHIC"})
+"""First words in names of letters that several scripts share, such as the Japanese iteration mark."""
 Embed = Callable[[Sequence[str], Literal["query", "passage"]], np.ndarray]
 """Vectors of texts, shape (texts, dimensions)."""
 
@@ -88,10 +91,13 @@ class Voters:
             scores: of the model, in [0, 1], shape (num_pairs,); nearer to an end than 1e-4 they count as if that far.
             texts: query and product of each pair.
         """
+        if not len(texts):
+            return np.empty((0, len(self.names)))
         inside = np.clip(scores.astype(np.float64), _END, 1 - _END)
         columns = [np.log(inside / (1 - inside))]
         if self._counts_words:
-            columns.append(np.array([named_share(query.query, product) for query, product in texts], np.float64))
+            asked = {text: _asked(text) for text in {query.query for query, _ in texts}}
+            columns.append(np.array([_share(asked[query.query], product) for query, product in texts], np.float64))
         if self._embed is not None:
             queries = self._vectors(self._embed, [neutralize(query.query) for query, _ in texts], "query")
             titles = self._vectors(self._embed, [neutralize(product.title) for _, product in texts], "passage")
@@ -169,36 +175,48 @@ def named_share(query: str | None, product: Product) -> float:
     """Share of the query's different terms that the product's text has, in [0, 1].
 
     Terms are those of `csrm.text.search_terms`; the text is title, brand, category and attribute values, as BM25 reads
-    them. A term in a script that the product's text has no letter of is not counted: it
-    says nothing of a product in another language. Where no term counts, half are named.
+    them, of which MOST_CHARACTERS count. A term that cannot be compared counts as half: one in a script that the text
+    has no letter of, and one in Latin letters where the text has another script that the query lacks. A Korean title
+    with a size in cm or a brand in Latin letters says nothing of an English word.
 
     >>> product = Product("Mug, 0.3 l", brand="Arkenby", attributes={"color": "blue"})
     >>> named_share("blue mug", product), named_share("red mug", product), named_share("\u8336\u676f", product)
     (1.0, 0.5, 0.5)
     """
-    values = () if product.attributes is None else product.attributes.values()
-    parts = (product.title, product.brand, product.category, *values)
-    named, scripts = _terms_and_scripts(" ".join(part[:MOST_CHARACTERS] for part in parts if part))
-    asked = _scripts_of_terms((query or "")[:MOST_CHARACTERS])
-    counted = [term for term, own in asked.items() if own <= scripts]
-    return sum(term in named for term in counted) / len(counted) if counted else 0.5
+    return _share(_asked(query), product)
 
 
-@lru_cache(maxsize=5_000)
-def _terms_and_scripts(text: str) -> tuple[frozenset[str], frozenset[str]]:
-    """A product's different terms, and the scripts of their letters: it may come with many queries of a task."""
-    terms = frozenset(search_terms(text))
-    return terms, _scripts("".join(terms))
-
-
-@lru_cache(maxsize=1_000)
-def _scripts_of_terms(query: str) -> Mapping[str, frozenset[str]]:
+def _asked(query: str | None) -> Mapping[str, frozenset[str]]:
     """A query's different terms with the scripts of their letters."""
-    return {term: _scripts(term) for term in search_terms(query)}
+    return {term: _scripts(term) for term in search_terms((query or "")[:MOST_CHARACTERS])}
+
+
+def _share(asked: Mapping[str, frozenset[str]], product: Product) -> float:
+    """`named_share` of a query's terms."""
+    if not asked:
+        return 0.5
+    named = set(search_terms(_text(product)))
+    scripts = _scripts("".join(named))
+    others = scripts - {_LATIN}
+    if others and not others & frozenset().union(*asked.values()):
+        scripts = others
+    return sum(1.0 if term in named else 0.0 if own <= scripts else 0.5 for term, own in asked.items()) / len(asked)
+
+
+def _text(product: Product) -> str:
+    """What BM25 reads of a product, attribute values by the names' order: maps have none."""
+    attributes = product.attributes or {}
+    parts = (product.title, product.brand, product.category, *(attributes[name] for name in sorted(attributes)))
+    text, room = [], MOST_CHARACTERS
+    for part in parts:
+        if part and room > 0:
+            text.append(part[:room])
+            room -= len(part)
+    return " ".join(text)
 
 
 def _scripts(text: str) -> frozenset[str]:
-    return frozenset(_script(character) for character in set(text) if character.isalpha())
+    return frozenset(_script(character) for character in set(text) if character.isalpha()) - _SHARED
 
 
 @cache

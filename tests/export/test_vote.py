@@ -1,7 +1,7 @@
 """What votes beside a bundle's model: words, an encoder, or both, as much as judged pairs say."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from csrm.artefacts.manifest import MANIFEST_NAME, write_manifest
 from csrm.bundle.card import bundle_card
 from csrm.bundle.loading import load_bundle, load_scorer
 from csrm.embedding import load_encoder
-from csrm.errors import BundleError, ConfigError, DeviceError, InputError
+from csrm.errors import BundleError, ConfigError, DeviceError
 from csrm.export.bundle import export_bundle
 from csrm.export.ensemble import Ensemble, export_ensemble
 from csrm.export.settings import ExportConfig
@@ -22,6 +22,13 @@ from csrm.scoring.explanation import explain
 from csrm.scoring.scorer import pair_texts
 from csrm.scoring.vote import named_share
 from csrm.training.distillation.teacher import text_cosines
+
+
+@pytest.fixture(scope="module")
+def asked_pdf(pairs_pdf: pd.DataFrame) -> pd.DataFrame:
+    """Thirty-six queries with five products each, some of which name a word of them."""
+    words = ("mouse", "防摔", "운동화", "black", "1600", "登山")
+    return pd.concat([pairs_pdf.assign(query=pairs_pdf["query"] + f" {word}") for word in words], ignore_index=True)
 
 
 def with_vote(bundle: Path, folder: Path, pairs: pd.DataFrame, judged: pd.DataFrame | None, **voters: Any) -> None:
@@ -43,18 +50,24 @@ def named_shares(pairs: pd.DataFrame) -> np.ndarray:
 
 
 def judged_by(bundle: Path, pairs: pd.DataFrame, *others: np.ndarray) -> pd.DataFrame:
-    """The pairs with labels that follow the score of the bundle and other values."""
-    scores = load_scorer(bundle, "cpu", threads=1).score(pairs)["relevance_score"]
-    ranks = scores.rank() + sum(pd.Series(values).rank() for values in others)
-    grades = ranks.rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
+    """The pairs with labels that follow the place in its query of the bundle's score and of other values."""
+    scores = load_scorer(bundle, "cpu", threads=1).score(pairs)["relevance_score"].to_numpy()
+    places = sum(pd.Series(values).groupby(pairs["query"]).rank() for values in (scores, *others))
+    grades = places.rank(pct=True).map(lambda place: "ICSE"[min(3, int(4 * place))]).to_numpy()
     return pairs.assign(query_id=pairs["query"], product_id=pairs["title"], grade=grades)
 
 
 def test_words_and_an_encoder_vote_in_the_scores_of_a_bundle(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path,
+    tiny_encoder: Path,
+    pairs_pdf: pd.DataFrame,
+    asked_pdf: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cosines, shares = text_cosines(load_encoder(tiny_encoder), pairs_pdf), named_shares(pairs_pdf)
-    judged = judged_by(tiny_bundle, pairs_pdf, cosines, shares)
+    encoder = load_encoder(tiny_encoder)
+    judged = judged_by(tiny_bundle, asked_pdf, text_cosines(encoder, asked_pdf), named_shares(asked_pdf))
+    cosines, shares = text_cosines(encoder, pairs_pdf), named_shares(pairs_pdf)
     with_vote(tiny_bundle, tmp_path / "all", pairs_pdf, judged, words=True, encoder=str(tiny_encoder))
     bundle = load_bundle(tmp_path / "all")
     vote = bundle.settings.vote
@@ -64,7 +77,7 @@ def test_words_and_an_encoder_vote_in_the_scores_of_a_bundle(
     assert min(vote.weights.values()) > 0
     assert vote.ndcg["together"] > max(vote.ndcg[name] for name in vote.weights)
     assert bundle.settings.report.quality is not None
-    assert bundle.settings.report.quality.ndcg == pytest.approx(vote.ndcg["together"], abs=1e-3)
+    assert bundle.settings.report.quality.ndcg == pytest.approx(vote.ndcg["together"], abs=0.03)  # of these weights
     assert bundle.settings.origin == load_bundle(tiny_bundle).settings.origin
     card = bundle_card(bundle)
     assert f"encoder     {vote.encoder.model} ({vote.encoder.digest[:12]})" in card
@@ -87,14 +100,15 @@ def test_words_and_an_encoder_vote_in_the_scores_of_a_bundle(
     hidden = pairs_pdf.assign(title=pairs_pdf["title"].str.replace(" ", "\u200b "))  # what no one sees moves no score
     np.testing.assert_allclose(scorer.score(hidden)["relevance_score"], expected, atol=1e-5)
     assert len(scorer.score_or_reject(pairs_pdf.iloc[:0])) == 0
+    assert scorer.votes(pairs_pdf.iloc[:0]).columns.tolist() == ["model", "words", "encoder"]
     scorer.vote = None  # what the golden pairs prove is the model alone
     np.testing.assert_allclose(scorer.score(pairs_pdf)["relevance_score"], alone, atol=1e-5)
 
 
 def test_words_alone_vote_where_a_trained_model_is_exported(
-    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, asked_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
-    judged, model = judged_by(tiny_bundle, pairs_pdf, named_shares(pairs_pdf)), str(tiny_bundle.with_name("model"))
+    judged, model = judged_by(tiny_bundle, asked_pdf, named_shares(asked_pdf)), str(tiny_bundle.with_name("model"))
     found = export_bundle(model, tmp_path / "words", pairs_pdf, judged, vote=VoteSettings(words=True))
     with_vote(tiny_bundle, tmp_path / "again", pairs_pdf, judged, words=True)
     again = load_bundle(tmp_path / "again").settings.vote
@@ -106,28 +120,53 @@ def test_words_alone_vote_where_a_trained_model_is_exported(
     assert not (tmp_path / "words" / "encoder").exists()
 
 
-def test_a_voter_that_orders_nothing_is_left_out(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_voter_that_does_not_help_is_left_out(
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, asked_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
-    cosines, shares = text_cosines(load_encoder(tiny_encoder), pairs_pdf), named_shares(pairs_pdf)
-    judged = judged_by(tiny_bundle, pairs_pdf, 2 * cosines, -shares)
+    cosines, shares = text_cosines(load_encoder(tiny_encoder), asked_pdf), named_shares(asked_pdf)
+    judged = judged_by(tiny_bundle, asked_pdf, cosines, cosines, cosines, -shares)
     with_vote(tiny_bundle, tmp_path / "encoder", pairs_pdf, judged, words=True, encoder=str(tiny_encoder))
     vote = load_bundle(tmp_path / "encoder").settings.vote
     assert vote is not None
     assert [*vote.weights] == ["model", "encoder"]
+    assert [*vote.ndcg] == ["model", "encoder", "together"]
     assert vote.golden_words is None
-    assert "words left out: no order of the 30 judged pairs." in caplog.text
 
-    with_vote(tiny_bundle, tmp_path / "none", pairs_pdf, judged_by(tiny_bundle, pairs_pdf, -shares), words=True)
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda judged: judged[judged["query_id"].isin(judged["query_id"].unique()[:19])], "expected 20 judged quer"),
+        (lambda judged: judged.drop_duplicates("query_id"), "with products of several gains, got 0"),
+        (lambda judged: judged[judged["grade"] != "I"], "no judged pair has label 'I'"),
+        (lambda judged: judged[judged["grade"] != "E"], "no judged pair has label 'E'"),
+        (
+            lambda judged: judged.assign(grade=judged["grade"].sample(frac=1, random_state=0).to_numpy()),
+            "left out: wor",
+        ),
+    ],
+)
+def test_where_judged_pairs_choose_nothing_the_model_scores_alone(
+    tiny_bundle: Path,
+    pairs_pdf: pd.DataFrame,
+    asked_pdf: pd.DataFrame,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    why: str,
+) -> None:
+    judged = change(judged_by(tiny_bundle, asked_pdf, named_shares(asked_pdf)))
+    with_vote(tiny_bundle, tmp_path / "none", pairs_pdf, judged, words=True)
     assert load_bundle(tmp_path / "none").settings.vote is None
+    assert why in caplog.text
     found, alone = (load_scorer(folder, "cpu").score(pairs_pdf) for folder in (tmp_path / "none", tiny_bundle))
     pd.testing.assert_frame_equal(found, alone)
 
 
 def test_a_csrm_that_cuts_words_otherwise_does_not_load_the_bundle(
-    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, pairs_pdf: pd.DataFrame, asked_pdf: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged = judged_by(tiny_bundle, pairs_pdf, named_shares(pairs_pdf))
+    judged = judged_by(tiny_bundle, asked_pdf, named_shares(asked_pdf))
     with_vote(tiny_bundle, tmp_path / "words", pairs_pdf, judged, words=True)
     monkeypatch.setattr("csrm.bundle.loading.named_share", lambda query, product: 0.25)
     with pytest.raises(BundleError, match=r"its golden products name 0\.\d+ of their queries' words, and 0\.2500 as"):
@@ -135,9 +174,10 @@ def test_a_csrm_that_cuts_words_otherwise_does_not_load_the_bundle(
 
 
 def test_a_pair_that_the_encoder_fails_on_is_set_aside(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, asked_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
-    judged = judged_by(tiny_bundle, pairs_pdf, text_cosines(load_encoder(tiny_encoder), pairs_pdf))
+    cosines = text_cosines(load_encoder(tiny_encoder), asked_pdf)
+    judged = judged_by(tiny_bundle, asked_pdf, cosines, cosines, cosines)
     with_vote(tiny_bundle, tmp_path / "both", pairs_pdf, judged, encoder=str(tiny_encoder))
     scorer = load_scorer(tmp_path / "both", "cpu", threads=1)
     assert scorer.vote is not None
@@ -163,17 +203,14 @@ def test_a_pair_that_the_encoder_fails_on_is_set_aside(
         scorer.score_or_reject(pairs_pdf)
 
 
-def test_a_vote_needs_judged_pairs_that_agree_with_it(
-    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, tmp_path: Path
+def test_a_vote_needs_judged_pairs_and_comes_once(
+    tiny_bundle: Path, tiny_encoder: Path, pairs_pdf: pd.DataFrame, asked_pdf: pd.DataFrame, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"expected judged pairs that tell how much each voter counts, got none"):
         with_vote(tiny_bundle, tmp_path / "both", pairs_pdf, None, words=True)
-    judged = judged_by(tiny_bundle, pairs_pdf, text_cosines(load_encoder(tiny_encoder), pairs_pdf))
-    against = judged.assign(grade=judged["grade"].map(dict(zip("ICSE", "ESCI", strict=True))))
-    with pytest.raises(InputError, match=r"expected the model to order the products of 30 judged pairs.* it does not"):
-        with_vote(tiny_bundle, tmp_path / "both", pairs_pdf, against, encoder=str(tiny_encoder))
+    cosines = text_cosines(load_encoder(tiny_encoder), asked_pdf)
+    judged = judged_by(tiny_bundle, asked_pdf, cosines, cosines, cosines)
     assert not (tmp_path / "both").exists()
-
     with_vote(tiny_bundle, tmp_path / "both", pairs_pdf, judged, encoder=str(tiny_encoder))
     with pytest.raises(BundleError, match=r"has a vote already"):
         with_vote(tmp_path / "both", tmp_path / "again", pairs_pdf, judged, encoder=str(tiny_encoder))
@@ -193,13 +230,18 @@ def test_a_vote_needs_judged_pairs_that_agree_with_it(
     ],
 )
 def test_a_manifest_whose_vote_does_not_fit_is_refused(
-    tiny_bundle: Path, pairs_pdf: pd.DataFrame, tmp_path: Path, changes: dict[str, Any], message: str
+    tiny_bundle: Path,
+    pairs_pdf: pd.DataFrame,
+    asked_pdf: pd.DataFrame,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
     with_vote(
         tiny_bundle,
         tmp_path / "words",
         pairs_pdf,
-        judged_by(tiny_bundle, pairs_pdf, named_shares(pairs_pdf)),
+        judged_by(tiny_bundle, asked_pdf, named_shares(asked_pdf)),
         words=True,
     )
     about = json.loads((tmp_path / "words" / MANIFEST_NAME).read_text())["about"]

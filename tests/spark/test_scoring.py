@@ -301,14 +301,14 @@ def test_a_device_that_is_not_there_is_an_error_never_another_device(spark: Spar
 def test_what_votes_in_a_bundle_votes_in_spark_too(
     spark: SparkSession, tiny_bundle: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    queries = [f"red {n % 4}" for n in range(40)]  # ten products each, of which some are red
-    pdf = pairs_pdf(40).assign(market="kr", language="ko", query=queries)
+    queries = [f"red {n % 24}" for n in range(120)]  # five products each, of which some are red
+    pdf = pairs_pdf(120).assign(market="kr", language="ko", query=queries)
     scores = load_scorer(tiny_bundle, "cpu").score(pdf)["relevance_score"]
     cosines = pd.Series(text_cosines(load_encoder(tiny_encoder), pdf), index=pdf.index)
     shares = pd.Series([named_share(query.query, product) for query, product in pair_texts(pdf)], index=pdf.index)
-    sums = sum(values.groupby(pdf["query"]).rank() for values in (scores, cosines, shares))
+    sums = sum(values.groupby(pdf["query"]).rank() for values in (scores, cosines, cosines, shares, shares, shares))
     places = sums.groupby(pdf["query"]).rank(method="first")
-    judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 5 else "I" for place in places])
+    judged = pdf.assign(query_id=pdf["query"], grade=["E" if place > 3 else "I" for place in places])
     folder = tmp_path / "both"
     model, vote = str(tiny_bundle.with_name("model")), VoteSettings(words=True, encoder=str(tiny_encoder))
     export_bundle(model, folder, pdf, judged, vote=vote)
