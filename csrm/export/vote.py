@@ -37,8 +37,8 @@ _LEAST_SCALE = 0.1
 """Of both together, in standard deviations: products keep their order where queries tell the labels."""
 _PRIOR = 1e-3
 """Weight of the squared slopes beside the loss of a query: a few queries choose no slope without bound."""
-_LEAST_QUERIES = 10
-"""With products of several gains, in each half of the judged queries that choose a vote."""
+_LEAST_QUERIES = 20
+"""Judged queries with products of several gains that choose a vote; each half chooses weights."""
 
 
 class VoteSettings(Settings):
@@ -223,31 +223,17 @@ def fit_vote(
         return None
     voters = vote.voters(VOTERS)
     features = voters.features(scores, list(pair_texts(judged)))
-    columns = {name: features[:, [place]] for place, name in enumerate(voters.names)}
-
-    def fitted(names: Sequence[Voter], rows: np.ndarray) -> LabelMap:
-        values = np.hstack([columns[name] for name in names])[rows]
-        return fit_pair_map(values, gains[rows], queries[rows], given[rows], len(labels))
-
-    def held_out(names: Sequence[Voter]) -> np.ndarray:
-        """nDCG@10 of each query with the weights of the other half."""
-        ranking = np.empty(len(judged))
-        for half in (0, 1):
-            is_measured = halves[queries] == half
-            slopes = fitted(names, ~is_measured).slopes
-            ranking[is_measured] = np.hstack([columns[name] for name in names])[is_measured] @ slopes
-        return query_ndcgs(queries, gains, ranking)
-
-    halves = np.random.default_rng(0).permutation(np.arange(queries.max() + 1) % 2)
-    chosen, together = _chosen(voters.names, held_out)
+    columns = {name: features[:, place] for place, name in enumerate(voters.names)}
+    pairs = _JudgedPairs(columns, gains, queries, given, len(labels))
+    chosen, together = _chosen(voters.names, pairs.held_out_ndcgs)
     if len(chosen) == 1:
         return None
-    label_map = fitted(chosen, np.ones(len(judged), dtype=bool))
+    label_map = pairs.label_map(chosen)
     if label_map.slopes.min() == 0:
         logger.warning("no vote: of all judged queries together, %s orders nothing", chosen[label_map.slopes.argmin()])
         return None
-    ndcgs = {name: query_ndcgs(queries, gains, columns[name][:, 0]) for name in chosen} | {"together": together}
-    places = np.hstack([columns[name] for name in chosen]) @ label_map.slopes
+    ndcgs = {name: query_ndcgs(queries, gains, columns[name]) for name in chosen} | {"together": together}
+    places = pairs.features(chosen) @ label_map.slopes
     reached = np.linspace(places.min(), places.max(), 2_001)[:, None]
     likeliest = LabelMap(np.ones(1), label_map.thresholds).probabilities(reached).argmax(axis=1)
     if never := [label.name for place, label in enumerate(by_gain) if place not in likeliest]:
@@ -263,14 +249,45 @@ def fit_vote(
     )
 
 
+class _JudgedPairs(NamedTuple):
+    """Judged pairs that choose a vote; arrays are of shape (num_pairs,)."""
+
+    columns: Mapping[Voter, np.ndarray]
+    """Feature of each voter."""
+    gains: np.ndarray
+    queries: np.ndarray
+    """Numbers from 0."""
+    given: np.ndarray
+    """Numbers of the labels, least relevant first."""
+    num_labels: int
+
+    def features(self, names: Sequence[Voter]) -> np.ndarray:
+        return np.stack([self.columns[name] for name in names], axis=1)
+
+    def label_map(self, names: Sequence[Voter], rows: np.ndarray | slice = slice(None)) -> LabelMap:
+        """That these rows choose."""
+        return fit_pair_map(
+            self.features(names)[rows], self.gains[rows], self.queries[rows], self.given[rows], self.num_labels
+        )
+
+    def held_out_ndcgs(self, names: Sequence[Voter]) -> np.ndarray:
+        """nDCG@10 of each query with the weights that the other half of the queries chose."""
+        halves = np.random.default_rng(0).permutation(np.arange(self.queries.max() + 1) % 2)[self.queries]
+        ranking = np.empty(len(self.queries))
+        for half in (0, 1):
+            is_measured = halves == half
+            ranking[is_measured] = self.features(names)[is_measured] @ self.label_map(names, ~is_measured).slopes
+        return query_ndcgs(self.queries, self.gains, ranking)
+
+
 def _too_little(by_gain: Sequence[Label], given: np.ndarray, gains: np.ndarray, queries: np.ndarray) -> str:
     """Why judged pairs can choose no vote; empty where they can."""
     for place, label in ((0, by_gain[0]), (len(by_gain) - 1, by_gain[-1])):
         if not (given == place).any():
             return f"no judged pair has label {label.name!r}, so that nothing tells its scores"
     frame = pd.DataFrame({"query": queries, "gain": gains}).groupby("query")["gain"].nunique()
-    if (num := int((frame > 1).sum())) < 2 * _LEAST_QUERIES:
-        return f"expected {2 * _LEAST_QUERIES} judged queries with products of several gains, got {num}"
+    if (num := int((frame > 1).sum())) < _LEAST_QUERIES:
+        return f"expected {_LEAST_QUERIES} judged queries with products of several gains, got {num}"
     return ""
 
 
