@@ -24,7 +24,7 @@ from csrm.errors import ConfigError, ParityError
 from csrm.export.parity import pack_spread
 from csrm.export.quality import gate, measure_quality, query_ndcgs
 from csrm.export.trials import MIN_PACK_TOLERANCE, SPREAD_PAIRS, grade_gains
-from csrm.scoring.labels import Label
+from csrm.scoring.labels import Label, expected_gain
 from csrm.scoring.runtime import load_pack_scorer
 from csrm.scoring.scorer import PairScorer, pair_texts
 from csrm.scoring.vote import VOTERS, Embed, LabelMap, Vote, Voter, Voters
@@ -135,16 +135,20 @@ def add_vote(
     bundle = load_bundle(folder)
     settings, labels, golden = bundle.settings, bundle.settings.labels, bundle.golden_pairs()
     scorer = load_scorer(folder, settings.device)
-    scores = fp32_scorer.score_parts(judged)
-    fitted = fit_vote(vote, scores, judged, labels=labels, grade_labels=grade_labels, golden=golden)
+    gains_of_labels = np.array([label.gain for label in labels])
+    logits = fp32_scorer.logits(judged)
+    fitted = fit_vote(
+        vote, expected_gain(logits, gains_of_labels), judged, labels=labels, grade_labels=grade_labels, golden=golden
+    )
     if fitted is None:
         return
     voters = vote.voters(fitted.weights)
-    fp32_scorer.vote = scorer.vote = Vote(voters, fitted.label_map, labels)
+    scorer.vote = Vote(voters, fitted.label_map, labels)
     pack_scorer, _ = load_pack_scorer(folder / MODEL_NAME, settings.device)
     tokens, sample = default_tokens_per_call(settings.device), pairs.iloc[:SPREAD_PAIRS]
     spread = pack_spread(sample, scorer.tokenizer, labels, pack_scorer, tokens, vote=scorer.vote)
-    in_fp32, found = fp32_scorer.score_parts(judged), scorer.score_parts(judged)
+    in_fp32 = expected_gain(scorer.vote.mixed(logits, list(pair_texts(judged))), gains_of_labels)
+    found = in_fp32 if settings.precision == "fp32" else scorer.score_parts(judged)
     queries, gains = _queries(judged), grade_gains(judged, labels, grade_labels)
     quality = measure_quality(queries, gains, in_fp32, found)
     if settings.precision != "fp32" and (problems := gate(quality, measure_quality(queries, gains, in_fp32, in_fp32))):
